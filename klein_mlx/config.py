@@ -1,0 +1,216 @@
+"""The architecture as data: frozen dataclasses read from a checkpoint's own config.json files.
+
+Every dimension comes from those files. `VARIANTS` only holds what no file states (default steps, guidance, hub id,
+licence), and the variant is told from the dimensions and `is_distilled`, never from a name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from klein_mlx.errors import CheckpointError
+
+PARTS = ("transformer", "text_encoder", "vae")
+
+
+class _FromDict:
+    """Reading and writing a config as the JSON object that diffusers or transformers would write."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Self:
+        """Build from a parsed config.json. Unknown keys are ignored; a missing or ill-typed one is a CheckpointError."""
+        known: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            if field.name not in values:
+                continue
+            known[field.name] = _checked(values[field.name], field.type, f"{where}: {field.name}")
+        try:
+            return cls(**known)
+        except TypeError as error:
+            missing = str(error).split("missing", 1)[-1].strip()
+            raise CheckpointError(f"{where}: missing {missing}; is this a FLUX.2 [klein] config?") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
+
+
+def _checked(value: Any, kind: Any, what: str) -> Any:
+    """`value` if it has the annotated type (int, float, bool, tuple of ints, or None where allowed)."""
+    if value is None and kind == tuple[int, ...] | None:
+        return None
+    if kind in (tuple[int, ...], tuple[int, ...] | None):
+        items = list(value) if isinstance(value, list | tuple) else [None]
+        if not all(type(i) is int and 0 < i < 1 << 20 for i in items) or not 0 < len(items) < 64:
+            raise CheckpointError(f"{what} is {value!r}; it must be a list of positive integers")
+        return tuple(items)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and type(value) is int and 0 <= value < 1 << 30:
+        return value
+    if kind is float and type(value) in (int, float) and 0 <= value < 1e12:
+        return float(value)
+    raise CheckpointError(f"{what} is {value!r}; it must be a {getattr(kind, '__name__', kind)} that is not negative")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_FromDict):
+    """Flux2Transformer2DModel's config.json. `in_channels` counts a token's channels (4 x the VAE's)."""
+
+    in_channels: int
+    num_layers: int
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    mlp_ratio: float
+    axes_dims_rope: tuple[int, ...]
+    rope_theta: float = 2000.0
+    eps: float = 1e-6
+    timestep_guidance_channels: int = 256
+    guidance_embeds: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(_FromDict):
+    """Qwen3's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Self:
+        """As the parent's; `rope_theta` may also stand inside `rope_parameters` (transformers 5)."""
+        rope = values.get("rope_parameters")
+        if isinstance(rope, Mapping):
+            values = {"rope_theta": rope.get("rope_theta", 1e6), **values}
+        return super().from_dict(values, where)
+
+
+@dataclass(frozen=True)
+class VAEConfig(_FromDict):
+    """AutoencoderKLFlux2's config.json."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    batch_norm_eps: float = 1e-4
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent along one side (8 for klein)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What no config.json states. `hidden_size` and `is_distilled` tell which variant a checkpoint is."""
+
+    name: str
+    hub_id: str | None
+    hidden_size: int
+    is_distilled: bool
+    steps: int
+    guidance: float
+    licence: str
+
+
+_APACHE = "Apache-2.0"
+_NON_COMMERCIAL = "FLUX non-commercial (gated)"
+
+VARIANTS = (
+    Variant("4b", "black-forest-labs/FLUX.2-klein-4B", 3072, True, 4, 1.0, _APACHE),
+    Variant("base-4b", "black-forest-labs/FLUX.2-klein-base-4B", 3072, False, 50, 4.0, _APACHE),
+    Variant("9b", "black-forest-labs/FLUX.2-klein-9B", 4096, True, 4, 1.0, _NON_COMMERCIAL),
+    Variant("base-9b", "black-forest-labs/FLUX.2-klein-base-9B", 4096, False, 50, 4.0, _NON_COMMERCIAL),
+)
+UNLISTED = {  # any other size: a toy, a test, a fine-tune with other dimensions
+    True: Variant("distilled", None, 0, True, 4, 1.0, "not stated"),
+    False: Variant("base", None, 0, False, 50, 4.0, "not stated"),
+}
+TINY = Variant("tiny", None, 0, True, 4, 1.0, _APACHE)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One checkpoint's three parts, and what belongs to none of them.
+
+    taps: the encoder layers after which hidden states are taken (9, 18, 27 of klein's 36).
+    max_sequence_length: text positions the transformer attends to, padding included (512 for klein).
+    default_size: pixels of a side when nothing else is asked for (1024 for klein).
+    """
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    vae: VAEConfig
+    is_distilled: bool
+    taps: tuple[int, ...]
+    max_sequence_length: int = 512
+    default_size: int = 1024
+    variant_name: str | None = None
+
+    def __post_init__(self) -> None:
+        t, e, v = self.transformer, self.text_encoder, self.vae
+        _require(
+            t.in_channels == 4 * v.latent_channels, "transformer in_channels", t.in_channels, 4 * v.latent_channels
+        )
+        wanted = len(self.taps) * e.hidden_size
+        _require(t.joint_attention_dim == wanted, "transformer joint_attention_dim", t.joint_attention_dim, wanted)
+        axes = sum(t.axes_dims_rope)
+        _require(axes == t.attention_head_dim, "the sum of axes_dims_rope", axes, t.attention_head_dim)
+        if t.guidance_embeds:
+            raise CheckpointError("guidance_embeds is true: this is FLUX.2 [dev]; klein_mlx runs FLUX.2 [klein]")
+        if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 < self.taps[0] <= self.taps[-1]:
+            raise CheckpointError(f"the tapped layers are {self.taps}; they must rise from 1 or more")
+        if self.taps[-1] >= e.num_hidden_layers:  # the last layer's output is normalised in the reference
+            raise CheckpointError(f"layer {self.taps[-1]} is tapped, but the text encoder has {e.num_hidden_layers}")
+
+    @property
+    def variant(self) -> Variant:
+        """The row of the table that these dimensions are."""
+        if self.variant_name == TINY.name:
+            return TINY
+        size = self.transformer.hidden_size
+        rows = [v for v in VARIANTS if v.hidden_size == size and v.is_distilled == self.is_distilled]
+        return rows[0] if rows else UNLISTED[self.is_distilled]
+
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of a token in pixels (16 for klein); widths and heights are multiples of it."""
+        return 2 * self.vae.scale_factor
+
+
+def default_taps(num_hidden_layers: int) -> tuple[int, ...]:
+    """The first three quarters of the encoder: (9, 18, 27) of 36 layers.
+
+    diffusers has these numbers as a default argument and in no file; a checkpoint of another depth states its own
+    (`taps` in klein.json), or is tapped at the same fractions.
+    """
+    return tuple(num_hidden_layers * k // 4 for k in (1, 2, 3))
+
+
+def _require(holds: bool, what: str, value: int, right: int) -> None:
+    if not holds:
+        raise CheckpointError(f"{what} is {value}, but the other parts need {right}: these parts do not fit together")

@@ -1,0 +1,70 @@
+"""Prompt -> token ids, as Qwen3's chat template writes them.
+
+The template is fixed (one user message, thinking switched off), so no template engine is needed and tokenizer.json is
+all that is read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from klein_mlx.errors import CheckpointError
+
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PAD = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the text encoder reads.
+
+    input_ids: (B, L) int32, padded on the right. attention_mask: (B, L) bool, False on padding.
+    cut: how many tokens each prompt lost to the length limit (0 for most).
+    """
+
+    input_ids: mx.array
+    attention_mask: mx.array
+    cut: list[int]
+
+
+class Tokenizer:
+    """Qwen's byte-level BPE with the chat template around the prompt."""
+
+    def __init__(self, path: Path):
+        """path: a tokenizer.json. Raises CheckpointError if it cannot be read or has no padding token."""
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_str(Path(path).read_text(encoding="utf-8"))
+        except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+            raise CheckpointError(f"{path}: not a tokenizer.json ({_first_line(error)})") from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        pad_id = self._backend.token_to_id(PAD)
+        if pad_id is None:
+            raise CheckpointError(f"{path}: no {PAD} token; FLUX.2 [klein] needs Qwen3's tokenizer.json")
+        self.pad_id: int = pad_id
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json."""
+        return cls(Path(path))
+
+    def __call__(self, prompts: list[str], max_length: int) -> Tokens:
+        """Tokenise, cut and pad to exactly `max_length` positions.
+
+        Special tokens written in a prompt count as such, as in the reference. What is cut is the end, so a prompt
+        that is too long loses the template's tail too, as in the reference.
+        """
+        rows = [self._backend.encode(TEMPLATE.replace("{prompt}", prompt)).ids for prompt in prompts]
+        kept = [row[:max_length] for row in rows]
+        ids = [row + [self.pad_id] * (max_length - len(row)) for row in kept]
+        mask = [[True] * len(row) + [False] * (max_length - len(row)) for row in kept]
+        cut = [len(row) - len(short) for row, short in zip(rows, kept, strict=True)]
+        return Tokens(mx.array(ids, dtype=mx.int32), mx.array(mask), cut)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

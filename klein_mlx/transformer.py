@@ -1,0 +1,256 @@
+"""FLUX.2's transformer: text and image tokens in, velocity out.
+
+Reads top to bottom: modulation, rotary positions, attention, the double block (text and image keep their own weights
+and meet in attention), the single block (one stream, attention and MLP in parallel), the model. It knows arrays and
+their config; not prompts, pictures, files or the sampler.
+
+Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DModel). Weight names are our own.
+"""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from klein_mlx.config import TransformerConfig
+
+
+class Modulation(NamedTuple):
+    """AdaLN's three vectors, each (hidden,): x is normalised, times `scale` (the 1 + is inside), plus `shift`; what a
+    branch returns is multiplied by `gate`."""
+
+    shift: mx.array
+    scale: mx.array
+    gate: mx.array
+
+
+class Modulations(NamedTuple):
+    """All that a noise level decides; the same for every block of a kind, so it is computed once per step.
+
+    txt, img: (attention, mlp) of the double blocks' streams; single: of the single blocks; final: the last layer
+    (its gate is unused and None).
+    """
+
+    txt: tuple[Modulation, Modulation]
+    img: tuple[Modulation, Modulation]
+    single: Modulation
+    final: tuple[mx.array, mx.array]
+
+
+class Rope(NamedTuple):
+    """Rotary tables, each (tokens, 1, head_dim / 2, 2) float32: (cos, cos) and (-sin, sin) of each pair."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float) -> Rope:
+    """The rotary tables of tokens at `ids`.
+
+    ids: (S, 4) integers, a token's (t, h, w, l). axes_dims: how many of a head's channels each axis turns.
+    Frequencies and angles are float64, as in the reference; the tables are float32.
+    Source: diffusers, Flux2PosEmbed.
+    """
+    import numpy as np
+
+    positions = np.array(ids, dtype=np.float64)
+    angles = [
+        np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim))
+        for axis, dim in enumerate(axes_dims)
+    ]
+    angle = np.concatenate(angles, axis=-1)[:, None, :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return Rope(
+        mx.array(np.stack([cos, cos], axis=-1).astype(np.float32)),
+        mx.array(np.stack([-sin, sin], axis=-1).astype(np.float32)),
+    )
+
+
+def apply_rope(x: mx.array, rope: Rope) -> mx.array:
+    """Turn neighbouring pairs of channels by the tables' angles.
+
+    x: (B, S, heads, head_dim), any float dtype; turned in float32, returned in x's dtype.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    # Swapped before the cast, so that the whole is one elementwise kernel under mx.compile.
+    swapped = pairs[..., ::-1]
+    turned = pairs.astype(mx.float32) * rope.cos + swapped.astype(mx.float32) * rope.sin
+    return turned.astype(x.dtype).reshape(x.shape)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, rope: Rope) -> mx.array:
+    """Full attention after rotary positions. q, k, v: (B, S, heads, head_dim). Returns (B, S, heads * head_dim)."""
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return out.transpose(0, 2, 1, 3).flatten(2)
+
+
+def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
+    """Sinusoids of a timestep in 0..1000. timestep: (1,), any float dtype. Returns (1, channels) in its dtype.
+
+    Cosines before sines, the reverse of the usual order. Source: diffusers, get_timestep_embedding(flip_sin_to_cos).
+    """
+    half = channels // 2
+    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(10000.0) / half))
+    angle = timestep.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(timestep.dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> `vec`, from which all modulations are projected."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, hidden, bias=False)
+        self.linear_2 = nn.Linear(hidden, hidden, bias=False)
+
+    def __call__(self, timestep: mx.array) -> mx.array:
+        return self.linear_2(nn.silu(self.linear_1(timestep_embedding(timestep, self.channels))))
+
+
+def swiglu(x: mx.array) -> mx.array:
+    """silu(first half) * second half, over the last axis."""
+    gate, value = mx.split(x, 2, axis=-1)
+    return nn.silu(gate) * value
+
+
+class Stream(nn.Module):
+    """One stream's own weights inside a double block: attention projections, q/k norms and the MLP."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden, head_dim, mlp = config.hidden_size, config.attention_head_dim, config.mlp_size
+        self.head_dim = head_dim
+        self.eps = config.eps
+        self.to_q = nn.Linear(hidden, hidden, bias=False)
+        self.to_k = nn.Linear(hidden, hidden, bias=False)
+        self.to_v = nn.Linear(hidden, hidden, bias=False)
+        self.to_out = nn.Linear(hidden, hidden, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(head_dim, eps=config.eps)
+        self.mlp_in = nn.Linear(hidden, 2 * mlp, bias=False)
+        self.mlp_out = nn.Linear(mlp, hidden, bias=False)
+
+    def qkv(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k, v of the modulated stream, each (B, S, heads, head_dim); q and k normalised per head."""
+        x = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
+        """Add what attention returned for this stream, then the MLP."""
+        mod_attention, mod_mlp = mods
+        x = x + mod_attention.gate * self.to_out(attention)
+        h = mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps)
+        return x + mod_mlp.gate * self.mlp_out(swiglu(self.mlp_in(h)))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with weights of their own, joined in one attention over [text, image, references]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.txt = Stream(config)
+        self.img = Stream(config)
+
+    def __call__(
+        self,
+        txt: mx.array,
+        img: mx.array,
+        mod_txt: tuple[Modulation, Modulation],
+        mod_img: tuple[Modulation, Modulation],
+        rope: Rope,
+    ) -> tuple[mx.array, mx.array]:
+        """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes."""
+        streams = zip(self.txt.qkv(txt, mod_txt[0]), self.img.qkv(img, mod_img[0]), strict=True)
+        q, k, v = (mx.concatenate(pair, axis=1) for pair in streams)
+        attention = attend(q, k, v, rope)
+        length = txt.shape[1]
+        txt = self.txt.finish(txt, attention[:, :length], mod_txt)
+        img = self.img.finish(img, attention[:, length:], mod_img)
+        return txt, img
+
+
+class SingleBlock(nn.Module):
+    """One stream over all tokens; attention and MLP read the same input and share the projections in and out."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden, mlp = config.hidden_size, config.mlp_size
+        self.hidden, self.head_dim, self.eps = hidden, config.attention_head_dim, config.eps
+        self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
+        self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
+
+    def __call__(self, x: mx.array, mod: Modulation, rope: Rope) -> mx.array:
+        """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
+        h = self.linear_in(mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps))
+        q, k, v, mlp = mx.split(h, [self.hidden, 2 * self.hidden, 3 * self.hidden], axis=-1)
+        q, k, v = (a.unflatten(-1, (-1, self.head_dim)) for a in (q, k, v))
+        attention = attend(self.norm_q(q), self.norm_k(k), v, rope)
+        return x + mod.gate * self.linear_out(mx.concatenate([attention, swiglu(mlp)], axis=-1))
+
+
+class Transformer(nn.Module):
+    """FLUX.2 [klein]'s velocity model. Token order everywhere: text, image, references."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden = config.hidden_size
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, hidden, bias=False)
+        self.txt_in = nn.Linear(config.joint_attention_dim, hidden, bias=False)
+        self.time_in = TimeEmbedding(config.timestep_guidance_channels, hidden)
+        self.mod_img = nn.Linear(hidden, 6 * hidden, bias=False)
+        self.mod_txt = nn.Linear(hidden, 6 * hidden, bias=False)
+        self.mod_single = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.double_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
+        self.single_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
+        self.final_mod = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.final_out = nn.Linear(hidden, config.in_channels, bias=False)
+
+    def modulations(self, sigma: float, dtype: mx.Dtype) -> Modulations:
+        """What noise level `sigma` (0..1) asks of every block, in the compute dtype.
+
+        The reference rounds the timestep to the compute dtype, divides by 1000 and multiplies again: in bfloat16 that
+        moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact.
+        """
+        timestep = mx.array([1000.0 * sigma]).astype(dtype) / 1000 * 1000
+        vec = nn.silu(self.time_in(timestep))
+        img = mx.split(self.mod_img(vec)[0], 6)
+        txt = mx.split(self.mod_txt(vec)[0], 6)
+        single = mx.split(self.mod_single(vec)[0], 3)
+        shift, scale = mx.split(self.final_mod(vec)[0], 2)
+        return Modulations(
+            txt=(_modulation(*txt[:3]), _modulation(*txt[3:])),
+            img=(_modulation(*img[:3]), _modulation(*img[3:])),
+            single=_modulation(*single),
+            final=(shift, 1 + scale),
+        )
+
+    def __call__(
+        self, tokens: mx.array, prompt_embeds: mx.array, modulations: Modulations, rope: Rope, num_img: int
+    ) -> mx.array:
+        """The velocity at one noise level.
+
+        tokens: (B, N, in_channels), the image's tokens, then the references'. prompt_embeds: (B, L, joint dim).
+        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's.
+        Returns (B, num_img, in_channels), in the dtype of `tokens`, which all arrays share.
+        """
+        txt, img = self.txt_in(prompt_embeds), self.img_in(tokens)
+        for block in self.double_blocks:
+            txt, img = block(txt, img, modulations.txt, modulations.img, rope)
+        x = mx.concatenate([txt, img], axis=1)
+        for block in self.single_blocks:
+            x = block(x, modulations.single, rope)
+        shift, scale = modulations.final
+        x = x[:, txt.shape[1] : txt.shape[1] + num_img]
+        return self.final_out(mx.fast.layer_norm(x, scale, shift, self.config.eps))
+
+
+def _modulation(shift: mx.array, scale: mx.array, gate: mx.array) -> Modulation:
+    return Modulation(shift, 1 + scale, gate)
