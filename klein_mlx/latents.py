@@ -22,7 +22,7 @@ def latents_to_tokens(latents: mx.array) -> mx.array:
 
 def tokens_to_latents(tokens: mx.array, h: int, w: int) -> mx.array:
     """The inverse of `latents_to_tokens`: (B, h*w, C) -> (B, h, w, C)."""
-    return tokens.unflatten(1, (h, w))
+    return mx.unflatten(tokens, 1, (h, w))
 
 
 def text_ids(length: int) -> mx.array:

@@ -137,7 +137,7 @@ class Stream(nn.Module):
     def qkv(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array, mx.array]:
         """q, k, v of the modulated stream, each (B, S, heads, head_dim); q and k normalised per head."""
         x = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (mx.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
@@ -190,7 +190,7 @@ class SingleBlock(nn.Module):
         """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
         h = self.linear_in(mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps))
         q, k, v, mlp = mx.split(h, [self.hidden, 2 * self.hidden, 3 * self.hidden], axis=-1)
-        q, k, v = (a.unflatten(-1, (-1, self.head_dim)) for a in (q, k, v))
+        q, k, v = (mx.unflatten(a, -1, (-1, self.head_dim)) for a in (q, k, v))
         attention = attend(self.norm_q(q), self.norm_k(k), v, rope)
         return x + mod.gate * self.linear_out(mx.concatenate([attention, swiglu(mlp)], axis=-1))
 
