@@ -18,7 +18,7 @@ class _FromDict:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Self:
-        """Build from a parsed config.json. Unknown keys are ignored; missing or ill-typed ones are a CheckpointError."""
+        """Build from a parsed config.json. Unknown keys are ignored; missing or bad ones raise CheckpointError."""
         known: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
             if field.name not in values:

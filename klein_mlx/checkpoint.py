@@ -1,0 +1,274 @@
+"""Our own checkpoint format, strict loading, and the download of a repository from the Hugging Face Hub.
+
+A checkpoint is a folder: klein.json, tokenizer.json, and one safetensors file per part (or shards with an index),
+whose weight names are the modules' attribute names. Foreign layouts are `klein_mlx.convert`'s business; they reach
+this file as a `Source`, the same way as our own. No weight is ever evaluated here.
+"""
+
+import errno
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.errors import CheckpointError
+from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, check_shapes, is_quantized_path, prepare, quantize_weights
+from klein_mlx.text_encoder import TextEncoder
+from klein_mlx.transformer import Transformer
+from klein_mlx.vae import VAE
+from klein_mlx.weights import one_line, open_weights, read_json, require_file
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "klein.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+
+_ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
+_MAX_LAYERS = 1024
+
+
+class Source(Protocol):
+    """A model's files, in whatever layout, seen as ours. Opening one reads headers and configs, never weights."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def quantization(self) -> Mapping[str, Quantization]:
+        """Per part; a part that is not quantised is absent."""
+        ...
+
+    @property
+    def tokenizer_file(self) -> Path: ...
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the files are and where they come from: `format`, `source`, `licence`, `made_by`."""
+        ...
+
+    def weights(self, part: str) -> dict[str, mx.array]:
+        """The part's weights under our names, lazily mapped, their names, shapes and dtypes checked."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Every file that the model is read from."""
+        ...
+
+
+# ---- our format ----
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in our own format: the Source whose names need no translation."""
+
+    path: Path
+    config: ModelConfig
+    quantization: dict[str, Quantization] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER_FILE
+
+    def weights(self, part: str) -> dict[str, mx.array]:
+        quantization = self.quantization.get(part)
+        files = open_weights(self.path, part)
+        shapes = expected(part, self.config, quantization)
+        packed = {n for n in shapes if quantization and n.endswith(".weight") and is_quantized_path(part, n)}
+        files.check(shapes, packed)
+        return files.arrays()
+
+    def files(self) -> list[Path]:
+        weights = [path for part in PARTS for path in open_weights(self.path, part).shards]
+        return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder in our format: read klein.json, and make sure that the tokenizer is there."""
+    where = folder / CONFIG_FILE
+    values = read_json(where)
+    version = values.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where}: format_version is {version!r}; is this a klein_mlx checkpoint?")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format {version} is newer than this klein_mlx reads ({FORMAT_VERSION}): update it"
+        )
+    parts = {
+        part: kind.from_dict(_table(values, part, where), f"{where}: {part}") for part, kind in CONFIG_CLASSES.items()
+    }
+    config = model_config(
+        parts, values, where=where, variant_name=TINY.name if values.get("variant") == TINY.name else None
+    )
+    quantization = {}
+    for part, settings in _table(values, "quantization", where).items():
+        if part not in QUANTIZED_PARTS:
+            raise CheckpointError(f"{where}: quantization of {part!r}; only {' and '.join(QUANTIZED_PARTS)} can be")
+        quantization[part] = Quantization.from_dict(settings, str(where))
+    require_file(folder / TOKENIZER_FILE)
+    told = {name: values[name] for name in ("source", "licence", "made_by") if name in values}
+    return Checkpoint(folder, config, quantization, {"format": "klein_mlx", **told})
+
+
+def model_config(
+    parts: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    where: Path,
+    variant_name: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """The three configs with what belongs to none of them, read from a parsed JSON object and checked."""
+    merged = {**(defaults or {}), **values}
+    taps, distilled = merged.get("taps"), merged.get("is_distilled")
+    if not isinstance(taps, list | tuple) or not all(type(t) is int for t in taps):
+        raise CheckpointError(f"{where}: the tapped layers are {taps!r}; they must be a list of integers")
+    if not isinstance(distilled, bool):
+        raise CheckpointError(f"{where}: is_distilled is {distilled!r}; it must be true or false")
+    numbers = {}
+    for name, limit in (("max_sequence_length", 1 << 16), ("default_size", 1 << 14)):
+        numbers[name] = merged.get(name)
+        if type(numbers[name]) is not int or not 0 < numbers[name] <= limit:
+            raise CheckpointError(
+                f"{where}: {name} is {numbers[name]!r}; it must be a positive integer, at most {limit}"
+            )
+    return ModelConfig(**parts, is_distilled=distilled, taps=tuple(taps), variant_name=variant_name, **numbers)
+
+
+def _table(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
+    table = values.get(name)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where}: {name} is {'missing' if table is None else 'not an object'}")
+    return table
+
+
+# ---- modules ----
+
+
+def build(part: str, config: ModelConfig) -> nn.Module:
+    """A part's module with weights that are not to be used: its structure, before loading."""
+    t, e = config.transformer, config.text_encoder
+    deepest = max(t.num_layers, t.num_single_layers, e.num_hidden_layers, config.vae.layers_per_block)
+    if deepest > _MAX_LAYERS:
+        raise CheckpointError(f"{part}: a config asks for {deepest} layers; klein_mlx builds {_MAX_LAYERS} at most")
+    try:
+        if part == "transformer":
+            return Transformer(t)
+        if part == "text_encoder":
+            return TextEncoder(e, config.taps)
+        return VAE(config.vae)
+    except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
+
+
+def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:
+    """Every weight's name and shape, as the module of this part has them."""
+    return _shapes(_structure(part, config, quantization))
+
+
+def _structure(part: str, config: ModelConfig, quantization: Quantization | None) -> nn.Module:
+    module = build(part, config)
+    if quantization:
+        check_shapes(part, _shapes(module), quantization)
+        prepare(module, part, quantization)
+    return module
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in tree_flatten(module.parameters())}  # type: ignore[union-attr]
+
+
+def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> nn.Module:
+    """Build one part and give it its weights: all of them, of the right shapes, or a CheckpointError.
+
+    dtype: that of every floating weight, except the VAE's latent statistics, which stay float32.
+    quantize: quantise here, unless the source is quantised so already. The VAE is never quantised.
+    Nothing is evaluated: the weights are read from disk when they are first used.
+    """
+    stored = source.quantization.get(part)
+    quantize = quantize if part in QUANTIZED_PARTS else None
+    if stored and quantize and stored != quantize:
+        raise CheckpointError(
+            f"{source.path}: the {part} is {stored.bits}-bit already; for {quantize.bits} bits start from the original"
+        )
+    weights = source.weights(part)
+    if quantize and not stored:
+        weights = quantize_weights(part, weights, quantize)
+    for name, array in weights.items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            weights[name] = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)
+    module = _structure(part, source.config, stored or quantize)
+    module.load_weights(list(weights.items()), strict=True)
+    module.eval()
+    return module
+
+
+# ---- the Hub ----
+
+_PART_FILES = [f"{part}/*.{kind}" for part in PARTS for kind in ("safetensors", "json")]
+_OUR_FILES = [pattern for part in PARTS for pattern in (f"{part}.safetensors*", f"{part}-*-of-*.safetensors")]
+# Anchored to the tree: a second copy of the weights in a single file at the root stays where it is.
+DOWNLOADED = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    *_PART_FILES,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    *_OUR_FILES,
+]
+
+
+def download(
+    hub_id: str, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder of a Hub repository in the local cache, fetched first unless `local_files_only`.
+
+    Only safetensors, JSON and tokenizer files are fetched. Every failure is a CheckpointError that names the remedy.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if silenced:
+        disable_progress_bars()
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=DOWNLOADED
+        )
+    except Exception as error:  # the library's errors have no common parent
+        raise CheckpointError(f"{hub_id}: {_hub_reason(error, revision)}") from error
+    finally:
+        if silenced:
+            enable_progress_bars()
+    return Path(folder)
+
+
+def _hub_reason(error: BaseException, revision: str | None) -> str:
+    """What went wrong and what would help, in one line."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return "is gated: accept its licence on huggingface.co, then `hf auth login` (or set HF_TOKEN)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or your token may not see it: check the spelling, or `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}"
+    if status == 401:
+        return "the Hub refused your token: `hf auth login` with a new one (or unset HF_TOKEN)"
+    if isinstance(error, errors.HFValidationError):
+        return "is not a repository's name; it must be owner/name"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space, or set HF_HOME to a larger disk"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "is not complete in the local cache, and the Hub was not reached: connect once, or give a folder"
+    return f"the download failed ({type(cause).__name__}: {one_line(cause)}); check the network and try again"

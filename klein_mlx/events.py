@@ -1,0 +1,97 @@
+"""What a run yields while it works, and what it leaves.
+
+It knows nothing of models: the pipeline fills these in, and its callers read them.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import mlx.core as mx
+from PIL import Image
+
+from klein_mlx.request import Request
+
+
+@dataclass(frozen=True)
+class Step:
+    """After one denoising step.
+
+    picture: which picture of the request, from 0. index: the step, from 1. of: how many steps. sigma: the noise level
+    reached. latents: (1, h, w, C) at that level. preview(): decodes the picture as the model sees it now.
+    """
+
+    picture: int
+    index: int
+    of: int
+    sigma: float
+    latents: mx.array
+    preview: Callable[[], Image.Image] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture.
+
+    image: a PIL image; with output_type "np" a (H, W, 3) float32 array in 0..1; with "latent" the denormalised VAE
+    latents, an mx.array (latent channels, H/8, W/8) as in diffusers.
+    """
+
+    index: int
+    of: int
+    prompt: str | None
+    seed: int
+    image: Any
+
+
+@dataclass(frozen=True)
+class KleinOutput:
+    """What a call returns.
+
+    images: a list of PIL images; or, by output_type, a (B, H, W, 3) float32 array in 0..1, or an mx.array
+    (B, latent channels, H/8, W/8). seeds: of each. notes: what was cut or resized, a line each. seconds: per phase.
+    """
+
+    images: Any
+    seeds: list[int]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+class Run:
+    """A running request: iterate for its Steps and Pictures; `close()` cancels it.
+
+    request: as checked. notes: lines for the user. seconds: wall time per phase (load, encode, steps, decode).
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
+        self._events: Iterator[Step | Picture] = iter(())
+
+    def start(self, events: Iterator["Step | Picture"]) -> None:
+        """Called once by the pipeline, with the generator that does the work."""
+        self._events = events
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step | Picture:
+        return next(self._events)
+
+    def close(self) -> None:
+        """Stop; what the run held is freed."""
+        close = getattr(self._events, "close", None)
+        if close:
+            close()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase, less what `load` took meanwhile."""
+        start, loading = time.perf_counter(), self.seconds["load"]
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[phase] += elapsed - (self.seconds["load"] - loading if phase != "load" else 0.0)

@@ -1,0 +1,185 @@
+"""Pictures in and out: any file to right sRGB pixels, the reference's resize rules, and saving that loses nothing.
+
+It knows PIL and pixels; not the model.
+"""
+
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image, ImageOps
+
+from klein_mlx.errors import RequestError
+
+REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
+MIN_REFERENCE_SIDE, MAX_ASPECT = 64, 8
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def load_image(source: Any) -> tuple[Image.Image, list[str]]:
+    """Open a picture as 8-bit sRGB, upright.
+
+    source: a path or a PIL image. EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on
+    white, 16 bits scaled to 8; an animation gives its first frame.
+    Returns (image in mode RGB, notes on what was changed). Raises RequestError for a file that is no picture.
+    """
+    if isinstance(source, Image.Image):
+        image, name = source, "image"
+    elif isinstance(source, str | os.PathLike):
+        image, name = _open(Path(source)), os.fspath(source)
+    else:
+        raise RequestError(f"image is a {type(source).__name__}; it must be a path or a PIL image")
+    notes = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append(f"{name}: an animation; its first frame is used")
+    return _to_srgb(ImageOps.exif_transpose(image)), notes
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.exists():
+        raise RequestError(f"image {path} does not exist")
+    if not path.is_file():
+        raise RequestError(f"image {path} is not a file")
+    try:
+        image = Image.open(path)
+        image.load()
+    except Image.DecompressionBombError:
+        raise RequestError(f"image {path} has too many pixels; scale it down first") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        hint = "; convert it first: sips -s format png" if path.suffix.lower() in (".heic", ".heif", ".svg") else ""
+        reason = "not a picture in a known format" if "cannot identify" in str(error) else str(error).splitlines()[0]
+        raise RequestError(f"image {path} cannot be read: {reason}{hint}") from None
+    return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB, in sRGB."""
+    profile = image.info.get("icc_profile")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        import numpy as np
+
+        # Pillow clips instead of scaling: 16-bit values over 255 would all be white.
+        wide = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
+        image = Image.fromarray(np.round(wide / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise RequestError("the image has floating-point pixels, whose range is unknown; save it as 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    if profile:
+        image = _apply_profile(image, profile)
+    return image.convert("RGB")
+
+
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    import io
+
+    from PIL import ImageCms
+
+    if image.mode == "RGBA":
+        image = image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image  # a damaged profile, or one for another mode: the pixels as they are
+    return converted if converted is not None else image
+
+
+def prepare_reference(image: Image.Image, multiple: int) -> tuple[Image.Image, str | None]:
+    """Scale and crop a reference by the model's rules.
+
+    image: RGB. multiple: pixels per token (16). Over 1024 * 1024 pixels it is scaled to that area (Lanczos, sides cut
+    to whole pixels), then cropped from the centre to multiples. Returns (image, a line on what was done or None).
+    Raises RequestError for a side under 64 or an aspect over 8. Source: diffusers, Flux2ImageProcessor.
+    """
+    width, height = image.size
+    if min(width, height) < MIN_REFERENCE_SIDE:
+        raise RequestError(
+            f"a reference is {width} x {height}; both sides must be at least {MIN_REFERENCE_SIDE} pixels"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise RequestError(f"a reference is {width} x {height}; its aspect must be at most {MAX_ASPECT} : 1")
+    if width * height > REFERENCE_AREA:
+        scale = math.sqrt(REFERENCE_AREA / (width * height))
+        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+    final_width, final_height = (side // multiple * multiple for side in image.size)
+    left, top = (image.width - final_width) // 2, (image.height - final_height) // 2
+    image = image.crop((left, top, left + final_width, top + final_height))
+    if image.size == (width, height):
+        return image, None
+    return image, f"a reference of {width} x {height} is used as {final_width} x {final_height}"
+
+
+def to_pixels(image: Image.Image) -> mx.array:
+    """RGB image -> (1, H, W, 3) float32 in [-1, 1]."""
+    import numpy as np
+
+    return mx.array(np.asarray(image, dtype=np.float32))[None] / 127.5 - 1.0
+
+
+def to_unit(pixels: mx.array) -> mx.array:
+    """Pixels about [-1, 1] -> the same shape in float32, clipped to [0, 1]."""
+    return mx.clip(pixels.astype(mx.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def to_image(pixels: mx.array) -> Image.Image:
+    """(H, W, 3) about [-1, 1] -> an 8-bit RGB image, rounded to nearest."""
+    import numpy as np
+
+    return Image.fromarray(np.array(mx.round(to_unit(pixels) * 255).astype(mx.uint8)))
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a path to which `save_image` could not write."""
+    folder = path.parent
+    if path.suffix.lower() not in FORMATS:
+        raise RequestError(f"output {path} ends in {path.suffix or 'nothing'}; it must end in {', '.join(FORMATS)}")
+    if not folder.is_dir():
+        raise RequestError(f"output folder {folder} does not exist; make it first")
+    if path.is_dir():
+        raise RequestError(f"output {path} is a folder; name a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"output folder {folder} is not writable; choose another")
+    if not overwrite and os.path.lexists(path):
+        raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force")
+
+
+def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
+    """Write beside, flush, then put into place: the path holds a whole picture or what it held before.
+
+    path: ending in .png, .jpg, .jpeg or .webp. Raises RequestError if it exists and `overwrite` is false, or if the
+    disk refuses.
+    """
+    check_output(path, overwrite)
+    options: dict[str, Any] = {} if path.suffix.lower() == ".png" else {"quality": 95}
+    beside = path.parent / f".klein-{secrets.token_hex(8)}.part"
+    try:
+        with beside.open("xb") as file:
+            image.save(file, format=FORMATS[path.suffix.lower()], **options)
+            file.flush()
+            os.fsync(file.fileno())
+        _put(beside, path, overwrite)
+    except FileExistsError:
+        raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force") from None
+    except OSError as error:
+        raise RequestError(f"output {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _put(beside: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(beside, path)
+        return
+    try:
+        os.link(beside, path)  # unlike a rename, never replaces a file that appeared meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links (exFAT, SMB)
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.rename(beside, path)

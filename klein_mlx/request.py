@@ -1,0 +1,236 @@
+"""What a user may ask for, and the one place that checks it.
+
+The command line, Python and any server pass through `check`; behind it every value is of the right type and in range,
+defaults are filled in, and nothing is repaired in silence.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klein_mlx.config import ModelConfig
+from klein_mlx.errors import RequestError
+
+MIN_SIDE, MAX_SIDE, MAX_AREA = 64, 8192, 4096 * 4096
+MAX_STEPS, MAX_SEED, MAX_IMAGES, MAX_REFERENCES = 1000, 2**64 - 1, 1000, 10
+MAX_PROMPT, MAX_TEXT = 100_000, 4096  # characters; tokens
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request. Pictures are made one by one: every prompt with every seed.
+
+    prompts: one or more, or empty if `prompt_embeds` is given. negative_prompt: for guidance; "" if none was given.
+    images: references as given, not yet opened. height, width: pixels, or None: the first reference's, or the default.
+    seeds: one per picture of a prompt. latents: initial noise (pictures, C, h, w), or None.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    images: tuple[Any, ...]
+    height: int | None
+    width: int | None
+    steps: int
+    guidance: float
+    seeds: tuple[int, ...]
+    latents: Any
+    prompt_embeds: Any
+    sigmas: tuple[float, ...] | None
+    output_type: str
+    max_sequence_length: int
+
+    @property
+    def pictures(self) -> list[tuple[int, int]]:
+        """(index of the prompt, seed) of every picture, in the order in which they are made."""
+        count = len(self.prompts) or self.prompt_embeds.shape[0]
+        return [(index, seed) for index in range(count) for seed in self.seeds]
+
+
+def check(
+    config: ModelConfig,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | None = None,
+    image: Any = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] | None = None,
+    latents: Any = None,
+    prompt_embeds: Any = None,
+    sigmas: Sequence[float] | None = None,
+    output_type: str = "pil",
+    max_sequence_length: int | None = None,
+) -> Request:
+    """Check everything that can be checked before a file is opened; the arguments are KleinPipeline's.
+
+    Raises RequestError, whose one line says what, which value, and what would be right.
+    """
+    prompts = _prompts(prompt, prompt_embeds)
+    if prompt_embeds is not None:
+        width_of = config.transformer.joint_attention_dim
+        _shape("prompt_embeds", prompt_embeds, (None, None, width_of))
+    if sigmas is not None:
+        sigmas = _sigmas(sigmas, num_inference_steps)
+        num_inference_steps = len(sigmas)
+    steps = config.variant.steps if num_inference_steps is None else num_inference_steps
+    steps = _integer("num_inference_steps", steps, 1, MAX_STEPS)
+    guidance = _guidance(config, guidance_scale, negative_prompt)
+    height, width = _size(config, height, width)
+    seeds = _seeds(seed, _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES))
+    length = config.max_sequence_length if max_sequence_length is None else max_sequence_length
+    if output_type not in OUTPUT_TYPES:
+        raise RequestError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    request = Request(
+        prompts=prompts,
+        negative_prompt=_text("negative_prompt", negative_prompt or ""),
+        images=_images(image),
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        latents=latents,
+        prompt_embeds=prompt_embeds,
+        sigmas=sigmas,
+        output_type=output_type,
+        max_sequence_length=_integer("max_sequence_length", length, 1, MAX_TEXT),
+    )
+    if latents is not None:
+        _latents(config, request)
+    return request
+
+
+def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
+    if (prompt is None) == (prompt_embeds is None):
+        given = "neither" if prompt is None else "both"
+        raise RequestError(f"{given} of prompt and prompt_embeds is given; give one of them")
+    if prompt is None:
+        return ()
+    prompts = (prompt,) if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise RequestError(f"prompt is {_short(prompt)}; it must be a string or a list of strings")
+    return tuple(_text("prompt", p) for p in prompts)
+
+
+def _text(what: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"{what} is {_short(text)}; it must be a string")
+    if len(text) > MAX_PROMPT:
+        raise RequestError(f"{what} has {len(text)} characters; it must have at most {MAX_PROMPT}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} has a lone surrogate at character {error.start}; it must be valid Unicode"
+        ) from None
+    return text
+
+
+def _guidance(config: ModelConfig, guidance: Any, negative_prompt: str | None) -> float:
+    variant = config.variant
+    if guidance is None:
+        guidance = variant.guidance
+    number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    if not number or not math.isfinite(guidance) or not 0 <= guidance <= 100:
+        raise RequestError(f"guidance_scale is {_short(guidance)}; it must be a number from 0 to 100")
+    if guidance > 1 and config.is_distilled:
+        raise RequestError(
+            f"guidance_scale is {guidance:g}, but {variant.name} is distilled: guidance is built into its weights; "
+            "leave it at 1, or use a base variant"
+        )
+    if negative_prompt and guidance <= 1:
+        raise RequestError(
+            f"negative_prompt needs a guidance_scale over 1, and it is {guidance:g}"
+            + ("; a distilled model has none: use a base variant" if config.is_distilled else "")
+        )
+    return float(guidance)
+
+
+def _size(config: ModelConfig, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_side(name, side, config.pixels_per_token)
+    if height is not None and width is not None and height * width > MAX_AREA:
+        raise RequestError(f"{width} x {height} are {height * width} pixels; at most {MAX_AREA} are possible")
+    return height, width
+
+
+def check_side(name: str, side: Any, multiple: int) -> int:
+    """A width or height in pixels: MIN_SIDE..MAX_SIDE and a multiple of a token's side."""
+    side = _integer(name, side, MIN_SIDE, MAX_SIDE)
+    if side % multiple:
+        below = side // multiple * multiple
+        raise RequestError(f"{name} is {side}; it must be a multiple of {multiple}: {below} or {below + multiple}")
+    return side
+
+
+def _seeds(seed: Any, count: int) -> tuple[int, ...]:
+    if seed is None:
+        import secrets
+
+        seed = secrets.randbits(32)
+    if isinstance(seed, list | tuple):
+        if not seed:
+            raise RequestError("seed is an empty list; it must have one seed or more")
+        if count != 1:
+            raise RequestError(
+                f"num_images_per_prompt is {count}, but {len(seed)} seeds are given; each seed makes one picture"
+            )
+        return tuple(_integer("seed", s, 0, MAX_SEED) for s in seed)
+    first = _integer("seed", seed, 0, MAX_SEED)
+    if first + count - 1 > MAX_SEED:
+        raise RequestError(f"seed is {first}; with {count} pictures the last would be over {MAX_SEED}")
+    return tuple(range(first, first + count))
+
+
+def _sigmas(sigmas: Any, steps: int | None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(s) for s in sigmas)
+    except (TypeError, ValueError):
+        raise RequestError(f"sigmas is {_short(sigmas)}; it must be a list of numbers") from None
+    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    if not 0 < len(values) <= MAX_STEPS or not falling or not all(0 < s <= 1 for s in values):
+        raise RequestError(f"sigmas is {_short(sigmas)}; it must fall strictly, with every value in (0, 1]")
+    if steps is not None and steps != len(values):
+        raise RequestError(f"num_inference_steps is {steps}, but sigmas has {len(values)}; leave one of them out")
+    return values
+
+
+def _images(image: Any) -> tuple[Any, ...]:
+    if image is None:
+        return ()
+    images = tuple(image) if isinstance(image, list | tuple) else (image,)
+    if not 0 < len(images) <= MAX_REFERENCES:
+        raise RequestError(f"{len(images)} reference images are given; it must be 1 to {MAX_REFERENCES}")
+    return images
+
+
+def _latents(config: ModelConfig, request: Request) -> None:
+    side = config.pixels_per_token
+    h = request.height // side if request.height else None
+    w = request.width // side if request.width else None
+    _shape("latents", request.latents, (len(request.pictures), config.transformer.in_channels, h, w))
+
+
+def _shape(what: str, array: Any, wanted: tuple[int | None, ...]) -> None:
+    shape = tuple(getattr(array, "shape", ()))
+    fits = len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
+    if not fits or 0 in shape:
+        text = ", ".join("any" if w is None else str(w) for w in wanted)
+        raise RequestError(f"{what} has shape {shape}; it must be an array of shape ({text})")
+
+
+def _integer(what: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{what} is {_short(value)}; it must be a whole number from {low} to {high}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

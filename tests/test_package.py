@@ -1,0 +1,86 @@
+"""What an installation is: light to import, quick to start, whole in the wheel, true in the README."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("mlx_lm", "transformers", "torch", "huggingface_hub", "numpy", "diffusers")
+
+
+def loaded_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import klein_mlx",
+        "from klein_mlx.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "import klein_mlx.convert",
+    ],
+)
+def test_nothing_heavy_is_imported(code: str) -> None:
+    assert not loaded_after(code) & set(HEAVY)
+
+
+def test_importing_the_package_does_not_load_mlx() -> None:
+    assert "mlx" not in loaded_after("import klein_mlx")
+
+
+def test_help_is_quick() -> None:
+    """Under 0.2 s; the best of a few, since other work on the machine only ever adds."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "klein_mlx.cli", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(7)) < 0.2
+
+
+def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "tests", "examples")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"klein_mlx"}
+    for folder, inside in (("klein_mlx", "klein_mlx"), ("convert", "klein_mlx/convert")):
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"{inside}/{path.name}" in names
+    for path in (ROOT / "klein_mlx" / "tiny").glob("*"):
+        assert path.is_dir() or f"klein_mlx/tiny/{path.name}" in names
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_readme_tree_is_true() -> None:
+    """Every file of the tree exists, and every source file stands in it."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```text\n(.*?)```", text, re.S)
+    assert block
+    named, folders = set(), []
+    for line in block[1].splitlines():
+        match = re.match(r"( *)(\S+?)(/?)  +\S", line)
+        assert match, f"a line of the tree has no comment: {line!r}"
+        depth = len(match[1]) // 2
+        folders[depth:] = [match[2]]
+        path = "/".join(folders)
+        assert (ROOT / path).exists(), path
+        named.add(path)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for path in tracked:
+        if path.endswith(".py") and not path.endswith("__init__.py"):
+            assert path in named, f"{path} is missing in the README's tree"

@@ -1,0 +1,68 @@
+"""The schedule and the Euler loop: properties that can be proved without a model."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from klein_mlx.sampler import empirical_mu, euler_steps, make_sigmas, with_cfg
+
+
+def test_mu_at_the_two_fitted_points() -> None:
+    """At 10 and 200 steps the interpolation must give back the two lines."""
+    for tokens in (64, 1024, 4096, 4300):
+        assert empirical_mu(tokens, 10) == pytest.approx(8.73809524e-05 * tokens + 1.89833333, abs=1e-9)
+        assert empirical_mu(tokens, 200) == pytest.approx(0.00016927 * tokens + 0.45666666, abs=1e-9)
+
+
+def test_mu_of_a_large_picture_ignores_the_steps() -> None:
+    assert empirical_mu(4301, 4) == empirical_mu(4301, 50) == pytest.approx(0.00016927 * 4301 + 0.45666666)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(64, 4), (4096, 4), (4096, 50), (9000, 1)])
+def test_sigmas_fall_from_one_to_zero(tokens: int, steps: int) -> None:
+    sigmas = make_sigmas(tokens, steps)
+    assert len(sigmas) == steps + 1
+    assert sigmas[0] == pytest.approx(1.0, abs=1e-12)
+    assert sigmas[-1] == 0.0
+    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+
+
+def test_the_published_schedule_of_64_tokens() -> None:
+    assert make_sigmas(64, 4) == pytest.approx([1.0, 0.955, 0.875, 0.701, 0.0], abs=2e-3)
+
+
+def test_given_sigmas_are_shifted_too() -> None:
+    stretch = math.exp(empirical_mu(256, 2))
+    assert make_sigmas(256, 2, [1.0, 0.5]) == pytest.approx([1.0, stretch / (stretch + 1.0), 0.0])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_straight_velocity_is_followed_to_its_end(dtype: mx.Dtype) -> None:
+    """With velocity = noise - picture the last step lands on the picture."""
+    picture, start = mx.random.normal((1, 4, 4, 8), key=mx.random.key(0)), mx.random.normal((1, 4, 4, 8))
+    end = list(euler_steps(lambda x, s: start - picture, start.astype(dtype), make_sigmas(4096, 4)))[-1]
+    assert end.dtype == dtype
+    tolerance = 1e-5 if dtype == mx.float32 else 5 * 2**-7  # five roundings of values under 4, half an ulp each
+    assert mx.abs(end.astype(mx.float32) - picture).max().item() < tolerance
+
+
+def test_steps_sum_to_minus_one_for_a_bfloat16_velocity() -> None:
+    """A constant velocity of 1 takes latents of 1 to 0; with dt rounded to bfloat16 the steps would sum to -0.998."""
+    ones = mx.ones((1, 1, 1, 1))
+    (*_, end) = euler_steps(lambda x, s: ones.astype(mx.bfloat16), ones, make_sigmas(4096, 4))
+    assert abs(end.item()) < 1e-6
+
+
+def test_each_step_is_rounded_once() -> None:
+    """In bfloat16 the update is the float32 one, rounded: not a sum of rounded parts."""
+    latents = mx.random.normal((64,), key=mx.random.key(3)).astype(mx.bfloat16)
+    velocity = mx.random.normal((64,), key=mx.random.key(4)).astype(mx.bfloat16)
+    (after,) = euler_steps(lambda x, s: velocity, latents, [0.9, 0.7003])
+    exact = latents.astype(mx.float32) + (0.7003 - 0.9) * velocity.astype(mx.float32)
+    assert mx.array_equal(after, exact.astype(mx.bfloat16))
+
+
+def test_guidance_extrapolates() -> None:
+    predict = with_cfg(lambda x, s: x + 1, lambda x, s: x, 4.0)
+    assert predict(mx.array([2.0]), 0.5).item() == 6.0
