@@ -27,32 +27,29 @@ def load_image(source: Any) -> tuple[Image.Image, list[str]]:
     Returns (image in mode RGB, notes on what was changed). Raises RequestError for a file that is no picture.
     """
     if isinstance(source, Image.Image):
-        image, name = source, "image"
-    elif isinstance(source, str | os.PathLike):
-        image, name = _open(Path(source)), os.fspath(source)
-    else:
+        return _upright(source, "image")
+    if not isinstance(source, str | os.PathLike):
         raise RequestError(f"image is a {type(source).__name__}; it must be a path or a PIL image")
-    notes = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append(f"{name}: an animation; its first frame is used")
-    return _to_srgb(ImageOps.exif_transpose(image)), notes
-
-
-def _open(path: Path) -> Image.Image:
+    path = Path(source)
     if not path.exists():
         raise RequestError(f"image {path} does not exist")
     if not path.is_file():
         raise RequestError(f"image {path} is not a file")
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            return _upright(image, str(path))
     except Image.DecompressionBombError:
         raise RequestError(f"image {path} has too many pixels; scale it down first") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         hint = "; convert it first: sips -s format png" if path.suffix.lower() in (".heic", ".heif", ".svg") else ""
         reason = "not a picture in a known format" if "cannot identify" in str(error) else str(error).splitlines()[0]
         raise RequestError(f"image {path} cannot be read: {reason}{hint}") from None
-    return image
+
+
+def _upright(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
+    animated = getattr(image, "n_frames", 1) > 1
+    notes = [f"{name}: an animation; its first frame is used"] if animated else []
+    return _to_srgb(ImageOps.exif_transpose(image)), notes
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

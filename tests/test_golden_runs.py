@@ -1,5 +1,8 @@
 """From prompt to picture against Flux2KleinPipeline: the latents after every step and the picture in 8 bits."""
 
+from collections.abc import Iterator
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from golden import cases, port
@@ -7,8 +10,9 @@ from golden.files import MODEL, load
 
 
 @pytest.fixture(scope="module")
-def model() -> port.Port:
-    return port.Port(MODEL)
+def model() -> Iterator[port.Port]:
+    with mx.stream(mx.cpu):  # the tolerances are the CPU's
+        yield port.Port(MODEL)
 
 
 @pytest.mark.parametrize("name", cases.RUNS)

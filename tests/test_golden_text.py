@@ -1,6 +1,7 @@
 """The tokenizer and the text encoder against transformers' tensors, and against mlx_lm's Qwen3."""
 
 import json
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -10,8 +11,9 @@ from golden.files import MODEL, load
 
 
 @pytest.fixture(scope="module")
-def model() -> port.Port:
-    return port.Port(MODEL)
+def model() -> Iterator[port.Port]:
+    with mx.stream(mx.cpu):  # the tolerances are the CPU's
+        yield port.Port(MODEL)
 
 
 LENGTHS = {"short": (cases.PROMPTS, cases.SHORT), "long": (tuple(cases.PROMPTS[i] for i in cases.LONG_PROMPTS), 512)}
@@ -33,7 +35,7 @@ def test_golden_text_is_not_trivial():
     lengths = load("text", "short")["attention_mask"].sum(axis=1)
     assert lengths[3] == cases.SHORT
     assert len(set(lengths.tolist())) == len(lengths)
-    assert lengths[1] == lengths.min() < 12
+    assert lengths[1] == lengths.min() < 20
     long = load("text", "long")["attention_mask"].sum(axis=1)
     assert long[0] < 40
     assert long[1] == cases.LONG

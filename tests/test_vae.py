@@ -1,0 +1,62 @@
+"""The VAE's own properties; the goldens compare it with diffusers."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from klein_mlx.config import VAEConfig
+from klein_mlx.vae import EPS, VAE, Attention, GroupNorm
+
+CONFIG = VAEConfig((16, 16, 32, 32), 1, 8, norm_num_groups=4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_equals_mlx(offset: float) -> None:
+    """Against mlx.nn's, also where the mean is much larger than the spread."""
+    x = mx.random.normal((2, 5, 7, 16)) * 3 + offset
+    ours, theirs = GroupNorm(4, 16), nn.GroupNorm(4, 16, eps=EPS, pytorch_compatible=True)
+    ours.weight = theirs.weight = mx.random.normal((16,))
+    ours.bias = theirs.bias = mx.random.normal((16,))
+    assert mx.allclose(ours(x), theirs(x), atol=1e-4)
+    assert mx.allclose(ours(x, activate=True), nn.silu(theirs(x)), atol=1e-4)
+
+
+def test_attention_in_rows_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the queries a few at a time changes nothing."""
+    attention = Attention(16, 4)
+    x = mx.random.normal((1, 6, 5, 16))
+    whole = attention(x)
+    monkeypatch.setattr("klein_mlx.vae.SCORES", 30 * 7)
+    assert mx.allclose(attention(x), whole, atol=1e-6)
+
+
+def test_shapes() -> None:
+    vae = VAE(CONFIG)
+    z = vae.encode(mx.zeros((2, 48, 80, 3)))
+    assert z.shape == (2, 6, 10, 8)
+    assert vae.decode(z).shape == (2, 48, 80, 3)
+
+
+def test_latent_statistics_with_their_own_eps() -> None:
+    vae = VAE(CONFIG)
+    vae.latent_mean = mx.arange(32, dtype=mx.float32)
+    vae.latent_var = mx.zeros((32,))
+    latents = mx.random.normal((1, 2, 3, 32))
+    assert mx.allclose(vae.denormalize(latents), latents * 0.01 + vae.latent_mean, atol=1e-5)  # sqrt(1e-4)
+    assert mx.allclose(vae.normalize(vae.denormalize(latents)), latents, atol=1e-2)
+    assert vae.normalize(latents.astype(mx.bfloat16)).dtype == mx.bfloat16
+
+
+def test_parts_that_a_config_leaves_out() -> None:
+    bare = VAE(
+        VAEConfig((16, 32), 1, 4, 4, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
+    )
+    assert "attention" not in bare.encoder.mid
+    assert bare.decode(bare.encode(mx.zeros((1, 16, 16, 3)))).shape == (1, 16, 16, 3)
+
+
+def test_a_smaller_decoder_has_its_own_channels() -> None:
+    small = VAE(VAEConfig((16, 16, 32, 32), 1, 8, 4, decoder_block_out_channels=(8, 8, 16, 16)))
+    assert small.decoder.conv_in.weight.shape[0] == 16
+    assert small.encoder.conv_out.weight.shape[-1] == 32
+    assert small.decode(mx.zeros((1, 2, 2, 8))).shape == (1, 16, 16, 3)
