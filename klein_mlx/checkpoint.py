@@ -139,7 +139,10 @@ def model_config(
             raise CheckpointError(
                 f"{where}: {name} is {numbers[name]!r}; it must be a positive integer, at most {limit}"
             )
-    return ModelConfig(**parts, is_distilled=distilled, taps=tuple(taps), variant_name=variant_name, **numbers)
+    try:
+        return ModelConfig(**parts, is_distilled=distilled, taps=tuple(taps), variant_name=variant_name, **numbers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where.parent}: {error}") from None
 
 
 def _table(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:

@@ -28,6 +28,17 @@ GENERATE_EXAMPLES = """examples:
 """
 
 
+# What the library calls an argument, and what the command line does.
+OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "num_images_per_prompt": "--count",
+    "max_sequence_length": "--max-sequence-length",
+    **{name: f"--{name}" for name in ("width", "height", "seed", "quantize", "dtype", "keep")},
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors and without abbreviations."""
 
@@ -93,30 +104,32 @@ def _output_paths(args: argparse.Namespace, run: "Run") -> list[Path]:
 
     pictures = run.request.pictures
     if args.output is None:
-        slug = _slug(args.prompt)
-        return [_free(Path(f"{slug}-{seed}.png")) for _, seed in pictures]
-    many = len(pictures) > 1
-    paths = [
-        args.output.with_name(f"{args.output.stem}-{seed}{args.output.suffix}") if many else args.output
-        for _, seed in pictures
-    ]
+        return _free_names(_slug(args.prompt), [seed for _, seed in pictures])
+    if len(pictures) == 1:
+        paths = [args.output]
+    else:
+        stem, suffix = args.output.stem, args.output.suffix
+        paths = [args.output.with_name(f"{stem}-{seed}{suffix}") for _, seed in pictures]
     if len(set(paths)) < len(paths):
-        raise RequestError("the same seed is given twice; give different seeds")
+        raise RequestError("--seed has the same value twice; give different seeds")
     for path in paths:
         check_output(path, args.force)
     return paths
 
 
-def _free(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, ... that does not exist."""
+def _free_names(slug: str, seeds: Sequence[int]) -> list[Path]:
+    """slug-seed.png for each, or the first of slug-seed-2.png, ... that does not exist."""
     from klein_mlx.images import check_output
 
-    free, number = path, 2
-    while os.path.lexists(free):
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    check_output(free, overwrite=False)
-    return free
+    paths: list[Path] = []
+    for seed in seeds:
+        path, number = Path(f"{slug}-{seed}.png"), 2
+        while path in paths or os.path.lexists(path):
+            path = Path(f"{slug}-{seed}-{number}.png")
+            number += 1
+        check_output(path, overwrite=False)
+        paths.append(path)
+    return paths
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
@@ -222,6 +235,13 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _in_options(error: KleinError) -> str:
+    """The error's line, with an argument that it starts with called as it was typed."""
+    line = " ".join(str(error).split())
+    name, space, rest = line.partition(" ")
+    return f"{OPTIONS[name]}{space}{rest}" if name in OPTIONS and isinstance(error, RequestError) else line
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     commands = {"generate": _generate, "convert": _convert, "info": _info}
@@ -229,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return commands[args.command](args)
     except KleinError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_in_options(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

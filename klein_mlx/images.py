@@ -139,10 +139,14 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RequestError(f"output folder {folder} does not exist; make it first")
     if path.is_dir():
         raise RequestError(f"output {path} is a folder; name a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise RequestError(f"output folder {folder} is not writable; choose another")
     if not overwrite and os.path.lexists(path):
         raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force")
+    probe = _beside(path)
+    try:  # trying is the only sure test: for root, read-only disks and network folders
+        probe.open("xb").close()
+        probe.unlink()
+    except OSError as error:
+        raise RequestError(f"output folder {folder} is not writable ({error.strerror}); choose another") from None
 
 
 def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
@@ -153,7 +157,7 @@ def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
     """
     check_output(path, overwrite)
     options: dict[str, Any] = {} if path.suffix.lower() == ".png" else {"quality": 95}
-    beside = path.parent / f".klein-{secrets.token_hex(8)}.part"
+    beside = _beside(path)
     try:
         with beside.open("xb") as file:
             image.save(file, format=FORMATS[path.suffix.lower()], **options)
@@ -166,6 +170,11 @@ def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
         raise RequestError(f"output {path} cannot be written: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name in the same folder, so that the final rename stays on one disk."""
+    return path.parent / f".klein-{secrets.token_hex(8)}.part"
 
 
 def _put(beside: Path, path: Path, overwrite: bool) -> None:

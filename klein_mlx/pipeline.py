@@ -166,13 +166,15 @@ class KleinPipeline:
             max_sequence_length=max_sequence_length,
         )
         run = Run(request)
-        run.start(self._events(run))
+        references, height, width = self._open_references(run)
+        run.start(self._events(run, references, height, width))
         return run
 
-    def _events(self, run: Run) -> Iterator[Step | Picture]:
+    def _events(self, run: Run, opened: list[Image.Image], height: int, width: int) -> Iterator[Step | Picture]:
         """The whole run, phase by phase."""
         request = run.request
-        height, width, references = self._encode_references(run)
+        with run.timed("encode"):
+            references = join_references([self._encode_reference(run, image) for image in opened])
         embeds, negative = self._encode_prompts(run)
         self._release("text_encoder", unless="all")
         side = self.config.pixels_per_token
@@ -204,8 +206,8 @@ class KleinPipeline:
             yield self._finish(run, number, latents)
         self._release("vae", unless=("all", "transformer"))
 
-    def _encode_references(self, run: Run) -> tuple[int, int, References | None]:
-        """Height and width of the picture, and the references as tokens."""
+    def _open_references(self, run: Run) -> tuple[list[Image.Image], int, int]:
+        """The references as the model takes them, and the picture's height and width."""
         request, side = run.request, self.config.pixels_per_token
         prepared = []
         for source in request.images:
@@ -215,15 +217,14 @@ class KleinPipeline:
             prepared.append(image)
         first = prepared[0].size if prepared else (self.config.default_size, self.config.default_size)
         width, height = request.width or first[0], request.height or first[1]
-        check_side("width", width, side), check_side("height", height, side)
+        check_side("width", width, side)
+        check_side("height", height, side)
         if request.latents is not None and tuple(request.latents.shape[2:]) != (height // side, width // side):
             raise RequestError(
                 f"latents has shape {tuple(request.latents.shape)}; for {width} x {height} pixels its last two must be "
                 f"{height // side}, {width // side}"
             )
-        with run.timed("encode"):
-            encoded = [self._encode_reference(run, image) for image in prepared]
-        return height, width, join_references(encoded)
+        return prepared, height, width
 
     def _encode_reference(self, run: Run, image: Image.Image) -> mx.array:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())

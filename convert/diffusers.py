@@ -1,0 +1,107 @@
+"""A folder in diffusers' layout, read as a Source: mapped lazily, translated name by name, never executed.
+
+Reads model_index.json, the parts' config.json, their safetensors and tokenizer/tokenizer.json. diffusers itself is
+not needed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from klein_mlx.checkpoint import CONFIG_CLASSES, expected, model_config
+from klein_mlx.config import PARTS, ModelConfig, default_taps
+from klein_mlx.convert.keys import diffusers_name, is_left_out
+from klein_mlx.convert.layouts import their_shape, to_ours
+from klein_mlx.errors import CheckpointError
+from klein_mlx.quantize import Quantization
+from klein_mlx.weights import WeightFiles, open_weights, read_json, require_file
+
+INDEX_FILE = "model_index.json"
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+
+_STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+# The field of a part's config.json that says what it is, and klein's value.
+_KINDS = {
+    "transformer": ("_class_name", "Flux2Transformer2DModel"),
+    "text_encoder": ("model_type", "qwen3"),
+    "vae": ("_class_name", "AutoencoderKLFlux2"),
+}
+
+
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """What `Flux2KleinPipeline.save_pretrained` writes."""
+
+    path: Path
+    config: ModelConfig
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantization(self) -> Mapping[str, Quantization]:
+        return {}
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER_FILE
+
+    def weights(self, part: str) -> dict[str, mx.array]:
+        files, renames = self._open(part), self._renames(part)
+        arrays = files.arrays()
+        return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
+
+    def files(self) -> list[Path]:
+        configs = [self.path / part / "config.json" for part in PARTS]
+        weights = [path for part in PARTS for path in self._open(part).shards]
+        return [self.path / INDEX_FILE, *configs, self.tokenizer_file, *weights]
+
+    def _renames(self, part: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Our name -> diffusers' name, its layout there, and its shape here."""
+        return {ours: (*diffusers_name(part, ours), shape) for ours, shape in expected(part, self.config).items()}
+
+    def _open(self, part: str) -> WeightFiles:
+        """The part's files, checked: what must be in them is, as it must be, and nothing else is."""
+        files = open_weights(self.path / part, _STEMS[part])
+        shapes = {theirs: their_shape(layout, shape) for theirs, layout, shape in self._renames(part).values()}
+        files.check(shapes, left_out=lambda name: is_left_out(part, name, self.config))
+        return files
+
+
+def open_diffusers(folder: Path, name: str | None = None, revision: str | None = None) -> DiffusersFolder:
+    """Open a folder that has a model_index.json.
+
+    name, revision: where it comes from, for the record (a Hub id, a commit); the folder's own name by default.
+    model_index.json may also state `text_encoder_out_layers`, `max_sequence_length` and `default_size`, which
+    diffusers keeps as default arguments.
+    """
+    index = folder / INDEX_FILE
+    values = read_json(index)
+    parts = {part: _read_config(folder / part / "config.json", part) for part in PARTS}
+    if "text_encoder_out_layers" in values:
+        values["taps"] = values["text_encoder_out_layers"]
+    defaults = {
+        "taps": default_taps(parts["text_encoder"].num_hidden_layers),
+        "max_sequence_length": 512,
+        "default_size": 1024,
+        "is_distilled": False,
+    }
+    config = model_config(parts, values, where=index, defaults=defaults)
+    require_file(folder / TOKENIZER_FILE)
+    origin = {
+        "name": name or folder.resolve().name,
+        "format": "diffusers",
+        **({"revision": revision} if revision else {}),
+    }
+    info = {"format": "diffusers", "source": origin, "licence": config.variant.licence}
+    return DiffusersFolder(folder, config, info)
+
+
+def _read_config(path: Path, part: str) -> Any:
+    """A part's config.json as a dataclass, once it has said that it is klein's kind of part."""
+    values = read_json(path)
+    name, right = _KINDS[part]
+    if values.get(name) != right:
+        raise CheckpointError(f"{path}: {name} is {values.get(name)!r}; FLUX.2 [klein] has {right!r}")
+    return CONFIG_CLASSES[part].from_dict(values, str(path))

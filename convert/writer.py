@@ -1,0 +1,117 @@
+"""Weights -> safetensors files, as a stream: one tensor is evaluated, written and dropped at a time.
+
+MLX's own writer needs all of a file's tensors in memory, and leaves a truncated file behind when the disk is full.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+
+from klein_mlx.errors import CheckpointError
+from klein_mlx.weights import one_line
+
+MAX_SHARD_BYTES = 4 * 10**9
+_CHUNK = 16 << 20
+_NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32"}
+
+Advance = Callable[[int], None]  # told how many bytes were just written
+
+
+def write_weights(folder: Path, stem: str, weights: dict[str, mx.array], advance: Advance) -> None:
+    """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json` above MAX_SHARD_BYTES.
+
+    weights: lazy arrays; EMPTIED as they are written, so that each is freed. All files are flushed to the disk.
+    """
+    shards = _split(weights, MAX_SHARD_BYTES)
+    if len(shards) == 1:
+        _write_file(folder / f"{stem}.safetensors", shards[0], weights, advance)
+        return
+    total = sum(array.nbytes for array in weights.values())
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, path.name)
+        _write_file(path, names, weights, advance)
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a JSON object, flushed to the disk."""
+    with path.open("wb") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
+        flush(file)
+
+
+def flush(file: BinaryIO) -> None:
+    """Push a file's bytes to the disk itself, so that a later rename cannot outlive them."""
+    file.flush()
+    flush_descriptor(file.fileno())
+
+
+def flush_descriptor(descriptor: int) -> None:
+    """fsync; on macOS the disk's own cache too, where the file system can."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError:
+            pass
+    os.fsync(descriptor)
+
+
+def _split(weights: dict[str, mx.array], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut into runs of at most `max_bytes` (a single larger tensor is its own run)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(weights):
+        if shards[-1] and size + weights[name].nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += weights[name].nbytes
+    return shards
+
+
+def _write_file(path: Path, names: list[str], weights: dict[str, mx.array], advance: Advance) -> None:
+    """Header first, from shapes and dtypes that lazy arrays know; then each tensor's bytes."""
+    # What is no multiple of 8 bytes comes last, wider dtypes first: so every tensor is aligned, without holes.
+    names = sorted(
+        names, key=lambda n: (weights[n].nbytes % 8 != 0, -weights[n].itemsize * (weights[n].nbytes % 8 != 0))
+    )
+    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name in names:
+        array = weights[name]
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write_array(file, name, weights.pop(name), advance)
+            mx.clear_cache()
+        flush(file)
+
+
+def _write_array(file: BinaryIO, name: str, array: mx.array, advance: Advance) -> None:
+    if array.size == 0:
+        return
+    array = mx.contiguous(array)
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)  # Python's buffers have no bfloat16
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: cannot be read from the source ({one_line(error)})") from None
+    data = memoryview(array).cast("B")  # type: ignore[arg-type]
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        file.write(chunk)
+        advance(len(chunk))
