@@ -28,10 +28,9 @@ def open_model(
         if not (TINY_FOLDER / CONFIG_FILE).exists():
             raise CheckpointError(f"{TINY_FOLDER}: the embedded checkpoint is not in this installation: reinstall it")
         return open_checkpoint(TINY_FOLDER)
-    path = Path(model).expanduser()
-    if _exists(path):
+    text, path = str(model), Path(model).expanduser()
+    if text and _exists(path):
         return _open_folder(path)
-    text = str(model)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"{path}: no such folder")
     if not _HUB_ID.fullmatch(text):

@@ -77,13 +77,14 @@ TEXT_ENCODER = (
 
 
 def _resnets(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The rules of the VAE's resnets at one place."""
+    """The rules of the VAE's resnets at one place; only those of a level change their width and have a shortcut."""
+    shortcut = Rule(f"{ours}.shortcut", f"{theirs}.conv_shortcut", POINTWISE)
     return (
         Rule(f"{ours}.norm1", f"{theirs}.norm1"),
         Rule(f"{ours}.conv1", f"{theirs}.conv1", CONV),
         Rule(f"{ours}.norm2", f"{theirs}.norm2"),
         Rule(f"{ours}.conv2", f"{theirs}.conv2", CONV),
-        Rule(f"{ours}.shortcut", f"{theirs}.conv_shortcut", POINTWISE),
+        *(() if ".mid." in ours else (shortcut,)),
     )
 
 

@@ -214,7 +214,7 @@ def _report(pipe: "KleinPipeline", run: "Run", files: list[str]) -> dict[str, An
         "seeds": [seed for _, seed in run.request.pictures],
         "model": pipe.config.variant.name,
         "steps": run.request.steps,
-        "keep": pipe.keep,
+        "keep": pipe.parts.keep,
         "notes": run.notes,
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
         "peak_memory": mx.get_peak_memory(),

@@ -5,44 +5,32 @@ picture; the call, the command line and whatever else is built sit on it. The en
 embeddings are evaluated, the transformer before the pictures are decoded, unless `keep` says otherwise.
 """
 
-import gc
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from klein_mlx import images
-from klein_mlx.checkpoint import Source, build, load_part
-from klein_mlx.conditioning import References, all_ids, encode_prompt, encode_reference, join_references
+from klein_mlx.checkpoint import Source
+from klein_mlx.conditioning import References, encode_prompt, encode_reference, join_references
 from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.events import KleinOutput, Picture, Run, Step
-from klein_mlx.latents import (
-    from_channels_first,
-    latents_to_tokens,
-    noise,
-    to_channels_first,
-    tokens_to_latents,
-    unpatchify,
-)
-from klein_mlx.quantize import Quantization, parse, prepare
+from klein_mlx.latents import from_channels_first, noise, to_channels_first, unpatchify
+from klein_mlx.parts import Parts, compute_dtype
+from klein_mlx.quantize import parse
 from klein_mlx.request import check, check_side
 from klein_mlx.sampler import Predict, euler_steps, make_sigmas, with_cfg
 from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.transformer import Transformer, rope_tables
+from klein_mlx.velocity import Tracked, velocity
 
 if TYPE_CHECKING:
     import numpy as np
 
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-KEEP = ("all", "transformer", "nothing")
 REMEMBERED = 32  # prompts, and references, whose encodings are kept
 
 
@@ -63,12 +51,8 @@ class KleinPipeline:
         """source: an opened model (klein_mlx.convert.open_model). The rest as in `from_pretrained`."""
         self.source = source
         self.config: ModelConfig = source.config
-        self.quantization: Quantization | None = parse(quantize)
-        self.dtype = _dtype(dtype)
-        if keep is not None and keep not in KEEP:
-            raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEEP)}")
-        self.keep = keep or _default_keep(source, self.dtype, self.quantization)
-        self._parts: dict[str, nn.Module] = {}
+        self.dtype = compute_dtype(dtype)
+        self.parts = Parts(source, self.dtype, parse(quantize), keep)
         self._prompts: dict[Any, mx.array] = {}
         self._references: dict[Any, mx.array] = {}
 
@@ -171,12 +155,19 @@ class KleinPipeline:
         return run
 
     def _events(self, run: Run, opened: list[Image.Image], height: int, width: int) -> Iterator[Step | Picture]:
-        """The whole run, phase by phase."""
+        """The whole run; however it ends, only what is to be kept stays loaded."""
+        try:
+            yield from self._phases(run, opened, height, width)
+        finally:
+            self.parts.release(*PARTS)
+
+    def _phases(self, run: Run, opened: list[Image.Image], height: int, width: int) -> Iterator[Step | Picture]:
+        """Encode, denoise, decode."""
         request = run.request
         with run.timed("encode"):
             references = join_references([self._encode_reference(run, image) for image in opened])
         embeds, negative = self._encode_prompts(run)
-        self._release("text_encoder", unless="all")
+        self.parts.release("text_encoder", "vae")
         side = self.config.pixels_per_token
         h, w = height // side, width // side
         sigmas = make_sigmas(h * w, request.steps, request.sigmas)
@@ -188,7 +179,7 @@ class KleinPipeline:
                 predict = self._predict(run, prompt_embeds, negative, references, (h, w))
                 channels = self.config.transformer.in_channels
                 latents = noise(mx.random.key(seed), h, w, channels) if start is None else start[number : number + 1]
-            steps = _Tracked(predict)
+            steps = Tracked(predict)
             latents = latents.astype(self.dtype)
             walk = euler_steps(steps, latents, sigmas)
             for index in range(1, len(sigmas)):
@@ -198,13 +189,12 @@ class KleinPipeline:
                 preview = self._preview(run, latents - sigmas[index] * steps.velocity)
                 yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview)
             waiting.append((number, latents))
-            if self.keep != "nothing":
+            if self.parts.keep != "nothing":
                 yield self._finish(run, *waiting.pop())
         del predict, steps, walk  # they hold the transformer
-        self._release("transformer", unless=("all", "transformer"))
+        self.parts.release("transformer")
         for number, latents in waiting:
             yield self._finish(run, number, latents)
-        self._release("vae", unless=("all", "transformer"))
 
     def _open_references(self, run: Run) -> tuple[list[Image.Image], int, int]:
         """The references as the model takes them, and the picture's height and width."""
@@ -229,7 +219,7 @@ class KleinPipeline:
     def _encode_reference(self, run: Run, image: Image.Image) -> mx.array:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
         if key not in self._references:
-            latents = encode_reference(self._part("vae", run), image, self.dtype)
+            latents = encode_reference(self.parts.get("vae", run.timed), image, self.dtype)
             _remember(self._references, key, latents)
         return self._references[key]
 
@@ -255,7 +245,7 @@ class KleinPipeline:
             run.notes.append(f"prompt {text!r}: {tokens.cut[0]} tokens over {length} were cut")
         key = (prompt, length)
         if key not in self._prompts:
-            _remember(self._prompts, key, encode_prompt(self._part("text_encoder", run), tokens, 0))
+            _remember(self._prompts, key, encode_prompt(self.parts.get("text_encoder", run.timed), tokens, 0))
         return self._prompts[key]
 
     def _predict(
@@ -267,11 +257,11 @@ class KleinPipeline:
         grid: tuple[int, int],
     ) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
-        transformer = self._part("transformer", run)
-        conditional = _velocity(transformer, prompt_embeds, references, grid)
+        transformer = self.parts.get("transformer", run.timed)
+        conditional = velocity(transformer, prompt_embeds, references, grid)
         if negative is None:
             return conditional
-        unconditional = _velocity(transformer, negative, references, grid)
+        unconditional = velocity(transformer, negative, references, grid)
         return with_cfg(conditional, unconditional, run.request.guidance)
 
     def _finish(self, run: Run, number: int, latents: mx.array) -> Picture:
@@ -283,7 +273,7 @@ class KleinPipeline:
         return Picture(number, len(run.request.pictures), prompt, seed, image)
 
     def _decode(self, run: Run, latents: mx.array, output_type: str) -> Any:
-        vae = self._part("vae", run)
+        vae = self.parts.get("vae", run.timed)
         z = unpatchify(vae.denormalize(latents))
         if output_type == "latent":
             z = to_channels_first(z)[0]
@@ -300,82 +290,6 @@ class KleinPipeline:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read when first needed."""
         return Tokenizer(self.source.tokenizer_file)
-
-    def _part(self, name: str, run: Run) -> Any:
-        """A part with its weights in memory."""
-        if name not in self._parts:
-            with run.timed("load"):
-                module = load_part(name, self.source, self.dtype, self.quantization)
-                mx.eval(module.parameters())
-            self._parts[name] = module
-        return self._parts[name]
-
-    def _release(self, name: str, unless: str | tuple[str, ...]) -> None:
-        """Free a part's weights, unless `keep` is (one of) `unless`."""
-        if self.keep == unless or self.keep in unless or name not in self._parts:
-            return
-        del self._parts[name]
-        gc.collect()  # modules hold themselves in cycles
-        mx.clear_cache()
-
-
-class _Tracked:
-    """A predict function that remembers its last velocity, for previews."""
-
-    def __init__(self, predict: Predict):
-        self._predict = predict
-        self.velocity = mx.array(0.0)
-
-    def __call__(self, latents: mx.array, sigma: float) -> mx.array:
-        self.velocity = self._predict(latents, sigma)
-        return self.velocity
-
-
-def _velocity(
-    transformer: Transformer, prompt_embeds: mx.array, references: References | None, grid: tuple[int, int]
-) -> Predict:
-    """`transformer` as a function of latents and sigma; the rotary tables are made once."""
-    h, w = grid
-    config = transformer.config
-    ids = all_ids(prompt_embeds.shape[1], h, w, references)
-    rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta)
-
-    def predict(latents: mx.array, sigma: float) -> mx.array:
-        tokens = latents_to_tokens(latents)
-        if references is not None:
-            tokens = mx.concatenate([tokens, references.tokens], axis=1)
-        modulations = transformer.modulations(sigma, latents.dtype)
-        return tokens_to_latents(transformer(tokens, prompt_embeds, modulations, rope, h * w), h, w)
-
-    return predict
-
-
-def _dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
-    if dtype is None:
-        return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise RequestError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
-    return dtype
-
-
-def _default_keep(source: Source, dtype: mx.Dtype, quantization: Quantization | None) -> str:
-    """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    sizes = {}
-    for part in PARTS:
-        module = build(part, source.config)
-        kind = source.quantization.get(part, quantization)
-        if kind is not None:
-            prepare(module, part, kind)
-        arrays = [array for _, array in tree_flatten(module.parameters())]
-        sizes[part] = sum(a.nbytes if a.dtype == mx.uint32 else a.size * dtype.size for a in arrays)
-    if sum(sizes.values()) <= half:
-        return "all"
-    return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"
 
 
 def _remember(store: dict[Any, mx.array], key: Any, value: mx.array) -> None:

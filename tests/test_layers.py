@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"cli"},
     {"pipeline"},
+    {"parts", "velocity"},
     {"convert"},
     {"checkpoint", "quantize", "conditioning", "weights"},
     {"text_encoder", "transformer", "vae"},

@@ -1,0 +1,78 @@
+"""The memory plan: which part's weights are in memory, and when they leave it."""
+
+import gc
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from klein_mlx.checkpoint import Source, build, load_part
+from klein_mlx.config import PARTS
+from klein_mlx.errors import RequestError
+from klein_mlx.quantize import Quantization, prepare
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
+
+
+class Parts:
+    """A model's three modules, loaded when first asked for and released as `keep` says.
+
+    keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
+    Raises RequestError for another `keep`.
+    """
+
+    def __init__(self, source: Source, dtype: mx.Dtype, quantization: Quantization | None, keep: str | None):
+        if keep is not None and keep not in KEPT:
+            raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEPT)}")
+        self.source, self.dtype, self.quantization = source, dtype, quantization
+        self.keep = keep or _default_keep(source, dtype, quantization)
+        self.loaded: dict[str, nn.Module] = {}
+
+    def get(self, name: str, timed: Callable[[str], AbstractContextManager[None]]) -> Any:
+        """A part with its weights in memory; `timed("load")` surrounds the reading."""
+        if name not in self.loaded:
+            with timed("load"):
+                module = load_part(name, self.source, self.dtype, self.quantization)
+                mx.eval(module.parameters())
+            self.loaded[name] = module
+        return self.loaded[name]
+
+    def release(self, *names: str) -> None:
+        """Free these parts' weights, except those that are kept. Nothing else may still refer to them."""
+        leaving = [name for name in names if name in self.loaded and name not in KEPT[self.keep]]
+        for name in leaving:
+            del self.loaded[name]
+        if leaving:
+            gc.collect()
+            mx.clear_cache()
+
+
+def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
+    """A dtype or its name; None: bfloat16 on a GPU, float32 on a CPU. Raises RequestError for any other."""
+    if dtype is None:
+        return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _default_keep(source: Source, dtype: mx.Dtype, quantization: Quantization | None) -> str:
+    """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    sizes = {}
+    for part in PARTS:
+        module = build(part, source.config)
+        kind = source.quantization.get(part, quantization)
+        if kind is not None:
+            prepare(module, part, kind)
+        arrays = [array for _, array in tree_flatten(module.parameters())]
+        sizes[part] = sum(a.nbytes if a.dtype == mx.uint32 else a.size * dtype.size for a in arrays)
+    if sum(sizes.values()) <= half:
+        return "all"
+    return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"
