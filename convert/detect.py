@@ -1,5 +1,6 @@
 """What is this model? A word, a folder in our format or in diffusers' layout, or a repository of the Hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def open_model(
         if not (TINY_FOLDER / CONFIG_FILE).exists():
             raise CheckpointError(f"{TINY_FOLDER}: the embedded checkpoint is not in this installation: reinstall it")
         return open_checkpoint(TINY_FOLDER)
-    text, path = str(model), Path(model).expanduser()
+    text, path = str(model), Path(os.path.expanduser(model))
     if text and _exists(path):
         return _open_folder(path)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):

@@ -119,7 +119,7 @@ def _origin(source: Source) -> dict[str, Any]:
 
 def _checked_destination(destination: Path, source: Path, force: bool) -> Path:
     """The absolute destination, once nothing speaks against it."""
-    target, origin = destination.expanduser().resolve(), source.resolve()
+    target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
     if _is_within(target, origin):
         raise CheckpointError(f"{destination}: is the source itself or inside it; choose another folder")
     if _is_within(origin, target):
@@ -156,7 +156,10 @@ def _workspace(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.converting")
     busy = CheckpointError(f"{target}: another conversion is writing it")
     folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise busy from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,12 +193,12 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
     for part in PARTS:
         finished.weights(part)  # names, shapes and dtypes; nothing is read
     _flush_folder(folder)
+    replaced = target.with_name(f".{target.name}.replaced")
     if not os.path.lexists(target):
         os.rename(folder, target)
     elif not force:
         raise CheckpointError(f"{target}: has appeared in the meantime; nothing was written")
     else:
-        replaced = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(target, replaced)
         try:
@@ -203,8 +206,8 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
         except OSError:
             os.rename(replaced, target)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
     _flush_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _flush_folder(folder: Path) -> None:

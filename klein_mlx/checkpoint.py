@@ -188,6 +188,14 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in tree_flatten(module.parameters())}  # type: ignore[union-attr]
 
 
+def part_bytes(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> int:
+    """Bytes that `load_part` would hold in memory once it is evaluated."""
+    quantization = source.quantization.get(part) or (quantize if part in QUANTIZED_PARTS else None)
+    module = _structure(part, source.config, quantization)
+    arrays = [array for _, array in tree_flatten(module.parameters())]
+    return sum(array.size * (4 if array.dtype == mx.uint32 else dtype.size) for array in arrays)  # type: ignore[union-attr]
+
+
 def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> nn.Module:
     """Build one part and give it its weights: all of them, of the right shapes, or a CheckpointError.
 

@@ -46,11 +46,12 @@ def _checked(value: Any, kind: Any, what: str) -> Any:
         return tuple(items)
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is int and type(value) is int and 0 <= value < 1 << 30:
-        return value
-    if kind is float and type(value) in (int, float) and 0 <= value < 1e12:
-        return float(value)
-    raise CheckpointError(f"{what} is {value!r}; it must be a {getattr(kind, '__name__', kind)} that is not negative")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 40:
+        if kind is float:
+            return float(value)
+        if kind is int and isinstance(value, int) and value < 1 << 30:
+            return value
+    raise CheckpointError(f"{what} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}, not negative")
 
 
 @dataclass(frozen=True)
@@ -126,31 +127,35 @@ class VAEConfig(_FromDict):
 
 @dataclass(frozen=True)
 class Variant:
-    """What no config.json states. `hidden_size` and `is_distilled` tell which variant a checkpoint is."""
+    """What no config.json states. The dimensions and `is_distilled` tell which variant a checkpoint is.
+
+    dimensions: the transformer's hidden size, double blocks and single blocks.
+    """
 
     name: str
     hub_id: str | None
-    hidden_size: int
+    dimensions: tuple[int, int, int]
     is_distilled: bool
     steps: int
     guidance: float
     licence: str
 
 
+_4B, _9B = (3072, 5, 20), (4096, 8, 24)
 _APACHE = "Apache-2.0"
 _NON_COMMERCIAL = "FLUX non-commercial (gated)"
 
 VARIANTS = (
-    Variant("4b", "black-forest-labs/FLUX.2-klein-4B", 3072, True, 4, 1.0, _APACHE),
-    Variant("base-4b", "black-forest-labs/FLUX.2-klein-base-4B", 3072, False, 50, 4.0, _APACHE),
-    Variant("9b", "black-forest-labs/FLUX.2-klein-9B", 4096, True, 4, 1.0, _NON_COMMERCIAL),
-    Variant("base-9b", "black-forest-labs/FLUX.2-klein-base-9B", 4096, False, 50, 4.0, _NON_COMMERCIAL),
+    Variant("4b", "black-forest-labs/FLUX.2-klein-4B", _4B, True, 4, 1.0, _APACHE),
+    Variant("base-4b", "black-forest-labs/FLUX.2-klein-base-4B", _4B, False, 50, 4.0, _APACHE),
+    Variant("9b", "black-forest-labs/FLUX.2-klein-9B", _9B, True, 4, 1.0, _NON_COMMERCIAL),
+    Variant("base-9b", "black-forest-labs/FLUX.2-klein-base-9B", _9B, False, 50, 4.0, _NON_COMMERCIAL),
 )
 UNLISTED = {  # any other size: a toy, a test, a fine-tune with other dimensions
-    True: Variant("distilled", None, 0, True, 4, 1.0, "not stated"),
-    False: Variant("base", None, 0, False, 50, 4.0, "not stated"),
+    True: Variant("distilled", None, (0, 0, 0), True, 4, 1.0, "not stated"),
+    False: Variant("base", None, (0, 0, 0), False, 50, 4.0, "not stated"),
 }
-TINY = Variant("tiny", None, 0, True, 4, 1.0, _APACHE)
+TINY = Variant("tiny", None, (0, 0, 0), True, 4, 1.0, _APACHE)
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,9 @@ class ModelConfig:
         """The row of the table that these dimensions are."""
         if self.variant_name == TINY.name:
             return TINY
-        size = self.transformer.hidden_size
-        rows = [v for v in VARIANTS if v.hidden_size == size and v.is_distilled == self.is_distilled]
+        t = self.transformer
+        dimensions = (t.hidden_size, t.num_layers, t.num_single_layers)
+        rows = [v for v in VARIANTS if v.dimensions == dimensions and v.is_distilled == self.is_distilled]
         return rows[0] if rows else UNLISTED[self.is_distilled]
 
     @property

@@ -8,12 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from klein_mlx.checkpoint import Source, build, load_part
+from klein_mlx.checkpoint import Source, load_part, part_bytes
 from klein_mlx.config import PARTS
-from klein_mlx.errors import RequestError
-from klein_mlx.quantize import Quantization, prepare
+from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.quantize import Quantization
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
@@ -38,7 +37,10 @@ class Parts:
         if name not in self.loaded:
             with timed("load"):
                 module = load_part(name, self.source, self.dtype, self.quantization)
-                mx.eval(module.parameters())
+                try:
+                    mx.eval(module.parameters())
+                except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
+                    raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
             self.loaded[name] = module
         return self.loaded[name]
 
@@ -65,14 +67,7 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
 def _default_keep(source: Source, dtype: mx.Dtype, quantization: Quantization | None) -> str:
     """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    sizes = {}
-    for part in PARTS:
-        module = build(part, source.config)
-        kind = source.quantization.get(part, quantization)
-        if kind is not None:
-            prepare(module, part, kind)
-        arrays = [array for _, array in tree_flatten(module.parameters())]
-        sizes[part] = sum(a.nbytes if a.dtype == mx.uint32 else a.size * dtype.size for a in arrays)
+    sizes = {part: part_bytes(part, source, dtype, quantization) for part in PARTS}
     if sum(sizes.values()) <= half:
         return "all"
     return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"

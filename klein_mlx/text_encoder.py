@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
+from klein_mlx.fusion import swiglu
 
 
 class Attention(nn.Module):
@@ -47,7 +48,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

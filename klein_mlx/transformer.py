@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
+from klein_mlx.fusion import fused, gated_sum, swiglu
 
 
 class Modulation(NamedTuple):
@@ -70,18 +71,42 @@ def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float) -> Rope
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     """Turn neighbouring pairs of channels by the tables' angles.
 
-    x: (B, S, heads, head_dim), any float dtype; turned in float32, returned in x's dtype.
+    x: (..., S, heads, head_dim), any float dtype; turned in float32, returned in x's dtype.
     """
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    # Swapped before the cast, so that the whole is one elementwise kernel under mx.compile.
-    swapped = pairs[..., ::-1]
-    turned = pairs.astype(mx.float32) * rope.cos + swapped.astype(mx.float32) * rope.sin
-    return turned.astype(x.dtype).reshape(x.shape)
+    pairs = mx.unflatten(x, -1, (-1, 2))
+    return _turn(pairs, pairs[..., ::-1], rope.cos, rope.sin).flatten(-2)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, rope: Rope) -> mx.array:
-    """Full attention after rotary positions. q, k, v: (B, S, heads, head_dim). Returns (B, S, heads * head_dim)."""
-    q, k = apply_rope(q, rope), apply_rope(k, rope)
+def apply_scaled_rope(qk: mx.array, scale_q: mx.array, scale_k: mx.array, rope: Rope) -> mx.array:
+    """Finish the q/k norm and turn, in one kernel.
+
+    qk: (B, S, 2, heads, head_dim), q and k normalised without their weights `scale_q`, `scale_k`, each (head_dim,).
+    """
+    pairs = mx.unflatten(qk, -1, (-1, 2))
+    scale_q, scale_k = mx.unflatten(scale_q, -1, (-1, 2)), mx.unflatten(scale_k, -1, (-1, 2))
+    cos, sin = (mx.expand_dims(table, 1) for table in rope)
+    return _scale_and_turn(pairs, pairs[..., ::-1], scale_q, scale_k, cos, sin).flatten(-2)
+
+
+# Pairs are swapped before the cast to float32, outside of these chains, so that each chain is one kernel.
+@fused
+def _turn(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return (pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(pairs.dtype)
+
+
+@fused
+def _scale_and_turn(
+    pairs: mx.array, swapped: mx.array, scale_q: mx.array, scale_k: mx.array, cos: mx.array, sin: mx.array
+) -> mx.array:
+    is_k = mx.array([False, True])[:, None, None, None]
+    scale = mx.where(is_k, scale_k, scale_q)
+    other = mx.where(is_k, scale_k[..., ::-1], scale_q[..., ::-1])
+    turned = (pairs * scale).astype(mx.float32) * cos + (swapped * other).astype(mx.float32) * sin
+    return turned.astype(pairs.dtype)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Full attention. q, k, v: (B, S, heads, head_dim), turned already. Returns (B, S, heads * head_dim)."""
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return out.transpose(0, 2, 1, 3).flatten(2)
@@ -108,13 +133,30 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(hidden, hidden, bias=False)
 
     def __call__(self, timestep: mx.array) -> mx.array:
-        return self.linear_2(nn.silu(self.linear_1(timestep_embedding(timestep, self.channels))))
+        return self.linear_2(_silu(self.linear_1(timestep_embedding(timestep, self.channels))))
 
 
-def swiglu(x: mx.array) -> mx.array:
-    """silu(first half) * second half, over the last axis."""
-    gate, value = mx.split(x, 2, axis=-1)
-    return nn.silu(gate) * value
+def split_rows(linear: nn.Linear, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
+    """linear(x), cut at output channel `at`, by two matmuls: each result is whole in memory, and nothing is copied."""
+    if type(linear) is nn.Linear:
+        return x @ linear.weight[:at].T, x @ linear.weight[at:].T
+    if type(linear) is nn.QuantizedLinear:
+        arrays = ("weight", "scales", "biases")
+        first = [linear[name][:at] if name in linear else None for name in arrays]
+        second = [linear[name][at:] if name in linear else None for name in arrays]
+        kind = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        a, b = (mx.quantized_matmul(x, w, s, z, transpose=True, **kind) for w, s, z in (first, second))
+        return a, b
+    whole = linear(x)
+    return whole[..., :at], whole[..., at:]
+
+
+def join_columns(linear: nn.Linear, first: mx.array, second: mx.array) -> mx.array:
+    """linear([first, second]), without joining the two in memory where the weight can be cut instead."""
+    if type(linear) is nn.Linear:
+        at = first.shape[-1]
+        return mx.addmm(first @ linear.weight[:, :at].T, second, linear.weight[:, at:].T)
+    return linear(mx.concatenate([first, second], axis=-1))
 
 
 class Stream(nn.Module):
@@ -143,9 +185,9 @@ class Stream(nn.Module):
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
         mod_attention, mod_mlp = mods
-        x = x + mod_attention.gate * self.to_out(attention)
-        h = mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps)
-        return x + mod_mlp.gate * self.mlp_out(swiglu(self.mlp_in(h)))
+        x = gated_sum(x, mod_attention.gate, self.to_out(attention))
+        h = self.mlp_in(mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps))
+        return gated_sum(x, mod_mlp.gate, self.mlp_out(swiglu(*mx.split(h, 2, axis=-1))))
 
 
 class DoubleBlock(nn.Module):
@@ -165,9 +207,11 @@ class DoubleBlock(nn.Module):
         rope: Rope,
     ) -> tuple[mx.array, mx.array]:
         """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes."""
-        streams = zip(self.txt.qkv(txt, mod_txt[0]), self.img.qkv(img, mod_img[0]), strict=True)
-        q, k, v = (mx.concatenate(pair, axis=1) for pair in streams)
-        attention = attend(q, k, v, rope)
+        txt_q, txt_k, txt_v = self.txt.qkv(txt, mod_txt[0])
+        img_q, img_k, img_v = self.img.qkv(img, mod_img[0])
+        qk = mx.concatenate([txt_q, img_q, txt_k, img_k], axis=1)
+        qk = apply_rope(mx.unflatten(qk, 1, (2, -1)), rope)  # q and k are turned in one kernel
+        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1))
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
@@ -180,7 +224,7 @@ class SingleBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         hidden, mlp = config.hidden_size, config.mlp_size
-        self.hidden, self.head_dim, self.eps = hidden, config.attention_head_dim, config.eps
+        self.hidden, self.mlp, self.head_dim, self.eps = hidden, mlp, config.attention_head_dim, config.eps
         self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
         self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
         self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
@@ -188,11 +232,15 @@ class SingleBlock(nn.Module):
 
     def __call__(self, x: mx.array, mod: Modulation, rope: Rope) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
-        h = self.linear_in(mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps))
-        q, k, v, mlp = mx.split(h, [self.hidden, 2 * self.hidden, 3 * self.hidden], axis=-1)
-        q, k, v = (mx.unflatten(a, -1, (-1, self.head_dim)) for a in (q, k, v))
-        attention = attend(self.norm_q(q), self.norm_k(k), v, rope)
-        return x + mod.gate * self.linear_out(mx.concatenate([attention, swiglu(mlp)], axis=-1))
+        h = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
+        qk, rest = split_rows(self.linear_in, h, 2 * self.hidden)
+        qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
+        # Normalised together; the two weights follow with the rotation.
+        qk = mx.fast.rms_norm(qk, None, self.eps)
+        qk = apply_scaled_rope(qk, self.norm_q.weight, self.norm_k.weight, rope)
+        v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
+        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)))
+        return gated_sum(x, mod.gate, join_columns(self.linear_out, attention, swiglu(gate, value)))
 
 
 class Transformer(nn.Module):
@@ -220,7 +268,7 @@ class Transformer(nn.Module):
         moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact.
         """
         timestep = mx.array([1000.0 * sigma]).astype(dtype) / 1000 * 1000
-        vec = nn.silu(self.time_in(timestep))
+        vec = _silu(self.time_in(timestep))
         img = mx.split(self.mod_img(vec)[0], 6)
         txt = mx.split(self.mod_txt(vec)[0], 6)
         single = mx.split(self.mod_single(vec)[0], 3)
@@ -254,3 +302,8 @@ class Transformer(nn.Module):
 
 def _modulation(shift: mx.array, scale: mx.array, gate: mx.array) -> Modulation:
     return Modulation(shift, 1 + scale, gate)
+
+
+def _silu(x: mx.array) -> mx.array:
+    # mlx.nn's own is compiled, which on a CPU would call a C++ compiler.
+    return x * mx.sigmoid(x)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import VAEConfig
+from klein_mlx.fusion import fused
 
 EPS = 1e-6  # of every GroupNorm; no config states it
 SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
@@ -39,9 +40,18 @@ class GroupNorm(nn.Module):
         return scale.reshape(b, 1, 1, c), shift.reshape(b, 1, 1, c)
 
     def __call__(self, x: mx.array, activate: bool = False) -> mx.array:
-        scale, shift = self.affine(x)
-        out = x.astype(mx.float32) * scale + shift
-        return (nn.silu(out) if activate else out).astype(x.dtype)
+        return (_scale_shift_silu if activate else _scale_shift)(x, *self.affine(x))
+
+
+@fused
+def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@fused
+def _scale_shift_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    out = x.astype(mx.float32) * scale + shift
+    return (out * mx.sigmoid(out)).astype(x.dtype)
 
 
 class ResnetBlock(nn.Module):

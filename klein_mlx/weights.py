@@ -19,6 +19,7 @@ from klein_mlx.errors import CheckpointError
 FLOATS = ("BF16", "F16", "F32")
 PACKED = ("U32",)
 _MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -61,21 +62,37 @@ def read_header(path: Path) -> dict[str, Entry]:
     """A safetensors file's tensors. The safetensors library checks the header: MLX would accept a damaged one."""
     from safetensors import SafetensorError, safe_open
 
-    size = require_file(path)
-    with path.open("rb") as file:
-        start = file.read(64)
-    if reason := _not_weights(start, size):
-        raise CheckpointError(f"{path}: {reason}")
+    require_file(path)
     try:
         with safe_open(path, framework="mlx") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             return {name: Entry(str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {_shortfall(path, size) or 'is damaged: ' + one_line(error)}") from None
+        reason = _shortfall(path) or _usual_mistake(path) or f"is damaged: {one_line(error)}"
+        raise CheckpointError(f"{path}: {reason}") from None
 
 
-def _not_weights(start: bytes, size: int) -> str | None:
-    """Why a file that begins so cannot be safetensors, if it is one of the usual mistakes."""
+def _shortfall(path: Path) -> str | None:
+    """How many bytes a file lacks that was cut short behind its header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size, _MAX_HEADER_BYTES):
+            return None
+        try:
+            header = json.loads(file.read(length))
+            end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
+            lacking = 8 + length + end - size
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
+            return None
+    return f"is {lacking} bytes short: an incomplete download or copy" if lacking > 0 else None
+
+
+def _usual_mistake(path: Path) -> str | None:
+    """What a refused file is, told from its first bytes. (Sound files may begin so too: their length comes first.)"""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
     if size < 8:
         return f"has {size} bytes; it is not a safetensors file"
     if start.startswith(b"version https://git-lfs"):
@@ -86,22 +103,10 @@ def _not_weights(start: bytes, size: int) -> str | None:
         return "is a PyTorch pickle, which can run code when opened; klein_mlx reads safetensors only"
     if start.startswith(b"GGUF"):
         return "is a GGUF file, not safetensors"
+    length = int.from_bytes(start[:8], "little")
+    if length > min(size, _MAX_HEADER_BYTES):
+        return f"is not a safetensors file, or is cut short: its header claims {length} bytes, the file has {size}"
     return None
-
-
-def _shortfall(path: Path, size: int) -> str | None:
-    """How many bytes a truncated file lacks, if its header can still be read."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size, 100_000_000):
-            return f"is not a safetensors file, or is cut short: its header claims {length} bytes, the file has {size}"
-        try:
-            header = json.loads(file.read(length))
-            end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
-            lacking = 8 + length + end - size
-        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-            return None
-    return f"is {lacking} bytes short: an incomplete download or copy" if lacking > 0 else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden import cases, port
+from golden import cases, files, port
 from golden.files import MODEL, load
 
 
@@ -34,3 +34,12 @@ def test_noise_is_the_committed_one():
     for name in cases.RUNS:
         golden = load("runs", name)["noise"]
         np.testing.assert_array_equal(cases.noise(name, golden.shape[1]), golden)
+
+
+def test_golden_files_are_small():
+    """Under 5 MB in all, and finite."""
+    paths = [p for p in files.HERE.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja")]
+    assert sum(p.stat().st_size for p in paths) < 5e6
+    for name in files.FILES:
+        for key, value in files.load(name).items():
+            assert np.isfinite(value).all(), (name, key)

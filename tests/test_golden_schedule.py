@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from golden import cases, port
 from golden.files import load
+
 from klein_mlx import sampler
 
 

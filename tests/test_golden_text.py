@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from golden import cases, port
 from golden.files import MODEL, load
+from mlx.utils import tree_flatten
+
+from klein_mlx.text_encoder import TextEncoder
+from klein_mlx.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +47,26 @@ def test_golden_text_is_not_trivial():
 
 def test_cut_prompt_loses_the_templates_tail(model: port.Port):
     """What is cut off is the end, <|im_end|> and all, and the caller is told how much."""
-    from klein_mlx.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.from_file(model.source.tokenizer_file)
     tokens = tokenizer([cases.PROMPTS[3], cases.PROMPTS[0]], cases.LONG)
     whole = tokenizer([cases.PROMPTS[3]], 2048)
     assert tokens.cut == [int(np.array(whole.attention_mask).sum()) - cases.LONG, 0]
     assert tokens.cut[0] > 0
     np.testing.assert_array_equal(np.array(tokens.input_ids)[0], np.array(whole.input_ids)[0, : cases.LONG])
+
+
+@pytest.mark.parametrize("taps", [(1, 3), (2, 3), (2,), (3,)])
+def test_taps_count_layers(model: port.Port, taps: tuple[int, ...]):
+    """Tap k is the state after k layers: other taps of the same weights give the same pieces of the golden tensor."""
+    encoder = TextEncoder(model.config.text_encoder, taps)
+    names = {name for name, _ in tree_flatten(encoder.parameters())}
+    weights = tree_flatten(model.part("text_encoder").parameters())
+    encoder.load_weights([(name, value) for name, value in weights if name in names])
+    golden = load("text", "short")
+    embeds = encoder(mx.array(golden["input_ids"]), mx.array(golden["attention_mask"]).astype(mx.bool_))
+    pieces = np.split(golden["prompt_embeds"], 3, axis=-1)
+    wanted = np.concatenate([pieces[tap - 1] for tap in taps], axis=-1)
+    assert port.error(np.array(embeds), wanted) <= 1e-4
 
 
 def test_batch_does_not_matter(model: port.Port):
@@ -66,7 +82,7 @@ def test_mlx_lm_agrees(model: port.Port):
     folder = MODEL / "text_encoder"
     config = json.loads((folder / "config.json").read_text())
     theirs = qwen3.Model(qwen3.ModelArgs.from_dict(config))
-    weights = mx.load(str(folder / "model.safetensors"))
+    weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
     theirs.load_weights([(key, value.astype(mx.float32)) for key, value in weights.items()], strict=True)
     length = int(load("text", "short")["attention_mask"][2].sum())
     ours = port.text(model, cases.PROMPTS[2:3], length)

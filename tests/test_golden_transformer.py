@@ -55,6 +55,13 @@ def test_norms_of_q_and_k_use_the_configs_eps(model: port.Port):
         assert port.error(np.array(norm(x)), wanted) <= 1e-5
 
 
+def test_layer_norms_use_the_configs_eps(model: port.Port):
+    """Blocks and the last layer on inputs whose mean square is eps (1e-6): 1e-5 would give less than half the scale."""
+    golden = load("transformer", "small")
+    for key, value in port.small_inputs(model, golden).items():
+        assert port.error(value, golden[key]) <= 1e-4, key
+
+
 def test_final_norm_scales_before_it_shifts(model: port.Port):
     """The final AdaLN's halves: the checkpoint stores (scale, shift), and a swap moves the velocity by its own size."""
     golden = load("transformer", "plain")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from golden import port
 from golden.files import MODEL, load
+
 from klein_mlx import latents as grids
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from klein_mlx.config import TransformerConfig
+from klein_mlx.fusion import swiglu
 from klein_mlx.latents import image_ids, text_ids
-from klein_mlx.transformer import Transformer, apply_rope, rope_tables, swiglu, timestep_embedding
+from klein_mlx.transformer import Transformer, apply_rope, rope_tables, timestep_embedding
 
 CONFIG = TransformerConfig(16, 1, 2, 32, 2, 48, 3.0, (8, 8, 8, 8))
 
@@ -60,7 +61,7 @@ def test_timestep_embedding_has_cosines_first() -> None:
 
 
 def test_the_gate_is_the_first_half() -> None:
-    assert swiglu(mx.array([2.0, 3.0])).item() == pytest.approx(3 * 2 / (1 + math.exp(-2)))
+    assert swiglu(mx.array(2.0), mx.array(3.0)).item() == pytest.approx(3 * 2 / (1 + math.exp(-2)))
 
 
 def test_image_tokens_may_come_in_any_order_with_their_ids() -> None:

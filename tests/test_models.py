@@ -1,0 +1,134 @@
+"""What a model argument may be: "tiny", a folder, or a repository of the Hub."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from folders import GOLDEN, copy_model, refusal, weight_file
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
+
+from klein_mlx.checkpoint import DOWNLOADED
+from klein_mlx.convert import detect, open_model
+
+# ---- what a model argument may be ----
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nonsense", "it must be 'tiny', a folder, or a Hub id"),
+        ("", "it must be 'tiny', a folder, or a Hub id"),
+        ("a b/c", "it must be 'tiny'"),
+        ("./absent", "absent: no such folder"),
+        ("/absent/model", "/absent/model: no such folder"),
+        ("a/b/c", "a/b/c: no such folder"),
+        ("owner/", "no such folder"),
+        (Path("owner/name"), "no such folder"),
+        ("x" * 5000, "it must be 'tiny'"),
+        ("x\0y", "it must be 'tiny'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_told(model: str | Path, message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(lambda: open_model(model))
+
+
+def test_a_folder_of_something_else_is_told(tmp_path: Path) -> None:
+    assert "has neither klein.json nor model_index.json" in refusal(lambda: open_model(tmp_path))
+    assert "is one part of a model" in refusal(lambda: open_model(GOLDEN / "vae"))
+    assert "is a file" in refusal(lambda: open_model(GOLDEN / "model_index.json"))
+
+
+def test_a_missing_embedded_checkpoint_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(detect, "TINY_FOLDER", tmp_path)
+    assert "the embedded checkpoint is not in this installation" in refusal(lambda: open_model("tiny"))
+
+
+# ---- the Hub ----
+
+
+def test_only_the_tree_of_a_repository_is_fetched() -> None:
+    shards = [f"text_encoder/model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    wanted = [
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        *shards,
+        "text_encoder/model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer.json",
+        "klein.json",
+        "tokenizer.json",
+        "transformer.safetensors",
+        "transformer-00001-of-00002.safetensors",
+        "transformer.safetensors.index.json",
+    ]
+    others = [
+        "flux-2-klein-4b.safetensors",
+        "README.md",
+        "teaser.png",
+        "vae/diffusion_pytorch_model.bin",
+        "x/a.safetensors",
+    ]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=DOWNLOADED)) == wanted
+
+
+class FakeHub:
+    """Stands in for snapshot_download: answers in turn, and remembers how it was called."""
+
+    def __init__(self, *answers: Any):
+        self.answers, self.calls = list(answers), []
+
+    def __call__(self, hub_id: str, **options: Any) -> str:
+        self.calls.append(options)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+
+def test_the_cache_comes_first_and_the_network_only_for_what_it_lacks(tmp_path: Path, monkeypatch: Any) -> None:
+    hub = FakeHub(GOLDEN)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    source = open_model("owner/name", revision="abc", token="t")
+    assert [call["local_files_only"] for call in hub.calls] == [True]
+    assert (hub.calls[0]["revision"], hub.calls[0]["token"]) == ("abc", "t")
+    assert source.info["source"]["name"] == "owner/name"
+
+    partial = copy_model(tmp_path / "partial")
+    weight_file(partial, "vae").unlink()
+    hub = FakeHub(partial, GOLDEN)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert open_model("owner/name").path == GOLDEN
+    assert [call["local_files_only"] for call in hub.calls] == [True, False]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", FakeHub(partial))
+    assert "is missing" in refusal(lambda: open_model("owner/name", local_files_only=True))
+
+
+def _http(kind: type, status: int) -> Exception:
+    return kind("first line\nsecond", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_http(hub_errors.GatedRepoError, 403), "is gated: accept its licence"),
+        (_http(hub_errors.RepositoryNotFoundError, 404), "no such repository"),
+        (_http(hub_errors.RevisionNotFoundError, 404), "has no revision 'abc'"),
+        (_http(hub_errors.HfHubHTTPError, 401), "refused your token"),
+        (_http(hub_errors.HfHubHTTPError, 503), "the download failed (HfHubHTTPError: first line second)"),
+        (hub_errors.LocalEntryNotFoundError("not there"), "is not complete in the local cache"),
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (ConnectionError("no route"), "the download failed (ConnectionError: no route)"),
+    ],
+)
+def test_a_failing_download_is_told_with_its_remedy(error: Exception, message: str, monkeypatch: Any) -> None:
+    hub = FakeHub(hub_errors.LocalEntryNotFoundError("not there"), error)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    told = refusal(lambda: open_model("owner/name", revision="abc"))
+    assert told.startswith("owner/name: ")
+    assert message in told
