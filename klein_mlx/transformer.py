@@ -117,8 +117,11 @@ def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
 
     Cosines before sines, the reverse of the usual order. Source: diffusers, get_timestep_embedding(flip_sin_to_cos).
     """
+    import numpy as np
+
     half = channels // 2
-    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(10000.0) / half))
+    # numpy's exp: MLX's is some ulp off in float32, which a timestep near 1000 magnifies.
+    frequencies = mx.array(np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0)) / half))
     angle = timestep.astype(mx.float32)[:, None] * frequencies
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(timestep.dtype)
 
