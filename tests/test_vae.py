@@ -60,3 +60,21 @@ def test_a_smaller_decoder_has_its_own_channels() -> None:
     assert small.decoder.conv_in.weight.shape[0] == 16
     assert small.encoder.conv_out.weight.shape[-1] == 32
     assert small.decode(mx.zeros((1, 2, 2, 8))).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 1000])
+def test_strips_change_nothing(rows: int) -> None:
+    """Every height of strip, also ones that do not divide the picture, gives the picture of one piece."""
+    mx.random.seed(0)
+    vae = VAE(CONFIG)
+    z, pixels = mx.random.normal((1, 6, 5, 8)), mx.random.normal((2, 48, 32, 3))
+    assert mx.allclose(vae.decode(z, rows=rows), vae.decode(z), atol=1e-5)
+    assert mx.allclose(vae.encode(pixels, rows=rows), vae.encode(pixels), atol=1e-5)
+
+
+def test_statistics_in_bfloat16_are_those_of_float32() -> None:
+    """Of a picture whose mean is ten times its spread: sums of rounded values would be off by much more."""
+    norm = GroupNorm(4, 16)
+    x = (mx.random.normal((1, 64, 64, 16), key=mx.random.key(0)) + 10).astype(mx.bfloat16)
+    for rounded, exact in zip(norm.affine(x), norm.affine(x.astype(mx.float32)), strict=True):
+        assert mx.allclose(rounded, exact, rtol=1e-2)
