@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
 from klein_mlx.fusion import swiglu
+from klein_mlx.linear import linear, linear_added
 
 
 class Attention(nn.Module):
@@ -26,11 +27,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        q, k, v = (mx.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def __call__(self, x: mx.array, mask: mx.array, residual: mx.array) -> mx.array:
+        """Attention of the normed x, added to the residual."""
+        q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rope(self.q_norm(q)), self._rope(self.k_norm(k))
         out = mx.fast.scaled_dot_product_attention(q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
+        return linear_added(self.o_proj, out.transpose(0, 2, 1, 3).flatten(2), residual)
 
     def _rope(self, x: mx.array) -> mx.array:
         """(B, L, heads, head_dim) -> (B, heads, L, head_dim), turned by position."""
@@ -39,7 +41,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """residual + down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -47,8 +49,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        return linear_added(self.down_proj, swiglu(linear(self.gate_proj, x), linear(self.up_proj, x)), residual)
 
 
 class Layer(nn.Module):
@@ -62,8 +64,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), mask, x)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 class TextEncoder(nn.Module):

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
 from klein_mlx.fusion import fused, gated_sum, swiglu
+from klein_mlx.linear import linear, linear_joined, linear_split
 
 
 class Modulation(NamedTuple):
@@ -139,29 +140,6 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(_silu(self.linear_1(timestep_embedding(timestep, self.channels))))
 
 
-def split_rows(linear: nn.Linear, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
-    """linear(x), cut at output channel `at`, by two matmuls: each result is whole in memory, and nothing is copied."""
-    if type(linear) is nn.Linear:
-        return x @ linear.weight[:at].T, x @ linear.weight[at:].T
-    if type(linear) is nn.QuantizedLinear:
-        arrays = ("weight", "scales", "biases")
-        first = [linear[name][:at] if name in linear else None for name in arrays]
-        second = [linear[name][at:] if name in linear else None for name in arrays]
-        kind = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        a, b = (mx.quantized_matmul(x, w, s, z, transpose=True, **kind) for w, s, z in (first, second))
-        return a, b
-    whole = linear(x)
-    return whole[..., :at], whole[..., at:]
-
-
-def join_columns(linear: nn.Linear, first: mx.array, second: mx.array) -> mx.array:
-    """linear([first, second]), without joining the two in memory where the weight can be cut instead."""
-    if type(linear) is nn.Linear:
-        at = first.shape[-1]
-        return mx.addmm(first @ linear.weight[:, :at].T, second, linear.weight[:, at:].T)
-    return linear(mx.concatenate([first, second], axis=-1))
-
-
 class Stream(nn.Module):
     """One stream's own weights inside a double block: attention projections, q/k norms and the MLP."""
 
@@ -182,15 +160,15 @@ class Stream(nn.Module):
     def qkv(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array, mx.array]:
         """q, k, v of the modulated stream, each (B, S, heads, head_dim); q and k normalised per head."""
         x = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
-        q, k, v = (mx.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
         mod_attention, mod_mlp = mods
-        x = gated_sum(x, mod_attention.gate, self.to_out(attention))
-        h = self.mlp_in(mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps))
-        return gated_sum(x, mod_mlp.gate, self.mlp_out(swiglu(*mx.split(h, 2, axis=-1))))
+        x = gated_sum(x, mod_attention.gate, linear(self.to_out, attention))
+        h = linear(self.mlp_in, mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps))
+        return gated_sum(x, mod_mlp.gate, linear(self.mlp_out, swiglu(*mx.split(h, 2, axis=-1))))
 
 
 class DoubleBlock(nn.Module):
@@ -236,14 +214,14 @@ class SingleBlock(nn.Module):
     def __call__(self, x: mx.array, mod: Modulation, rope: Rope) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
         h = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
-        qk, rest = split_rows(self.linear_in, h, 2 * self.hidden)
+        qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
         qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
         # Normalised together; the two weights follow with the rotation.
         qk = mx.fast.rms_norm(qk, None, self.eps)
         qk = apply_scaled_rope(qk, self.norm_q.weight, self.norm_k.weight, rope)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
         attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)))
-        return gated_sum(x, mod.gate, join_columns(self.linear_out, attention, swiglu(gate, value)))
+        return gated_sum(x, mod.gate, linear_joined(self.linear_out, attention, swiglu(gate, value)))
 
 
 class Transformer(nn.Module):
@@ -292,7 +270,7 @@ class Transformer(nn.Module):
         rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's.
         Returns (B, num_img, in_channels), in the dtype of `tokens`, which all arrays share.
         """
-        txt, img = self.txt_in(prompt_embeds), self.img_in(tokens)
+        txt, img = linear(self.txt_in, prompt_embeds), linear(self.img_in, tokens)
         for block in self.double_blocks:
             txt, img = block(txt, img, modulations.txt, modulations.img, rope)
         x = mx.concatenate([txt, img], axis=1)
@@ -300,7 +278,7 @@ class Transformer(nn.Module):
             x = block(x, modulations.single, rope)
         shift, scale = modulations.final
         x = x[:, txt.shape[1] : txt.shape[1] + num_img]
-        return self.final_out(mx.fast.layer_norm(x, scale, shift, self.config.eps))
+        return linear(self.final_out, mx.fast.layer_norm(x, scale, shift, self.config.eps))
 
 
 def _modulation(shift: mx.array, scale: mx.array, gate: mx.array) -> Modulation:
