@@ -1,0 +1,87 @@
+"""What klein 4B would cost on a Mac's GPU, as numbers that must not grow: kernels, FLOPs, bytes outside of matmuls.
+
+The limits leave next to nothing: a change that adds a kernel to each block, or a cast to each linear layer, fails.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from cost import Cost, trace
+
+import klein_mlx.text_encoder as text_encoder
+import klein_mlx.transformer as transformer
+from klein_mlx.config import TextEncoderConfig, TransformerConfig
+from klein_mlx.latents import image_ids, text_ids
+from klein_mlx.linear import matmul_policy
+from klein_mlx.quantize import Quantization, prepare
+from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
+
+CONFIG = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
+CHAINS = {transformer: ("swiglu", "gated_sum", "_turn", "_scale_and_turn"), text_encoder: ("swiglu",)}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu() -> Iterator[None]:
+    with matmul_policy("direct"):
+        yield
+
+
+def modulations() -> Modulations:
+    def vector() -> mx.array:
+        return mx.zeros((CONFIG.hidden_size,), mx.bfloat16)
+
+    def modulation() -> Modulation:
+        return Modulation(vector(), vector(), vector())
+
+    pairs = [(modulation(), modulation()) for _ in range(2)]
+    return Modulations(pairs[0], pairs[1], modulation(), (vector(), vector()))
+
+
+def step(monkeypatch: pytest.MonkeyPatch, references: int = 0, bits: int | None = None) -> Cost:
+    """One denoising step at 1024 x 1024, with references of the same size."""
+    model = Transformer(CONFIG)
+    if bits:
+        prepare(model, "transformer", Quantization(bits))
+    model.set_dtype(mx.bfloat16)
+    ids = [text_ids(512), *(image_ids(64, 64, 10 * k) for k in range(references + 1))]
+    rope = rope_tables(mx.concatenate(ids), CONFIG.axes_dims_rope, CONFIG.rope_theta)
+    mods = modulations()
+    mx.eval(rope, mods)
+
+    def velocity(tokens: mx.array, prompt_embeds: mx.array) -> mx.array:
+        return model(tokens, prompt_embeds, mods, rope, 4096)
+
+    tokens = mx.zeros((1, 4096 * (references + 1), 128), mx.bfloat16)
+    return trace(monkeypatch, CHAINS, model, velocity, tokens, mx.zeros((1, 512, 7680), mx.bfloat16))
+
+
+def test_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = step(monkeypatch)
+    assert cost.flops == pytest.approx(34.82e12, rel=0.005)
+    assert cost.total <= 380, cost.kernels
+    assert cost.traffic <= 19e9, cost.kernels
+
+
+def test_the_step_with_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = step(monkeypatch, references=1)
+    assert cost.flops == pytest.approx(76.70e12, rel=0.01)
+    assert cost.total <= 380, cost.kernels
+    assert cost.traffic <= 19e9 * (512 + 8192) / (512 + 4096), cost.kernels
+
+
+def test_the_4_bit_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One concatenation more per single block: a packed weight's columns cannot be cut without a copy."""
+    cost = step(monkeypatch, bits=4)
+    assert cost.flops == pytest.approx(34.82e12, rel=0.005)
+    assert cost.total <= 400, cost.kernels
+    assert cost.traffic <= 23.5e9, cost.kernels
+
+
+def test_the_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text_encoder.TextEncoder(TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128), (9, 18, 27))
+    encoder.set_dtype(mx.bfloat16)
+    ids, mask = mx.zeros((1, 512), mx.int32), mx.ones((1, 512), mx.bool_)
+    cost = trace(monkeypatch, CHAINS, encoder, encoder, ids, mask)
+    assert cost.flops == pytest.approx(2.85e12, rel=0.02)
+    assert cost.total <= 450, cost.kernels
