@@ -99,7 +99,7 @@ def trace(
 def _count(cost: Cost, entry: dict[str, Any]) -> None:
     """Add one primitive of the tape."""
     name, outputs = entry["name"], entry["outputs"]
-    cost.kernels[name] += 1
+    cost.kernels[name] += len(entry["inputs"]) if name == "Concatenate" else 1  # a copy per input
     if name in MATMULS:
         _, shape, _ = entry["inputs"][0]
         cost.flops += 2 * math.prod(outputs[0][1]) * shape[-1]
