@@ -6,6 +6,8 @@ with which the transformer's latents are normalised. It knows arrays, not pictur
 Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py (AutoencoderKLFlux2) and vae.py. Names are our own.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -13,6 +15,7 @@ from klein_mlx.config import VAEConfig
 from klein_mlx.fusion import fused
 
 EPS = 1e-6  # of every GroupNorm; no config states it
+WHOLE_PIXELS, STRIP_PIXELS = 768 * 768, 1 << 17  # a picture up to this is done in one piece; pixels in a strip of one
 SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
 
 
@@ -29,13 +32,18 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
-    def affine(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x: (B, H, W, C). Returns (scale, shift), each (B, 1, 1, C) float32, such that x * scale + shift is normed."""
+    def affine(self, x: mx.array, rows: int | None = None) -> tuple[mx.array, mx.array]:
+        """x: (B, H, W, C). rows: how many to look at at a time, evaluating as it goes, or None for all.
+
+        Returns (scale, shift), each (B, 1, 1, C) float32, such that x * scale + shift is normed.
+        """
         b, c = x.shape[0], x.shape[-1]
         mean = self._group_mean(_row_sums(x), x)
         # In x's own dtype: a mean that is rounded moves the variance by a square of its error.
-        distance = _squared_distance(x, mean.reshape(b, 1, 1, c).astype(x.dtype))
-        var = self._group_mean(_row_sums(distance), x)
+        center = mean.reshape(b, 1, 1, c).astype(x.dtype)
+        parts = [x[:, i : i + rows] for i in range(0, x.shape[1], rows)] if rows else [x]
+        squares = [_settled(_row_sums(_squared_distance(part, center)), rows) for part in parts]
+        var = self._group_mean(mx.concatenate(squares, axis=1), x)
         scale = mx.rsqrt(var + EPS) * self.weight.astype(mx.float32).reshape(self.groups, -1)
         shift = self.bias.astype(mx.float32).reshape(self.groups, -1) - mean * scale
         return scale.reshape(b, 1, 1, c), shift.reshape(b, 1, 1, c)
@@ -82,19 +90,29 @@ class Conv(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
 
-    def strips(self, x: mx.array, rows: int, norm: GroupNorm | None = None, upsample: bool = False) -> mx.array:
+    def strips(
+        self,
+        x: mx.array,
+        rows: int,
+        norm: GroupNorm | None = None,
+        upsample: bool = False,
+        residual: Callable[[slice], mx.array] | None = None,
+    ) -> mx.array:
         """conv(silu(norm(x))), or conv(x), or conv(upsample(x)), `rows` rows of the result at a time.
 
-        x: (B, H, W, C). Returns (B, H, W, C'), twice as large if `upsample`. The norm's statistics are the whole
-        picture's, so the result is that of one piece; only one strip of what is between is alive at a time.
+        x: (B, H, W, C). residual: of a slice of rows, what is added to them. Returns (B, H, W, C'), twice as large if
+        `upsample`. The norm's statistics are the whole picture's, so the result is that of one piece; only one strip of
+        what is between is alive at a time.
         """
         factor = 2 if upsample else 1
         height = x.shape[1] * factor
-        affine = norm.affine(x) if norm else None
+        affine = norm.affine(x, rows) if norm else None
         out = None
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             strip = self._strip(x, top, bottom, factor, affine)
+            if residual:
+                strip = residual(slice(top, bottom)) + strip
             if top == 0 and bottom == height:
                 return strip
             if out is None:
@@ -141,17 +159,26 @@ class ResnetBlock(nn.Module):
             self.shortcut = nn.Linear(channels_in, channels_out)
 
     def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+        def residual(part: slice) -> mx.array:
+            return self.shortcut(x[:, part]) if "shortcut" in self else x[:, part]
+
         if rows:
-            h = self.conv2.strips(self.conv1.strips(x, rows, self.norm1), rows, self.norm2)
-        else:
-            h = self.conv1(self.norm1(x, activate=True))
-            h = self.conv2(self.norm2(h, activate=True))
-        return (self.shortcut(x) if "shortcut" in self else x) + h
+            return self.conv2.strips(self.conv1.strips(x, rows, self.norm1), rows, self.norm2, residual=residual)
+        h = self.conv1(self.norm1(x, activate=True))
+        return residual(slice(None)) + self.conv2(self.norm2(h, activate=True))
 
 
 def _resnets(channels_in: int, channels_out: int, layers: int, groups: int) -> list[ResnetBlock]:
     """The resnets of one level; the first one changes the number of channels."""
     return [ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups) for i in range(layers)]
+
+
+def strip_rows(height: int, width: int) -> int | None:
+    """Rows per strip that keep a large picture's memory low; None for a picture that is small in one piece.
+
+    height, width: in pixels.
+    """
+    return max(16, STRIP_PIXELS // width) if height * width > WHOLE_PIXELS else None
 
 
 def _settled(x: mx.array, rows: int | None) -> mx.array:

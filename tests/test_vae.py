@@ -78,3 +78,22 @@ def test_statistics_in_bfloat16_are_those_of_float32() -> None:
     x = (mx.random.normal((1, 64, 64, 16), key=mx.random.key(0)) + 10).astype(mx.bfloat16)
     for rounded, exact in zip(norm.affine(x), norm.affine(x.astype(mx.float32)), strict=True):
         assert mx.allclose(rounded, exact, rtol=1e-2)
+
+
+def test_strips_need_less_memory() -> None:
+    """At a size that a CPU can run; what is alive at once is then some layers' pictures and one strip."""
+    config = VAEConfig((32, 32, 32, 32), 1, 8, norm_num_groups=4)
+    vae = VAE(config)
+    z = mx.random.normal((1, 32, 32, 8))
+    mx.eval(vae.parameters(), z)
+    peaks = []
+    for rows in (None, 16):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(vae.decode(z, rows))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.6 * peaks[0], peaks
+    picture = 256 * 256 * 32 * 4  # bytes of one layer's output at full size
+    # A block's input, its middle and its output, and a strip, which the CPU's convolution unfolds nine-fold.
+    assert peaks[1] < 5.2 * picture, peaks
