@@ -1,0 +1,1 @@
+"""The embedded checkpoint: klein.json and its weights, as package data."""
