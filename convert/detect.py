@@ -2,11 +2,18 @@
 
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import klein_mlx
 from klein_mlx.checkpoint import CONFIG_FILE, Source, download, open_checkpoint
+from klein_mlx.config import PARTS
+from klein_mlx.convert.destination import UNFINISHED
 from klein_mlx.convert.diffusers import INDEX_FILE, open_diffusers
+from klein_mlx.convert.mflux import open_mflux
+from klein_mlx.convert.mix import mix
+from klein_mlx.convert.part import PartFile, open_part
 from klein_mlx.errors import CheckpointError
 
 TINY_FOLDER = Path(klein_mlx.__file__).parent / "tiny"
@@ -16,15 +23,43 @@ _CHOICES = "'tiny', a folder, or a Hub id such as black-forest-labs/FLUX.2-klein
 
 
 def open_model(
-    model: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    parts: Mapping[str, str | Path | None] | None = None,
 ) -> Source:
     """Open a model, reading its configs: no weight is read.
 
-    model: "tiny" (the embedded checkpoint), a folder in our format or in diffusers' layout, or a Hub id. A Hub id is
-    looked up in the local cache first, and fetched only if something is missing there.
+    model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, or a Hub
+    id. A Hub id is looked up in the local cache first, and fetched only if something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
+    parts: "transformer", "text_encoder" or "vae" -> a file or folder that takes the place of the model's own.
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
+    given = {part: path for part, path in (parts or {}).items() if path is not None}
+    return mix(
+        _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given}), given
+    )
+
+
+def open_any(model: str | Path, **options: Any) -> Source | PartFile:
+    """As `open_model`; a single file, or a folder that holds one part, is opened as that part."""
+    path = Path(os.path.expanduser(model))
+    if str(model) != "tiny" and _exists(path) and (path.is_file() or _is_part(path)):
+        return open_part(path)
+    return open_model(model, **options)
+
+
+def _is_part(folder: Path) -> bool:
+    whole = (CONFIG_FILE, INDEX_FILE, *PARTS)
+    return any(folder.glob("*.safetensors")) and not any((folder / name).exists() for name in whole)
+
+
+def _open_base(
+    model: str | Path, revision: str | None, token: str | None, local_files_only: bool, needed: Collection[str]
+) -> Source:
     if model == "tiny":
         if not (TINY_FOLDER / CONFIG_FILE).exists():
             raise CheckpointError(f"{TINY_FOLDER}: the embedded checkpoint is not in this installation: reinstall it")
@@ -36,7 +71,7 @@ def open_model(
         raise CheckpointError(f"{path}: no such folder")
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"model is {text[:200]!r}; it must be {_CHOICES}")
-    return _open_hub(text, revision, token, local_files_only)
+    return _open_hub(text, revision, token, local_files_only, needed)
 
 
 def _exists(path: Path) -> bool:
@@ -49,21 +84,34 @@ def _exists(path: Path) -> bool:
 def _open_folder(path: Path, name: str | None = None) -> Source:
     """name: the Hub id whose snapshot this is, for the record."""
     if path.is_file():
-        raise CheckpointError(f"{path}: is a file; klein_mlx opens a folder, in its own format or in diffusers' layout")
+        part = open_part(path)  # or what it is instead
+        option = part.part.replace("_", "-")
+        raise CheckpointError(f"{path}: is a {option} alone; give a whole model, and this file as --{option}")
+    if path.name.endswith(UNFINISHED):
+        raise CheckpointError(f"{path}: is what a conversion that was stopped has left; convert again")
     if (path / CONFIG_FILE).exists():
         return open_checkpoint(path)
     if (path / INDEX_FILE).exists():
         return open_diffusers(path, name, revision=path.name if name else None)
     if path.name in ("transformer", "text_encoder", "vae") and (path.parent / INDEX_FILE).exists():
         raise CheckpointError(f"{path}: is one part of a model; give {path.parent}")
+    if all((path / part).is_dir() for part in PARTS):
+        return open_mflux(path, name, revision=path.name if name else None)
+    if _is_part(path):
+        part = open_part(path).part
+        raise CheckpointError(
+            f"{path}: is a {part} alone; give a whole model, and this folder as --{part.replace('_', '-')}"
+        )
     raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}; it must be {_CHOICES}")
 
 
-def _open_hub(hub_id: str, revision: str | None, token: str | None, local_files_only: bool) -> Source:
-    """From the local cache if all of it is there, else over the network."""
+def _open_hub(
+    hub_id: str, revision: str | None, token: str | None, local_files_only: bool, needed: Collection[str]
+) -> Source:
+    """From the local cache if all that is needed is there, else over the network."""
     try:
         source = _open_folder(download(hub_id, revision=revision, token=token, local_files_only=True), hub_id)
-        source.files()
+        source.files([part for part in PARTS if part in needed])
         return source
     except CheckpointError:
         if local_files_only:

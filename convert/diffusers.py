@@ -4,7 +4,7 @@ Reads model_index.json, the parts' config.json, their safetensors and tokenizer/
 not needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from klein_mlx.quantize import Quantization
 from klein_mlx.weights import WeightFiles, open_weights, read_json, require_file
 
 INDEX_FILE = "model_index.json"
+KV_PIPELINE = "Flux2KleinKVPipeline"  # 9b-kv's: nothing else in its files says that it keeps the references' keys
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
-_STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 # The field of a part's config.json that says what it is, and klein's value.
 _KINDS = {
     "transformer": ("_class_name", "Flux2Transformer2DModel"),
@@ -52,9 +53,9 @@ class DiffusersFolder:
         arrays = files.arrays()
         return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
 
-    def files(self) -> list[Path]:
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         configs = [self.path / part / "config.json" for part in PARTS]
-        weights = [path for part in PARTS for path in self._open(part).shards]
+        weights = [path for part in parts for path in self._open(part).shards]
         return [self.path / INDEX_FILE, *configs, self.tokenizer_file, *weights]
 
     def _renames(self, part: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -63,7 +64,7 @@ class DiffusersFolder:
 
     def _open(self, part: str) -> WeightFiles:
         """The part's files, checked: what must be in them is, as it must be, and nothing else is."""
-        files = open_weights(self.path / part, _STEMS[part])
+        files = open_weights(self.path / part, STEMS[part])
         shapes = {theirs: their_shape(layout, shape) for theirs, layout, shape in self._renames(part).values()}
         files.check(shapes, left_out=lambda name: is_left_out(part, name, self.config))
         return files
@@ -81,11 +82,13 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
     parts = {part: _read_config(folder / part / "config.json", part) for part in PARTS}
     if "text_encoder_out_layers" in values:
         values["taps"] = values["text_encoder_out_layers"]
+    cached = values.get("_class_name") == KV_PIPELINE  # whose own default is a distilled model
     defaults = {
+        "caches_references": cached,
         "taps": default_taps(parts["text_encoder"].num_hidden_layers),
         "max_sequence_length": 512,
         "default_size": 1024,
-        "is_distilled": False,
+        "is_distilled": cached,
     }
     config = model_config(parts, values, where=index, defaults=defaults)
     require_file(folder / TOKENIZER_FILE)

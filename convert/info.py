@@ -1,20 +1,27 @@
 """What a model is, told from its configs and headers: nothing is evaluated, so it costs milliseconds at any size."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from klein_mlx.checkpoint import Source
-from klein_mlx.config import PARTS
+from klein_mlx.config import PARTS, VARIANTS, TransformerConfig
+from klein_mlx.convert.part import PartFile
 from klein_mlx.quantize import Quantization
+from klein_mlx.weights import FLOATS, Weight
 
 
-def describe(source: Source) -> dict[str, Any]:
+def describe(source: Source | PartFile) -> dict[str, Any]:
     """A model as plain JSON values: variant, defaults, origin, licence; and per part parameters, bytes, dtype, bits.
 
     parameters: as before quantisation. dtype: of the floating weights. bits: 4 or 8 if the part is quantised, else
-    None. Only what is loaded counts: the encoder's layers above the last tap do not.
+    None. Only what is loaded counts: the encoder's layers above the last tap do not. Of a part alone: what it is, in
+    whose names, its sizes, and the variants that it fits.
     """
+    if isinstance(source, PartFile):
+        return _describe_part(source)
     config, variant = source.config, source.config.variant
     parts = {part: _part(source.weights(part), source.quantization.get(part)) for part in PARTS}
     return {
@@ -36,14 +43,56 @@ def describe(source: Source) -> dict[str, Any]:
     }
 
 
-def _part(weights: dict[str, mx.array], quantization: Quantization | None) -> dict[str, Any]:
+def _describe_part(file: PartFile) -> dict[str, Any]:
+    """A file's header holds all of this."""
+    floats = [name for name, entry in file.tensors.entries.items() if entry.dtype in FLOATS]
+    layers = file.quantized_layers
+    sizes = {name: math.prod(entry.shape) for name, entry in file.tensors.entries.items()}
+    parameters = sum(sizes[name] for name in floats if name.rpartition(".")[0] not in layers)
+    parameters += sum(sizes[f"{path}.weight"] // columns * width for path, (columns, width) in file.widths().items())
+    sources = {path.name: path.stat().st_size for path in file.tensors.files}
+    config = file.config.to_dict()
+    fitting = [v.name for v in VARIANTS if file.part == "transformer" and v.dimensions == _dimensions(file.config)]
+    return {
+        "path": str(file.path),
+        "part": file.part,
+        "format": file.format,
+        "variants": fitting,
+        "parameters": parameters,
+        "bytes": sum(sources.values()),
+        "dtype": " and ".join(sorted({file.tensors.entries[name].dtype for name in floats})),
+        "quantized_layers": len(layers),
+        "config": config,
+        "metadata": {key: value[:200] for key, value in file.tensors.metadata.items() if key != "format"},
+    }
+
+
+def _dimensions(config: TransformerConfig) -> tuple[int, int, int]:
+    return config.hidden_size, config.num_layers, config.num_single_layers
+
+
+def _format_part(d: dict[str, Any]) -> str:
+    option = d["part"].replace("_", "-")
+    fits = f", of FLUX.2 [klein] {' or '.join(d['variants'])}" if d["variants"] else ""
+    lines = [
+        f"{d['part']} alone{fits}",
+        f"  path     {d['path']} ({d['format']})",
+        f"  holds    {_count(d['parameters'])} parameters, {_bytes(d['bytes'])}, {d['dtype']}"
+        + (f", {d['quantized_layers']} layers quantised by MLX" if d["quantized_layers"] else ""),
+        f"  use      --{option} {d['path']}, with a whole model for the rest",
+    ]
+    told = [f"  {key[:40]:<8} {value[:100]}" for key, value in d["metadata"].items() if value.isprintable()]
+    return "\n".join([*lines, *told[:8]])
+
+
+def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> dict[str, Any]:
     parameters = 0
     for name, array in weights.items():
         path, _, kind = name.rpartition(".")
         if f"{path}.scales" not in weights:
             parameters += array.size
-        elif quantization and kind == "weight":
-            parameters += array.size * 32 // quantization.bits
+        elif quantization and kind == "weight" and (own := (quantization.layers or {}).get(path, quantization)):
+            parameters += array.size * 32 // own.bits
     dtypes = {str(a.dtype).removeprefix("mlx.core.") for a in weights.values() if mx.issubdtype(a.dtype, mx.floating)}
     return {
         "parameters": parameters,
@@ -57,6 +106,8 @@ def _part(weights: dict[str, mx.array], quantization: Quantization | None) -> di
 def format_description(description: dict[str, Any]) -> str:
     """What `describe` returned, as lines for a person."""
     d = description
+    if "part" in d:
+        return _format_part(d)
     kind = "distilled" if d["is_distilled"] else "not distilled"
     lines = [
         f"FLUX.2 [klein], variant {d['variant']} ({kind}): {d['steps']} steps, guidance {d['guidance']:g}",
@@ -72,6 +123,8 @@ def format_description(description: dict[str, Any]) -> str:
             weights = f"{part['bits']}-bit in groups of {part['group_size']}, the rest {weights}"
         size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
+    if "verified" in d:
+        lines.append(f"  verified {len(d['verified'])} files have the sha256 that was recorded when they were written")
     return "\n".join(lines)
 
 

@@ -118,13 +118,13 @@ VAE = (
 TABLES = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
 
 # Names that are not a module path with `weight` or `bias` behind it.
-_WHOLE = {"latent_mean": "bn.running_mean", "latent_var": "bn.running_var"}
+WHOLE = {"latent_mean": "bn.running_mean", "latent_var": "bn.running_var"}
 
 
 def diffusers_name(part: str, ours: str) -> tuple[str, str]:
     """diffusers' name of one of our weights, and its layout there. A KeyError for a name that no rule knows."""
-    if ours in _WHOLE:
-        return _WHOLE[ours], SAME
+    if ours in WHOLE:
+        return WHOLE[ours], SAME
     path, _, kind = ours.rpartition(".")
     indices = re.findall(r"(?<=\.)\d+(?=\.|$)", path)
     rule = _BY_OURS[part][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)]

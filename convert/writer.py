@@ -4,40 +4,55 @@ MLX's own writer needs all of a file's tensors in memory, and leaves a truncated
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
-from klein_mlx.weights import one_line
+from klein_mlx.weights import Weight, is_finite, load_now, one_line
 
 MAX_SHARD_BYTES = 4 * 10**9
 _CHUNK = 16 << 20
-_NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32"}
+_NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32", mx.uint8: "U8", mx.int64: "I64"}
 
 Advance = Callable[[int], None]  # told how many bytes were just written
 
 
-def write_weights(folder: Path, stem: str, weights: dict[str, mx.array], advance: Advance) -> None:
+def write_weights(
+    folder: Path,
+    stem: str,
+    weights: dict[str, Weight],
+    advance: Advance,
+    finite: dict[str, mx.array] | None = None,
+) -> dict[str, str]:
     """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json` above MAX_SHARD_BYTES.
 
     weights: lazy arrays; EMPTIED as they are written, so that each is freed. All files are flushed to the disk.
+    finite: of what is quantised, whether the original is free of NaN and infinity, lazily; EMPTIED as well. What is
+    written is looked through here. A CheckpointError names a weight that holds one.
+    Returns the files' names with their sha256.
     """
+    finite = {} if finite is None else finite
+    digests: dict[str, str] = {}
     shards = _split(weights, MAX_SHARD_BYTES)
     if len(shards) == 1:
-        _write_file(folder / f"{stem}.safetensors", shards[0], weights, advance)
-        return
+        name = f"{stem}.safetensors"
+        return {name: _write_file(folder / name, shards[0], weights, advance, finite)}
     total = sum(array.nbytes for array in weights.values())
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, path.name)
-        _write_file(path, names, weights, advance)
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        digests[path.name] = _write_file(path, names, weights, advance, finite)
+    index = folder / f"{stem}.safetensors.index.json"
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {**digests, index.name: digest_file(index)}
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -65,7 +80,7 @@ def flush_descriptor(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _split(weights: dict[str, mx.array], max_bytes: int) -> list[list[str]]:
+def _split(weights: dict[str, Weight], max_bytes: int) -> list[list[str]]:
     """Names in order, cut into runs of at most `max_bytes` (a single larger tensor is its own run)."""
     shards: list[list[str]] = [[]]
     size = 0
@@ -78,8 +93,10 @@ def _split(weights: dict[str, mx.array], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(path: Path, names: list[str], weights: dict[str, mx.array], advance: Advance) -> None:
-    """Header first, from shapes and dtypes that lazy arrays know; then each tensor's bytes."""
+def _write_file(
+    path: Path, names: list[str], weights: dict[str, Weight], advance: Advance, finite: dict[str, mx.array]
+) -> str:
+    """Header first, from shapes and dtypes that lazy arrays know; then each tensor's bytes. Returns the sha256."""
     # What is no multiple of 8 bytes comes last, wider dtypes first: so every tensor is aligned, without holes.
     names = sorted(
         names, key=lambda n: (weights[n].nbytes % 8 != 0, -weights[n].itemsize * (weights[n].nbytes % 8 != 0))
@@ -93,25 +110,53 @@ def _write_file(path: Path, names: list[str], weights: dict[str, mx.array], adva
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        start = len(text).to_bytes(8, "little") + text
+        digest = hashlib.sha256(start)
+        file.write(start)
         for name in names:
-            _write_array(file, name, weights.pop(name), advance)
+            _write_array(file, name, weights.pop(name), advance, digest, finite.pop(_weight_of(name), None))
             mx.clear_cache()
         flush(file)
+    return digest.hexdigest()
 
 
-def _write_array(file: BinaryIO, name: str, array: mx.array, advance: Advance) -> None:
-    if array.size == 0:
+def _weight_of(name: str) -> str:
+    """The weight that scales or biases belong to."""
+    return re.sub(r"\.(scales|biases)$", ".weight", name)
+
+
+def _write_array(
+    file: BinaryIO, name: str, weight: Weight, advance: Advance, digest: Any, original: mx.array | None
+) -> None:
+    """original: whether what the weight was quantised from is finite; the weight itself is looked at here."""
+    if weight.size == 0:
         return
-    array = mx.contiguous(array)
+    array = mx.contiguous(load_now(weight))
+    checks = [is_finite(array), *([] if original is None else [original])]
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)  # Python's buffers have no bfloat16
     try:
-        mx.eval(array)
+        mx.eval(array, *checks)
     except RuntimeError as error:
         raise CheckpointError(f"{name}: cannot be read from the source ({one_line(error)})") from None
+    if not all(check.item() for check in checks):
+        raise CheckpointError(f"{_weight_of(name)}: holds NaN or infinity: the source is damaged; get it again")
     data = memoryview(array).cast("B")  # type: ignore[arg-type]
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]
+        digest.update(chunk)
         file.write(chunk)
         advance(len(chunk))
+
+
+def digest_file(path: Path, advance: Advance = lambda count: None) -> str:
+    """A file's sha256, in hexadecimal. Raises CheckpointError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

@@ -6,8 +6,9 @@ this file as a `Source`, the same way as our own. No weight is ever evaluated he
 """
 
 import errno
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +17,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, gated_notice
 from klein_mlx.errors import CheckpointError
-from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, check_shapes, is_quantized_path, prepare, quantize_weights
+from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, check_shapes, prepare, quantize_weights
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Transformer
 from klein_mlx.vae import VAE
-from klein_mlx.weights import one_line, open_weights, read_json, require_file
+from klein_mlx.weights import (
+    BYTES,
+    PACKED,
+    Weight,
+    is_finite,
+    load_now,
+    one_line,
+    open_weights,
+    read_json,
+    require_file,
+)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "klein.json"
@@ -52,12 +63,12 @@ class Source(Protocol):
         """What the files are and where they come from: `format`, `source`, `licence`, `made_by`."""
         ...
 
-    def weights(self, part: str) -> dict[str, mx.array]:
+    def weights(self, part: str) -> Mapping[str, Weight]:
         """The part's weights under our names, lazily mapped, their names, shapes and dtypes checked."""
         ...
 
-    def files(self) -> list[Path]:
-        """Every file that the model is read from."""
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        """Every file that the model is read from; of the weights, only those of these parts."""
         ...
 
 
@@ -81,12 +92,11 @@ class Checkpoint:
         quantization = self.quantization.get(part)
         files = open_weights(self.path, part)
         shapes = expected(part, self.config, quantization)
-        packed = {n for n in shapes if quantization and n.endswith(".weight") and is_quantized_path(part, n)}
-        files.check(shapes, packed)
+        files.check(shapes, packed_dtypes(part, shapes, quantization))
         return files.arrays()
 
-    def files(self) -> list[Path]:
-        weights = [path for part in PARTS for path in open_weights(self.path, part).shards]
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        weights = [path for part in parts for path in open_weights(self.path, part).shards]
         return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
 
 
@@ -109,9 +119,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
     quantization = {}
     for part, settings in _table(values, "quantization", where).items():
-        if part not in QUANTIZED_PARTS:
-            raise CheckpointError(f"{where}: quantization of {part!r}; only {' and '.join(QUANTIZED_PARTS)} can be")
         quantization[part] = Quantization.from_dict(settings, str(where))
+        if part not in (PARTS if quantization[part].layers else QUANTIZED_PARTS):
+            raise CheckpointError(f"{where}: quantization of {part!r}; only {' and '.join(QUANTIZED_PARTS)} can be")
     require_file(folder / TOKENIZER_FILE)
     told = {name: values[name] for name in ("source", "licence", "made_by") if name in values}
     return Checkpoint(folder, config, quantization, {"format": "klein_mlx", **told})
@@ -132,7 +142,10 @@ def model_config(
         raise CheckpointError(f"{where}: the tapped layers are {taps!r}; they must be a list of integers")
     if not isinstance(distilled, bool):
         raise CheckpointError(f"{where}: is_distilled is {distilled!r}; it must be true or false")
-    numbers = {}
+    caches = merged.get("caches_references", False)
+    if not isinstance(caches, bool):
+        raise CheckpointError(f"{where}: caches_references is {caches!r}; it must be true or false")
+    numbers: dict[str, Any] = {"caches_references": caches}
     for name, limit in (("max_sequence_length", 1 << 16), ("default_size", 1 << 14)):
         numbers[name] = merged.get(name)
         if type(numbers[name]) is not int or not 0 < numbers[name] <= limit:
@@ -176,6 +189,17 @@ def expected(part: str, config: ModelConfig, quantization: Quantization | None =
     return _shapes(_structure(part, config, quantization))
 
 
+def packed_dtypes(part: str, names: Iterable[str], quantization: Quantization | None) -> dict[str, tuple[str, ...]]:
+    """Which of these weights are stored as integers, and as which: what quantisation makes of a weight."""
+    dtypes = {}
+    for name in names if quantization else ():
+        path, _, kind = name.rpartition(".")
+        own = quantization.of(part, path) if quantization and kind in ("weight", "scales") else None
+        if own and (kind == "weight" or own.mode != "affine"):
+            dtypes[name] = PACKED if kind == "weight" else BYTES
+    return dtypes
+
+
 def _structure(part: str, config: ModelConfig, quantization: Quantization | None) -> nn.Module:
     module = build(part, config)
     if quantization:
@@ -193,7 +217,8 @@ def part_bytes(part: str, source: Source, dtype: mx.Dtype, quantize: Quantizatio
     quantization = source.quantization.get(part) or (quantize if part in QUANTIZED_PARTS else None)
     module = _structure(part, source.config, quantization)
     arrays = [array for _, array in tree_flatten(module.parameters())]
-    return sum(array.size * (4 if array.dtype == mx.uint32 else dtype.size) for array in arrays)  # type: ignore[union-attr]
+    floating = [mx.issubdtype(array.dtype, mx.floating) for array in arrays]  # type: ignore[union-attr]
+    return sum(a.size * (dtype.size if f else a.itemsize) for a, f in zip(arrays, floating, strict=True))  # type: ignore[union-attr]
 
 
 def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> nn.Module:
@@ -205,20 +230,32 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
     """
     stored = source.quantization.get(part)
     quantize = quantize if part in QUANTIZED_PARTS else None
-    if stored and quantize and stored != quantize:
+    if stored and quantize and (stored.bits, stored.mode) != (quantize.bits, quantize.mode):
         raise CheckpointError(
             f"{source.path}: the {part} is {stored.bits}-bit already; for {quantize.bits} bits start from the original"
         )
-    weights = source.weights(part)
+    found = source.weights(part)
     if quantize and not stored:
-        weights = quantize_weights(part, weights, quantize)
-    for name, array in weights.items():
+        found = quantize_weights(part, found, quantize)
+    weights = {}
+    for name, weight in found.items():
+        array = load_now(weight)
         if mx.issubdtype(array.dtype, mx.floating):
-            weights[name] = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)
+            array = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)
+        if array is not weight and not isinstance(weight, mx.array):
+            mx.eval(array)  # so that what it was decoded from is freed
+        weights[name] = array
     module = _structure(part, source.config, stored or quantize)
     module.load_weights(list(weights.items()), strict=True)
     module.eval()
     return module
+
+
+def find_damaged(module: nn.Module) -> str | None:
+    """The name of a weight that holds NaN or infinity, if one does. Reads all weights."""
+    checks = {name: is_finite(array) for name, array in tree_flatten(module.parameters())}  # type: ignore[arg-type]
+    mx.eval(list(checks.values()))
+    return next((name for name, check in checks.items() if not check.item()), None)
 
 
 # ---- the Hub ----
@@ -228,6 +265,8 @@ _OUR_FILES = [pattern for part in PARTS for pattern in (f"{part}.safetensors*", 
 # Anchored to the tree: a second copy of the weights in a single file at the root stays where it is.
 DOWNLOADED = [
     "model_index.json",
+    "LICENSE*",
+    "NOTICE*",
     "scheduler/*.json",
     "tokenizer/*.json",
     *_PART_FILES,
@@ -238,12 +277,21 @@ DOWNLOADED = [
 
 
 def download(
-    hub_id: str, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+    hub_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    patterns: Sequence[str] = DOWNLOADED,
 ) -> Path:
     """The folder of a Hub repository in the local cache, fetched first unless `local_files_only`.
 
-    Only safetensors, JSON and tokenizer files are fetched. Every failure is a CheckpointError that names the remedy.
+    Only files that match `patterns` are fetched: safetensors, JSON and the tokenizer. Before a gated, non-commercial
+    model is fetched, that is said in a warning of the logger `klein_mlx`, with the way to give a token. Every failure
+    is a CheckpointError that names the remedy.
     """
+    if not local_files_only and (notice := gated_notice(hub_id)):
+        logging.getLogger("klein_mlx").warning(notice)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -252,7 +300,11 @@ def download(
         disable_progress_bars()
     try:
         folder = snapshot_download(
-            hub_id, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=DOWNLOADED
+            hub_id,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
         )
     except Exception as error:  # the library's errors have no common parent
         raise CheckpointError(f"{hub_id}: {_hub_reason(error, revision)}") from error

@@ -5,7 +5,10 @@ done, 130 interrupted. Nothing heavy is imported before the arguments are known 
 """
 
 import argparse
+import errno
+import io
 import json
+import logging
 import os
 import re
 import sys
@@ -14,81 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.errors import KleinError, RequestError
+from klein_mlx.options import GENERATE_EXAMPLES, Parser, add_generate_arguments, in_options
 
 if TYPE_CHECKING:
     from klein_mlx.events import Run
     from klein_mlx.pipeline import KleinPipeline
 
-DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
-
-GENERATE_EXAMPLES = """examples:
-  klein-mlx generate --model tiny "a red circle left of a blue square" -o out.png
-  klein-mlx generate "a red fox in the snow" --width 768 --height 1024 --seed 7
-  klein-mlx generate "make it autumn" -i fox.png -o autumn.png
-"""
-
-
-# What the library calls an argument, and what the command line does.
-OPTIONS = {
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "negative_prompt": "--negative",
-    "num_images_per_prompt": "--count",
-    "max_sequence_length": "--max-sequence-length",
-    **{name: f"--{name}" for name in ("width", "height", "seed", "quantize", "dtype", "keep")},
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and without abbreviations."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> Any:
-        raise RequestError(f"{message} (see {self.prog} --help)")
-
 
 def _parser() -> argparse.ArgumentParser:
     from klein_mlx import __version__
-    from klein_mlx.convert.__main__ import add_convert_arguments
+    from klein_mlx.convert.__main__ import add_convert_arguments, add_info_arguments
 
-    parser = _Parser(prog="klein-mlx", description="FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.")
+    parser = Parser(prog="klein-mlx", description="FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.")
     parser.add_argument("--version", action="version", version=f"klein-mlx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="make a picture from a prompt", epilog=GENERATE_EXAMPLES)
-    _add_generate_arguments(generate)
+    add_generate_arguments(generate)
     convert = commands.add_parser("convert", help="turn PyTorch weights into an MLX checkpoint")
     add_convert_arguments(convert)
     info = commands.add_parser("info", help="what a model is: variant, sizes, bits, licence")
-    info.add_argument("model", help='a folder, a hub id, or "tiny"')
-    info.add_argument("--json", action="store_true", help="as a JSON object on stdout")
+    add_info_arguments(info)
     return parser
-
-
-def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw, or how to change the reference")
-    add("-m", "--model", default=DEFAULT_MODEL, help='a hub id, a folder, or "tiny" (default: %(default)s)')
-    add("-i", "--image", action="append", metavar="FILE", help="a reference to edit or to draw from; repeat for more")
-    add("--width", type=int, help="in pixels, a multiple of 16 (default: the reference's, or 1024; 128 for tiny)")
-    add("--height", type=int, help="in pixels, a multiple of 16")
-    add("--steps", type=int, help="denoising steps (default: the variant's, 4 for distilled ones)")
-    add("--guidance", type=float, help="guidance scale (default: the variant's; base variants only)")
-    add("--negative", metavar="TEXT", help="what to steer away from; needs guidance over 1")
-    add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
-    add("-n", "--count", type=int, default=1, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
-    add("-q", "--quantize", metavar="BITS", help="4 or 8: quantise the weights while loading")
-    add("--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--keep", help="what stays in memory between phases: all, transformer or nothing")
-    add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
-    add("--revision", help="the model's revision on the hub")
-    add("--offline", action="store_true", help="use only what is on disk")
-    add("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp (default: a name from prompt and seed)")
-    add("--force", action="store_true", help="overwrite the output file")
-    add("--json", action="store_true", help="one JSON object on the last line of stdout")
-    add("--quiet", action="store_true", help="no progress and no notes on stderr")
 
 
 def _slug(prompt: str) -> str:
@@ -146,13 +95,21 @@ def _generate(args: argparse.Namespace) -> int:
         check_output(args.output, args.force or args.count > 1 or len(args.seed or ()) > 1)
     pipe, run = _open(args)
     paths = _output_paths(args, run)
+    edit = run.request.edit
+    if edit and (edit.mask_image is not None or edit.extends) and any(p.suffix.lower() != ".png" for p in paths):
+        _say(args, f"{paths[0].suffix} changes every pixel a little; .png keeps those that are not painted exactly")
     seeds = ", ".join(str(seed) for seed in run.request.seeds)
-    _say(args, f"seed {seeds}" if len(run.request.seeds) == 1 else f"seeds {seeds}")
+    untold = args.seed is None and args.output is not None and not args.json  # by no name, option or result
+    if not args.quiet or untold:
+        print(f"seed {seeds}" if len(run.request.seeds) == 1 else f"seeds {seeds}", file=sys.stderr)
     files = []
     for image, path in zip(_pictures(args, run), paths, strict=True):
-        from klein_mlx.images import save_image
+        from klein_mlx.images import save_image, save_image_free
 
-        save_image(image, path, args.force)
+        if args.output is None:
+            path = save_image_free(image, path)
+        else:
+            save_image(image, path, args.force)
         files.append(str(path))
         if not args.json:
             print(path, flush=True)
@@ -162,8 +119,13 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> "tuple[KleinPipeline, Run]":
+    from klein_mlx.convert import SMALL_DECODER
     from klein_mlx.pipeline import KleinPipeline
 
+    if args.small_decoder and args.vae:
+        raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
+    if args.quiet:
+        logging.getLogger("klein_mlx").setLevel(logging.ERROR)
     pipe = KleinPipeline.from_pretrained(
         args.model,
         quantize=args.quantize,
@@ -171,15 +133,27 @@ def _open(args: argparse.Namespace) -> "tuple[KleinPipeline, Run]":
         keep=args.keep,
         revision=args.revision,
         local_files_only=args.offline,
+        vae=SMALL_DECODER if args.small_decoder else args.vae,
     )
     run = pipe.stream(
         args.prompt,
         image=args.image,
+        large_reference=args.large_reference,
+        reuse_references=args.reuse_references,
+        init_image=args.init_image,
+        strength=args.strength,
+        mask_image=args.mask,
+        mask_blur=args.mask_blur,
+        invert_mask=args.invert_mask,
+        padding_mask_crop=args.mask_crop,
+        extend=args.extend,
+        init_reference=args.init_reference,
         width=args.width,
         height=args.height,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         negative_prompt=args.negative,
+        batch_guidance=args.batch_guidance,
         num_images_per_prompt=args.count,
         seed=args.seed[0] if args.seed and len(args.seed) == 1 else args.seed,
         max_sequence_length=args.max_sequence_length,
@@ -228,28 +202,31 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from klein_mlx.convert import describe, format_description, open_model
+    from klein_mlx.convert.__main__ import run_info
 
-    description = describe(open_model(args.model))
-    print(json.dumps(description) if args.json else format_description(description))
-    return 0
+    return run_info(args)
 
 
-def _in_options(error: KleinError) -> str:
-    """The error's line, with an argument that it starts with called as it was typed."""
-    line = " ".join(str(error).split())
-    name, space, rest = line.partition(" ")
-    return f"{OPTIONS[name]}{space}{rest}" if name in OPTIONS and isinstance(error, RequestError) else line
+def ready_streams() -> None:
+    """Let printing never fail for its words: not where stdout or stderr is closed, nor where it knows ASCII only."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     commands = {"generate": _generate, "convert": _convert, "info": _info}
+    ready_streams()
     try:
         args = _parser().parse_args(argv)
         return commands[args.command](args)
     except KleinError as error:
-        print(f"error: {_in_options(error)}", file=sys.stderr)
+        print(f"error: {in_options(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -257,7 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of stdout is gone; point stdout elsewhere so that Python does not complain while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # as a program that SIGPIPE ends
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
 
 
 if __name__ == "__main__":

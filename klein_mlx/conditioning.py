@@ -10,7 +10,7 @@ from klein_mlx.images import to_pixels
 from klein_mlx.latents import image_ids, latents_to_tokens, patchify, text_ids
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.tokenizer import Tokens
-from klein_mlx.vae import VAE
+from klein_mlx.vae import VAE, strip_rows
 
 FIRST_REFERENCE_T, REFERENCE_T_STEP = 10, 10
 
@@ -33,7 +33,7 @@ def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int) -> mx.array:
 
 def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype) -> mx.array:
     """Normalised latents (1, h, w, C) of a prepared reference, evaluated."""
-    z = vae.encode(to_pixels(image).astype(dtype))
+    z = vae.encode(to_pixels(image).astype(dtype), strip_rows(image.height, image.width))
     latents = vae.normalize(patchify(z))
     mx.eval(latents)
     return latents

@@ -127,9 +127,9 @@ class VAEConfig(_FromDict):
 
 @dataclass(frozen=True)
 class Variant:
-    """What no config.json states. The dimensions and `is_distilled` tell which variant a checkpoint is.
+    """What no config.json states. Dimensions, `is_distilled` and `caches_references` tell which one a checkpoint is.
 
-    dimensions: the transformer's hidden size, double blocks and single blocks.
+    dimensions: the transformer's hidden size, double blocks and single blocks. caches_references: as ModelConfig's.
     """
 
     name: str
@@ -139,6 +139,11 @@ class Variant:
     steps: int
     guidance: float
     licence: str
+    caches_references: bool = False
+
+    @property
+    def is_gated(self) -> bool:
+        return self.licence == _NON_COMMERCIAL
 
 
 _4B, _9B = (3072, 5, 20), (4096, 8, 24)
@@ -150,6 +155,7 @@ VARIANTS = (
     Variant("base-4b", "black-forest-labs/FLUX.2-klein-base-4B", _4B, False, 50, 4.0, _APACHE),
     Variant("9b", "black-forest-labs/FLUX.2-klein-9B", _9B, True, 4, 1.0, _NON_COMMERCIAL),
     Variant("base-9b", "black-forest-labs/FLUX.2-klein-base-9B", _9B, False, 50, 4.0, _NON_COMMERCIAL),
+    Variant("9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", _9B, True, 4, 1.0, _NON_COMMERCIAL, True),
 )
 UNLISTED = {  # any other size: a toy, a test, a fine-tune with other dimensions
     True: Variant("distilled", None, (0, 0, 0), True, 4, 1.0, "not stated"),
@@ -165,6 +171,7 @@ class ModelConfig:
     taps: the encoder layers after which hidden states are taken (9, 18, 27 of klein's 36).
     max_sequence_length: text positions the transformer attends to, padding included (512 for klein).
     default_size: pixels of a side when nothing else is asked for (1024 for klein).
+    caches_references: the model was trained to see references that see only each other, as 9b-kv was.
     """
 
     transformer: TransformerConfig
@@ -175,6 +182,7 @@ class ModelConfig:
     max_sequence_length: int = 512
     default_size: int = 1024
     variant_name: str | None = None
+    caches_references: bool = False
 
     def __post_init__(self) -> None:
         t, e, v = self.transformer, self.text_encoder, self.vae
@@ -183,8 +191,8 @@ class ModelConfig:
         )
         wanted = len(self.taps) * e.hidden_size
         _require(t.joint_attention_dim == wanted, "transformer joint_attention_dim", t.joint_attention_dim, wanted)
-        axes = sum(t.axes_dims_rope)
-        _require(axes == t.attention_head_dim, "the sum of axes_dims_rope", axes, t.attention_head_dim)
+        _check_rope(t)
+        _check_groups(v)
         if t.guidance_embeds:
             raise CheckpointError("guidance_embeds is true: this is FLUX.2 [dev]; klein_mlx runs FLUX.2 [klein]")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 < self.taps[0] <= self.taps[-1]:
@@ -198,14 +206,25 @@ class ModelConfig:
         if self.variant_name == TINY.name:
             return TINY
         t = self.transformer
-        dimensions = (t.hidden_size, t.num_layers, t.num_single_layers)
-        rows = [v for v in VARIANTS if v.dimensions == dimensions and v.is_distilled == self.is_distilled]
+        mine = ((t.hidden_size, t.num_layers, t.num_single_layers), self.is_distilled, self.caches_references)
+        rows = [v for v in VARIANTS if (v.dimensions, v.is_distilled, v.caches_references) == mine]
         return rows[0] if rows else UNLISTED[self.is_distilled]
 
     @property
     def pixels_per_token(self) -> int:
         """The side of a token in pixels (16 for klein); widths and heights are multiples of it."""
         return 2 * self.vae.scale_factor
+
+
+def gated_notice(hub_id: str) -> str | None:
+    """One line on a repository whose licence must be accepted before it can be fetched; None for all others."""
+    for variant in VARIANTS:
+        if variant.is_gated and variant.hub_id and variant.hub_id.lower() == hub_id.lower():
+            return (
+                f"{hub_id}: licence {variant.licence}. Accept it once on huggingface.co/{hub_id}, then give a token: "
+                "`hf auth login`, or HF_TOKEN, or token= in Python"
+            )
+    return None
 
 
 def default_taps(num_hidden_layers: int) -> tuple[int, ...]:
@@ -215,6 +234,26 @@ def default_taps(num_hidden_layers: int) -> tuple[int, ...]:
     (`taps` in klein.json), or is tapped at the same fractions.
     """
     return tuple(num_hidden_layers * k // 4 for k in (1, 2, 3))
+
+
+def _check_rope(t: TransformerConfig) -> None:
+    axes = t.axes_dims_rope
+    if len(axes) != 4 or any(dim % 2 for dim in axes) or sum(axes) != t.attention_head_dim:
+        raise CheckpointError(
+            f"axes_dims_rope is {axes}; it must be four even numbers that add up to the head's {t.attention_head_dim}"
+        )
+    if t.rope_theta <= 0:
+        raise CheckpointError(f"rope_theta is {t.rope_theta:g}; it must be over 0")
+
+
+def _check_groups(v: VAEConfig) -> None:
+    channels = (*v.block_out_channels, *(v.decoder_block_out_channels or ()))
+    if v.norm_num_groups < 1 or any(c % v.norm_num_groups for c in channels):
+        raise CheckpointError(f"norm_num_groups is {v.norm_num_groups}; it must divide the VAE's channels {channels}")
+    if len(v.block_out_channels) > 8:
+        raise CheckpointError(
+            f"block_out_channels has {len(v.block_out_channels)} levels; klein's has 4, at most 8 work"
+        )
 
 
 def _require(holds: bool, what: str, value: int, right: int) -> None:

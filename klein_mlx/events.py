@@ -36,13 +36,13 @@ class Picture:
     """A finished picture.
 
     image: a PIL image; with output_type "np" a (H, W, 3) float32 array in 0..1; with "latent" the denormalised VAE
-    latents, an mx.array (latent channels, H/8, W/8) as in diffusers.
+    latents, an mx.array (latent channels, H/8, W/8) as in diffusers. seed: None if initial latents were given.
     """
 
     index: int
     of: int
     prompt: str | None
-    seed: int
+    seed: int | None
     image: Any
 
 
@@ -55,7 +55,7 @@ class KleinOutput:
     """
 
     images: Any
-    seeds: list[int]
+    seeds: list[int | None]
     notes: list[str]
     seconds: dict[str, float]
 

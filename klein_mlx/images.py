@@ -6,6 +6,8 @@ It knows PIL and pixels; not the model.
 import math
 import os
 import secrets
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,54 @@ from PIL import Image, ImageOps
 from klein_mlx.errors import RequestError
 
 REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
+LARGE_REFERENCE_AREA = 2024 * 2024  # the same for a single large one, as in BFL's own code (diffusers has no such)
 MIN_REFERENCE_SIDE, MAX_ASPECT = 64, 8
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error)  # what Pillow may raise
+MAX_NAME = 255  # bytes of a file's name, on every common disk
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def load_image(source: Any) -> tuple[Image.Image, list[str]]:
+def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]]:
     """Open a picture as 8-bit sRGB, upright.
 
-    source: a path or a PIL image. EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on
-    white, 16 bits scaled to 8; an animation gives its first frame.
+    source: a path or a PIL image. what: its name in messages. EXIF orientation is applied, an ICC profile converted to
+    sRGB, alpha composited on white, 16 bits scaled to 8; an animation gives its first frame.
     Returns (image in mode RGB, notes on what was changed). Raises RequestError for a file that is no picture.
     """
-    if isinstance(source, Image.Image):
-        return _upright(source, "image")
-    if not isinstance(source, str | os.PathLike):
-        raise RequestError(f"image is a {type(source).__name__}; it must be a path or a PIL image")
-    path = Path(source)
-    if not path.exists():
-        raise RequestError(f"image {path} does not exist")
-    if not path.is_file():
-        raise RequestError(f"image {path} is not a file")
+    given = isinstance(source, Image.Image)
+    if not given and not isinstance(source, str | os.PathLike):
+        raise RequestError(f"{what} is a {type(source).__name__}; it must be a path or a PIL image")
+    name = what if given else f"{what} {os.fspath(source)}"
     try:
-        with Image.open(path) as image:
-            return _upright(image, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes, and of metadata that is not used here
+            if given:
+                return _upright(source, what)
+            if not Path(source).exists():
+                raise RequestError(f"{name} does not exist")
+            if not Path(source).is_file():
+                raise RequestError(f"{name} is not a file")
+            with Image.open(source) as image:
+                return _upright(image, os.fspath(source))
     except Image.DecompressionBombError:
-        raise RequestError(f"image {path} has too many pixels; scale it down first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        hint = "; convert it first: sips -s format png" if path.suffix.lower() in (".heic", ".heif", ".svg") else ""
-        reason = "not a picture in a known format" if "cannot identify" in str(error) else str(error).splitlines()[0]
-        raise RequestError(f"image {path} cannot be read: {reason}{hint}") from None
+        raise RequestError(f"{name} has too many pixels; scale it down first") from None
+    except UNREADABLE as error:
+        heic = not given and Path(source).suffix.lower() in (".heic", ".heif", ".svg")
+        reason = "not a picture in a known format" if "cannot identify" in str(error) else one_line(error)
+        hint = "; convert it first: sips -s format png" if heic else ""
+        raise RequestError(f"{name} cannot be read: {reason}{hint}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _upright(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     animated = getattr(image, "n_frames", 1) > 1
     notes = [f"{name}: an animation; its first frame is used"] if animated else []
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
+        notes.append(f"{name}: what is transparent in it is taken as white")
     return _to_srgb(ImageOps.exif_transpose(image)), notes
 
 
@@ -86,11 +102,20 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return converted if converted is not None else image
 
 
-def prepare_reference(image: Image.Image, multiple: int) -> tuple[Image.Image, str | None]:
+def scaled_size(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """A picture's (width, height), scaled down to `area` pixels if it has more, each side cut to whole pixels."""
+    width, height = size
+    if width * height <= area:
+        return size
+    scale = math.sqrt(area / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def prepare_reference(image: Image.Image, multiple: int, area: int = REFERENCE_AREA) -> tuple[Image.Image, str | None]:
     """Scale and crop a reference by the model's rules.
 
-    image: RGB. multiple: pixels per token (16). Over 1024 * 1024 pixels it is scaled to that area (Lanczos, sides cut
-    to whole pixels), then cropped from the centre to multiples. Returns (image, a line on what was done or None).
+    image: RGB. multiple: pixels per token (16). area: with more pixels it is scaled down to so many (Lanczos, sides cut
+    to whole pixels); then it is cropped from the centre to multiples. Returns (image, a line on what was done or None).
     Raises RequestError for a side under 64 or an aspect over 8. Source: diffusers, Flux2ImageProcessor.
     """
     width, height = image.size
@@ -100,9 +125,8 @@ def prepare_reference(image: Image.Image, multiple: int) -> tuple[Image.Image, s
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"a reference is {width} x {height}; its aspect must be at most {MAX_ASPECT} : 1")
-    if width * height > REFERENCE_AREA:
-        scale = math.sqrt(REFERENCE_AREA / (width * height))
-        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+    if width * height > area:
+        image = image.resize(scaled_size(image.size, area), Image.Resampling.LANCZOS)
     final_width, final_height = (side // multiple * multiple for side in image.size)
     left, top = (image.width - final_width) // 2, (image.height - final_height) // 2
     image = image.crop((left, top, left + final_width, top + final_height))
@@ -133,6 +157,10 @@ def to_image(pixels: mx.array) -> Image.Image:
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse, before any work, a path to which `save_image` could not write."""
     folder = path.parent
+    if "\0" in str(path):
+        raise RequestError(f"output {str(path)!r} has a zero byte in its name; no disk allows that")
+    if (length := len(os.fsencode(path.name))) > MAX_NAME:
+        raise RequestError(f"output {path.name[:30]}... has a name of {length} bytes; it must have at most {MAX_NAME}")
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"output {path} ends in {path.suffix or 'nothing'}; it must end in {', '.join(FORMATS)}")
     if not folder.is_dir():
@@ -170,6 +198,19 @@ def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
         raise RequestError(f"output {path} cannot be written: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save_image_free(image: Image.Image, path: Path) -> Path:
+    """As save_image, under this name or, if another program has taken it meanwhile, the next free one; returns it."""
+    number, free = 2, path
+    while True:
+        try:
+            save_image(image, free)
+            return free
+        except RequestError:
+            if not os.path.lexists(free):
+                raise
+        free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
 
 
 def _beside(path: Path) -> Path:

@@ -8,6 +8,7 @@ The weight is expanded inside the graph, just before its matmul, so one layer's 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,8 +56,8 @@ def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx
     if isinstance(layer, nn.Linear):
         out = _multiply(x, layer.weight[rows])
     else:
-        arrays = [layer[name][rows] if name in layer else None for name in ("weight", "scales", "biases")]
-        kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        arrays: list[Any] = [layer[name][rows] if name in layer else None for name in ("weight", "scales", "biases")]
+        kind: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
         if _expands():
             if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
                 arrays[1:] = [a.astype(mx.float32) if a is not None else None for a in arrays[1:]]

@@ -9,12 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.checkpoint import Source, load_part, part_bytes
+from klein_mlx.checkpoint import Source, find_damaged, load_part, part_bytes
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.quantize import Quantization
 
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+# No float16: the residual stream reaches 1e5, beyond its range.
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 
 
@@ -31,6 +32,8 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.keep = keep or _default_keep(source, dtype, quantization)
         self.loaded: dict[str, nn.Module] = {}
+        for part in PARTS:
+            source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
 
     def get(self, name: str, timed: Callable[[str], AbstractContextManager[None]]) -> Any:
         """A part with its weights in memory; `timed("load")` surrounds the reading."""
@@ -41,6 +44,10 @@ class Parts:
                     mx.eval(module.parameters())
                 except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
                     raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
+                if damaged := find_damaged(module):
+                    raise CheckpointError(
+                        f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again"
+                    )
             self.loaded[name] = module
         return self.loaded[name]
 
@@ -66,8 +73,18 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
 
 def _default_keep(source: Source, dtype: mx.Dtype, quantization: Quantization | None) -> str:
     """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    half = _memory() / 2
     sizes = {part: part_bytes(part, source, dtype, quantization) for part in PARTS}
     if sum(sizes.values()) <= half:
         return "all"
     return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"
+
+
+def _memory() -> int:
+    """Bytes that weights may be put in: the GPU's own, or the machine's."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        told = mx.device_info()
+        for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+            if told.get(name):
+                return int(told[name])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,29 +9,33 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import mlx.core as mx
 from PIL import Image
 
 from klein_mlx import images
+from klein_mlx.arguments import Arguments
 from klein_mlx.checkpoint import Source
 from klein_mlx.conditioning import References, encode_prompt, encode_reference, join_references
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import KleinOutput, Picture, Run, Step
 from klein_mlx.latents import from_channels_first, noise, to_channels_first, unpatchify
+from klein_mlx.masks import Canvas
+from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
 from klein_mlx.quantize import parse
-from klein_mlx.request import check, check_side
-from klein_mlx.sampler import Predict, euler_steps, make_sigmas, with_cfg
+from klein_mlx.request import check
+from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.velocity import Tracked, velocity
+from klein_mlx.vae import strip_rows
+from klein_mlx.velocity import Reuse, Tracked, guided_velocity, velocity
 
 if TYPE_CHECKING:
     import numpy as np
 
-REMEMBERED = 32  # prompts, and references, whose encodings are kept
+REMEMBERED = 8  # prompts, and references, whose encodings are kept
 
 
 class KleinPipeline:
@@ -66,6 +70,9 @@ class KleinPipeline:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        vae: str | Path | None = None,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
     ) -> Self:
         """Open a model; its weights are read later, when they are needed.
 
@@ -74,14 +81,20 @@ class KleinPipeline:
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
         keep: what stays in memory between calls: "all", "transformer" or "nothing"; by default as the machine allows.
         revision, token, local_files_only: as in huggingface_hub.
+        vae: a file, folder or hub id that takes the place of the model's own; "black-forest-labs/FLUX.2-small-decoder"
+            decodes faster.
+        transformer, text_encoder: likewise, files or folders: a single file of BFL's or ComfyUI's, FP8, GGUF, mlx-lm's.
         Raises CheckpointError if there is no such model or its files are not whole.
         """
-        from klein_mlx.convert import open_model
+        from klein_mlx.convert import find_vae, open_model
 
-        source = open_model(model, revision=revision, token=token, local_files_only=local_files_only)
+        parts = {"transformer": transformer, "text_encoder": text_encoder}
+        if vae is not None:
+            parts["vae"] = find_vae(vae, token=token, local_files_only=local_files_only)
+        source = open_model(model, revision=revision, token=token, local_files_only=local_files_only, parts=parts)
         return cls(source, quantize=quantize, dtype=dtype, keep=keep)
 
-    def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> KleinOutput:
+    def __call__(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> KleinOutput:
         """Make pictures; the arguments are those of `stream`.
 
         Raises RequestError for what cannot be done, CheckpointError for weights that cannot be read.
@@ -98,123 +111,77 @@ class KleinPipeline:
             results = np.stack(results)
         return KleinOutput(results, [picture.seed for picture in pictures], run.notes, run.seconds)
 
-    def stream(
-        self,
-        prompt: str | list[str] | None = None,
-        *,
-        image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | list[int] | None = None,
-        latents: Any = None,
-        prompt_embeds: Any = None,
-        sigmas: list[float] | None = None,
-        output_type: str = "pil",
-        max_sequence_length: int | None = None,
-    ) -> Run:
+    def stream(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> Run:
         """Check the request and return its run, an iterator of Steps and Pictures; nothing is computed before it is
         iterated.
 
-        prompt: a text, or several; each makes `num_images_per_prompt` pictures, of seeds seed, seed + 1, ...
-        image: references for editing: a path, a PIL image, or a list of up to ten.
-        height, width: pixels, multiples of 16; by default the first reference's, or 1024 (128 for tiny).
-        num_inference_steps, guidance_scale: by default the variant's (4 and 1 for the distilled ones).
-        negative_prompt: with a guidance_scale over 1, instead of the empty prompt.
-        seed: 0 .. 2**64 - 1, or a list: one picture of each prompt per seed. Each picture depends on its seed alone.
-        latents: the initial noise (pictures, C, h, w), as in diffusers, instead of the seeds'.
-        prompt_embeds: (B, L, D) instead of prompts.
-        sigmas: noise levels before the shift, instead of evenly spaced ones.
-        output_type: "pil", "np" ((H, W, 3) in 0..1) or "latent" (denormalised, an mx.array).
-        max_sequence_length: text positions, padding included (512; 40 or so for tiny).
+        prompt: a text, or several; each makes `num_images_per_prompt` pictures.
+        arguments: see `klein_mlx.arguments.Arguments`.
         Raises RequestError.
         """
-        request = check(
-            self.config,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            image=image,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            sigmas=sigmas,
-            output_type=output_type,
-            max_sequence_length=max_sequence_length,
-        )
-        run = Run(request)
-        references, height, width = self._open_references(run)
-        run.start(self._events(run, references, height, width))
+        run = Run(check(self.config, prompt=prompt, **arguments))
+        opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
+        run.notes += opened.notes
+        if run.request.reuse_references and not self.config.caches_references:
+            run.notes.append("the references are computed in the first step only: an approximation")
+        run.start(self._events(run, opened))
         return run
 
-    def _events(self, run: Run, opened: list[Image.Image], height: int, width: int) -> Iterator[Step | Picture]:
+    def _events(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:
         """The whole run; however it ends, only what is to be kept stays loaded."""
         try:
-            yield from self._phases(run, opened, height, width)
+            yield from self._phases(run, opened)
         finally:
             self.parts.release(*PARTS)
 
-    def _phases(self, run: Run, opened: list[Image.Image], height: int, width: int) -> Iterator[Step | Picture]:
+    def _phases(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:
         """Encode, denoise, decode."""
-        request = run.request
         with run.timed("encode"):
-            references = join_references([self._encode_reference(run, image) for image in opened])
+            references = join_references([self._encode_reference(run, image) for image in opened.references])
+            init = None if opened.canvas is None else self._encode_reference(run, opened.canvas.image)
         embeds, negative = self._encode_prompts(run)
         self.parts.release("text_encoder", "vae")
-        side = self.config.pixels_per_token
-        h, w = height // side, width // side
-        sigmas = make_sigmas(h * w, request.steps, request.sigmas)
-        start = None if request.latents is None else from_channels_first(_array(request.latents))
         waiting: list[tuple[int, mx.array]] = []
-        for number, (prompt_index, seed) in enumerate(request.pictures):
+        for number, (prompt_index, _) in enumerate(run.request.pictures):
             with run.timed("steps"):
-                prompt_embeds = embeds[prompt_index]
-                predict = self._predict(run, prompt_embeds, negative, references, (h, w))
-                channels = self.config.transformer.in_channels
-                latents = noise(mx.random.key(seed), h, w, channels) if start is None else start[number : number + 1]
-            steps = Tracked(predict)
-            latents = latents.astype(self.dtype)
-            walk = euler_steps(steps, latents, sigmas)
-            for index in range(1, len(sigmas)):
-                with run.timed("steps"):
-                    latents = next(walk)
-                    mx.eval(latents)
-                preview = self._preview(run, latents - sigmas[index] * steps.velocity)
-                yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview)
+                predict = self._predict(run, embeds[prompt_index], negative, references, self._grid(opened))
+            latents = mx.array(0.0)
+            for step in self._denoise(run, number, predict, init, opened):
+                latents = step.latents
+                yield step
+            del predict, step  # they hold the transformer
             waiting.append((number, latents))
             if self.parts.keep != "nothing":
-                yield self._finish(run, *waiting.pop())
-        del predict, steps, walk  # they hold the transformer
+                yield self._finish(run, *waiting.pop(), opened.canvas)
         self.parts.release("transformer")
         for number, latents in waiting:
-            yield self._finish(run, number, latents)
+            yield self._finish(run, number, latents, opened.canvas)
 
-    def _open_references(self, run: Run) -> tuple[list[Image.Image], int, int]:
-        """The references as the model takes them, and the picture's height and width."""
-        request, side = run.request, self.config.pixels_per_token
-        prepared = []
-        for source in request.images:
-            image, notes = images.load_image(source)
-            image, note = images.prepare_reference(image, side)
-            run.notes += [*notes, *([note] if note else [])]
-            prepared.append(image)
-        first = prepared[0].size if prepared else (self.config.default_size, self.config.default_size)
-        width, height = request.width or first[0], request.height or first[1]
-        check_side("width", width, side)
-        check_side("height", height, side)
-        if request.latents is not None and tuple(request.latents.shape[2:]) != (height // side, width // side):
-            raise RequestError(
-                f"latents has shape {tuple(request.latents.shape)}; for {width} x {height} pixels its last two must be "
-                f"{height // side}, {width // side}"
-            )
-        return prepared, height, width
+    def _denoise(
+        self, run: Run, number: int, predict: Predict, init: mx.array | None, opened: Opened
+    ) -> Iterator[Step]:
+        """One picture's steps, from its noise, or from the init image's latents with noise added."""
+        request, (h, w) = run.request, self._grid(opened)
+        strength = 1.0 if request.edit is None else request.edit.strength or 1.0
+        sigmas = make_sigmas(h * w, request.steps, request.sigmas, strength)
+        if request.latents is not None:
+            latents = from_channels_first(_array("latents", request.latents))[number : number + 1]
+        else:
+            latents = noise(mx.random.key(request.pictures[number][1]), h, w, self.config.transformer.in_channels)
+        latents, after = _start(latents.astype(self.dtype), init, opened.canvas, sigmas[0])
+        steps = Tracked(predict)
+        walk = euler_steps(steps, latents, sigmas, after)
+        for index in range(1, len(sigmas)):
+            with run.timed("steps"):
+                latents = next(walk)
+                mx.eval(latents)
+            preview = self._preview(run, latents - sigmas[index] * steps.velocity, opened.canvas)
+            yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview)
+
+    def _grid(self, opened: Opened) -> tuple[int, int]:
+        """Rows and columns of the picture's tokens."""
+        side = self.config.pixels_per_token
+        return opened.height // side, opened.width // side
 
     def _encode_reference(self, run: Run, image: Image.Image) -> mx.array:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
@@ -228,7 +195,7 @@ class KleinPipeline:
         request = run.request
         guided = request.guidance > 1
         if request.prompt_embeds is not None:
-            given = _array(request.prompt_embeds).astype(self.dtype)
+            given = _array("prompt_embeds", request.prompt_embeds).astype(self.dtype)
             embeds = [given[i : i + 1] for i in range(given.shape[0])]
         else:
             with run.timed("encode"):
@@ -257,39 +224,68 @@ class KleinPipeline:
         grid: tuple[int, int],
     ) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
-        transformer = self.parts.get("transformer", run.timed)
-        conditional = velocity(transformer, prompt_embeds, references, grid)
+        transformer, request = self.parts.get("transformer", run.timed), run.request
+        reuse: Reuse | None = "first step" if request.reuse_references else None
+        if self.config.caches_references:
+            reuse = "alone"
         if negative is None:
-            return conditional
-        unconditional = velocity(transformer, negative, references, grid)
-        return with_cfg(conditional, unconditional, run.request.guidance)
+            return velocity(transformer, prompt_embeds, references, grid, reuse)
+        return guided_velocity(
+            transformer, prompt_embeds, negative, references, grid, request.guidance, request.batch_guidance, reuse
+        )
 
-    def _finish(self, run: Run, number: int, latents: mx.array) -> Picture:
+    def _finish(self, run: Run, number: int, latents: mx.array, canvas: Canvas | None) -> Picture:
         """Decode, as the request wants it."""
         prompt_index, seed = run.request.pictures[number]
+        if run.request.latents is not None:
+            seed = None  # no seed made this noise
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None
         with run.timed("decode"):
-            image = self._decode(run, latents, run.request.output_type)
+            image = self._decode(run, latents, run.request.output_type, canvas)
         return Picture(number, len(run.request.pictures), prompt, seed, image)
 
-    def _decode(self, run: Run, latents: mx.array, output_type: str) -> Any:
-        vae = self.parts.get("vae", run.timed)
+    def _decode(self, run: Run, latents: mx.array, output_type: str, canvas: Canvas | None) -> Any:
+        vae, side = self.parts.get("vae", run.timed), self.config.vae.scale_factor
+        if not mx.isfinite(latents).all().item():
+            raise CheckpointError(
+                f"{self.source.path}: the picture came out as NaN or infinity: its weights are damaged"
+            )
         z = unpatchify(vae.denormalize(latents))
         if output_type == "latent":
             z = to_channels_first(z)[0]
             mx.eval(z)
             return z
-        pixels = vae.decode(z)[0]
+        pixels = vae.decode(z, strip_rows(side * z.shape[1], side * z.shape[2]))[0]
         mx.eval(pixels)
-        return images.to_image(pixels) if output_type == "pil" else _numpy(images.to_unit(pixels))
+        if canvas is None or canvas.opacity is None:
+            return images.to_image(pixels) if output_type == "pil" else _numpy(images.to_unit(pixels))
+        image = canvas.paste(images.to_image(pixels))
+        return image if output_type == "pil" else _numpy(image).astype("float32") / 255
 
-    def _preview(self, run: Run, clean: mx.array) -> Callable[[], Image.Image]:
-        return lambda: self._decode(run, clean, "pil")
+    def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
+        def preview() -> Image.Image:
+            image = self._decode(run, clean, "pil", canvas)
+            self.parts.release("vae")
+            return image
+
+        return preview
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read when first needed."""
-        return Tokenizer(self.source.tokenizer_file)
+        return Tokenizer(self.source.tokenizer_file, self.config.text_encoder.vocab_size)
+
+
+def _start(
+    latents: mx.array, init: mx.array | None, canvas: Canvas | None, sigma: float
+) -> tuple[mx.array, After | None]:
+    """Where the steps start, and what holds the unpainted part: latents is the noise, init (1, h, w, C) or None."""
+    if init is None or canvas is None:
+        return latents, None
+    after = None
+    if canvas.tokens is not None:
+        after = hold_outside(mx.array(canvas.tokens)[None, :, :, None], init, latents)
+    return add_noise(init, latents, sigma), after
 
 
 def _remember(store: dict[Any, mx.array], key: Any, value: mx.array) -> None:
@@ -299,8 +295,17 @@ def _remember(store: dict[Any, mx.array], key: Any, value: mx.array) -> None:
         del store[next(iter(store))]
 
 
-def _array(values: Any) -> mx.array:
-    return values if isinstance(values, mx.array) else mx.array(_numpy(values))
+def _array(what: str, values: Any) -> mx.array:
+    """An MLX, numpy or torch array of finite real numbers as an mx.array; RequestError for any other."""
+    try:
+        if hasattr(values, "detach"):  # torch, whose bfloat16 numpy does not know
+            values = values.detach().float().cpu().numpy()
+        array = values if isinstance(values, mx.array) else mx.array(_numpy(values))
+    except (TypeError, ValueError, RuntimeError):
+        array = mx.array(True)
+    if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all().item():
+        raise RequestError(f"{what} holds something else than finite real numbers; it must be an array of floats")
+    return array
 
 
 def _numpy(values: Any) -> "np.ndarray":

@@ -4,16 +4,20 @@ Embedders, modulations, the time embedding, the final layer, norms, token embedd
 dtype: they are small, and the picture depends on them everywhere at once. Knows names and arrays; no files.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.weights import Deferred, Weight, is_finite
 
-BITS = (4, 8)
+BITS = (4, 8)  # what a user may ask for; files may hold whatever MLX runs
+_AFFINE_BITS, _GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+_FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes, each with one shape
 
 # The last components of the quantised linear layers, per part, and the lists that they stand in.
 _LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
@@ -26,25 +30,80 @@ QUANTIZED_PARTS = tuple(_LISTS)
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX's own words: `group_size` neighbours along the input axis share a scale and a bias."""
+    """MLX's own words: `group_size` neighbours along the input axis share a scale and a bias.
+
+    layers: the quantised layers by their paths, each with its own settings; None: the linear layers of the blocks,
+    all alike. With layers, the other fields say what most of them have.
+    """
 
     bits: int
     group_size: int = 64
     mode: str = "affine"
+    layers: "Mapping[str, Quantization] | None" = field(default=None, hash=False)
+
+    @classmethod
+    def of_layers(cls, layers: "Mapping[str, Quantization]") -> Self:
+        """Of a part whose layers are quantised one by one; there must be some."""
+        own = {path: Quantization(q.bits, q.group_size, q.mode) for path, q in layers.items()}
+        (common, _), *_ = Counter(own.values()).most_common(1)
+        return cls(common.bits, common.group_size, common.mode, own)
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "klein.json") -> Self:
         """Read what `to_dict` wrote. Anything else that MLX could not run is a CheckpointError."""
-        if not isinstance(values, Mapping) or set(values) != {"bits", "group_size", "mode"}:
+        names = {"bits", "group_size", "mode"}
+        if not isinstance(values, Mapping) or not names <= set(values) <= names | {"layers"}:
             raise CheckpointError(f"{where}: quantization is {values!r}; it must hold bits, group_size and mode")
-        for name, allowed in (("bits", BITS), ("group_size", (32, 64, 128)), ("mode", ("affine",))):
-            if type(values[name]) is not type(allowed[0]) or values[name] not in allowed:
+        mode = values["mode"]
+        if not isinstance(mode, str) or mode not in ("affine", *_FLOAT_MODES):
+            known = ", ".join(("affine", *_FLOAT_MODES))
+            raise CheckpointError(f"{where}: quantization mode is {mode!r}; klein_mlx reads {known}")
+        bits, sizes = _AFFINE_BITS, _GROUP_SIZES
+        if mode != "affine":
+            bits, sizes = ((number,) for number in _FLOAT_MODES[mode])
+        for name, allowed in (("bits", bits), ("group_size", sizes)):
+            if type(values[name]) is not int or values[name] not in allowed:
                 known = ", ".join(str(a) for a in allowed)
                 raise CheckpointError(f"{where}: quantization {name} is {values[name]!r}; klein_mlx reads {known}")
-        return cls(**values)
+        layers = values.get("layers")
+        if layers is not None:
+            if not isinstance(layers, Mapping) or not layers:
+                raise CheckpointError(f"{where}: the quantized layers are {layers!r}; they must be an object")
+            if any(isinstance(own, Mapping) and "layers" in own for own in layers.values()):
+                raise CheckpointError(f"{where}: a quantized layer has layers of its own")
+            layers = {path: cls.from_dict(own, f"{where}: {path}") for path, own in layers.items()}
+        return cls(values["bits"], values["group_size"], mode, layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "mode": self.mode}
+        if self.layers is not None:
+            values["layers"] = {path: own.to_dict() for path, own in self.layers.items()}
+        return values
+
+    def of(self, part: str, path: str) -> "Quantization | None":
+        """How the layer at this path is quantised; None if it is not. A layer's weight may stand for the layer."""
+        path = path.removesuffix(".weight")
+        if self.layers is not None:
+            return self.layers.get(path)
+        return self if is_quantized_path(part, path) else None
+
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which a weight is stored, as uint32."""
+        return (*shape[:-1], shape[-1] * self.bits // 32)
+
+
+def find_settings(inputs: int, packed: int, groups: int, has_biases: bool) -> Quantization | None:
+    """The settings that a quantised layer must have, from the last axes of its weight and its scales.
+
+    inputs: the layer's width before quantisation. None if no settings of MLX's fit.
+    """
+    if groups <= 0 or inputs <= 0 or packed * 32 % inputs or inputs % groups:
+        return None
+    bits, group_size = packed * 32 // inputs, inputs // groups
+    if has_biases:
+        return Quantization(bits, group_size) if bits in _AFFINE_BITS and group_size in _GROUP_SIZES else None
+    mode = next((mode for mode, shape in _FLOAT_MODES.items() if shape == (bits, group_size)), None)
+    return Quantization(bits, group_size, mode) if mode else None
 
 
 def parse(value: "Quantization | int | str | None") -> Quantization | None:
@@ -68,36 +127,63 @@ def is_quantized_path(part: str, name: str) -> bool:
 def check_shapes(part: str, shapes: Mapping[str, tuple[int, ...]], quantization: Quantization) -> None:
     """A CheckpointError if some quantised layer's input width is not a multiple of the group size."""
     for name, shape in shapes.items():
-        if is_quantized_path(part, name) and shape[-1] % quantization.group_size:
+        own = quantization.of(part, name) if name.endswith(".weight") else None
+        if own and shape[-1] % own.group_size:
             raise CheckpointError(
-                f"{part}: {name} has {shape[-1]} inputs; {quantization.bits}-bit weights need a multiple of "
-                f"{quantization.group_size}: use this model unquantised"
+                f"{part}: {name} has {shape[-1]} inputs; {own.bits}-bit weights need a multiple of "
+                f"{own.group_size}: use this model unquantised"
             )
 
 
-def quantize_weights(part: str, weights: Mapping[str, mx.array], quantization: Quantization) -> dict[str, mx.array]:
+def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Quantization) -> dict[str, Weight]:
     """Replace each eligible `x.weight` by `x.weight` (packed uint32), `x.scales` and `x.biases`, lazily.
 
     weights: names as in `klein_mlx.checkpoint`; scales and biases take the weight's dtype.
     """
-    check_shapes(part, {name: array.shape for name, array in weights.items()}, quantization)
-    result: dict[str, mx.array] = {}
+    check_shapes(part, {name: tuple(array.shape) for name, array in weights.items()}, quantization)
+    result: dict[str, Weight] = {}
     for name, array in weights.items():
-        if not is_quantized_path(part, name):
+        own = quantization.of(part, name) if name.endswith(".weight") else None
+        if own is None:
             result[name] = array
             continue
         path = name.removesuffix(".weight")
-        packed, scales, biases = mx.quantize(array, quantization.group_size, quantization.bits, quantization.mode)
-        result |= {f"{path}.weight": packed, f"{path}.scales": scales, f"{path}.biases": biases}
+        if isinstance(array, Deferred):
+            result |= _deferred(path, array, own)
+            continue
+        arrays = mx.quantize(array, own.group_size, own.bits, own.mode)
+        result |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
     return result
 
 
+def _deferred(path: str, array: Deferred, own: Quantization) -> dict[str, Weight]:
+    """As `mx.quantize` would, of an array that is not loaded yet; loaded once for what it becomes."""
+    waiting: dict[int, mx.array] = {}
+
+    def take(index: int) -> Callable[[], mx.array]:
+        def load() -> mx.array:
+            if index not in waiting:
+                whole = array.load()
+                if not is_finite(whole).item():
+                    raise CheckpointError(f"{path}.weight: holds NaN or infinity: the source is damaged; get it again")
+                waiting.update(enumerate(mx.quantize(whole, own.group_size, own.bits, own.mode)))
+            return waiting.pop(index)
+
+        return load
+
+    groups = (*array.shape[:-1], array.shape[-1] // own.group_size)
+    kinds = [("weight", own.packed_shape(array.shape), mx.uint32)]
+    kinds += [("scales", groups, array.dtype), ("biases", groups, array.dtype)]
+    return {f"{path}.{kind}": Deferred(shape, dtype, take(i)) for i, (kind, shape, dtype) in enumerate(kinds)}
+
+
 def prepare(module: nn.Module, part: str, quantization: Quantization) -> None:
-    """Swap the module's eligible `nn.Linear` layers for `nn.QuantizedLinear`, ready for quantised weights."""
-    nn.quantize(
-        module,
-        quantization.group_size,
-        quantization.bits,
-        mode=quantization.mode,
-        class_predicate=lambda path, layer: isinstance(layer, nn.Linear) and is_quantized_path(part, path),
-    )
+    """Swap the module's eligible layers for quantised ones, ready for quantised weights."""
+
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        own = quantization.of(part, path)
+        if own is None or not isinstance(layer, nn.Linear | nn.Embedding):
+            return False
+        return {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
+
+    nn.quantize(module, quantization.group_size, quantization.bits, class_predicate=settings)

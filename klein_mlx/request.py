@@ -4,12 +4,13 @@ The command line, Python and any server pass through `check`; behind it every va
 defaults are filled in, and nothing is repaired in silence.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from klein_mlx.checks import flag, integer, is_number, short
 from klein_mlx.config import ModelConfig
+from klein_mlx.edits import Edit, check_edit
 from klein_mlx.errors import RequestError
 
 MIN_SIDE, MAX_SIDE, MAX_AREA = 64, 8192, 4096 * 4096
@@ -23,17 +24,24 @@ class Request:
     """A checked request. Pictures are made one by one: every prompt with every seed.
 
     prompts: one or more, or empty if `prompt_embeds` is given. negative_prompt: for guidance; "" if none was given.
-    images: references as given, not yet opened. height, width: pixels, or None: the first reference's, or the default.
-    seeds: one per picture of a prompt. latents: initial noise (pictures, C, h, w), or None.
+    batch_guidance: both branches in one pass, or None: as memory allows. images: references as given, not yet opened.
+    large_reference: whether the only one may have up to 4 megapixels. reuse_references: whether their keys and values
+    are kept from the first step. edit: the picture to start from and what to do with it, or None. height, width:
+    pixels, or None: the init image's, the first reference's, or the default. seeds: one per picture of a prompt.
+    latents: initial noise (pictures, C, h, w), or None.
     """
 
     prompts: tuple[str, ...]
     negative_prompt: str
     images: tuple[Any, ...]
+    large_reference: bool
+    reuse_references: bool
+    edit: Edit | None
     height: int | None
     width: int | None
     steps: int
     guidance: float
+    batch_guidance: bool | None
     seeds: tuple[int, ...]
     latents: Any
     prompt_embeds: Any
@@ -54,10 +62,13 @@ def check(
     prompt: str | Sequence[str] | None = None,
     negative_prompt: str | None = None,
     image: Any = None,
+    large_reference: bool = False,
+    reuse_references: bool = False,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    batch_guidance: bool | None = None,
     num_images_per_prompt: int = 1,
     seed: int | Sequence[int] | None = None,
     latents: Any = None,
@@ -65,43 +76,44 @@ def check(
     sigmas: Sequence[float] | None = None,
     output_type: str = "pil",
     max_sequence_length: int | None = None,
+    **edit_arguments: Any,
 ) -> Request:
-    """Check everything that can be checked before a file is opened; the arguments are KleinPipeline's.
+    """Check everything that can be checked before a file is opened; the arguments are `Arguments` and the prompt,
+    `edit_arguments` those of `edits.check_edit`.
 
     Raises RequestError, whose one line says what, which value, and what would be right.
     """
     prompts = _prompts(prompt, prompt_embeds)
     if prompt_embeds is not None:
-        width_of = config.transformer.joint_attention_dim
-        _shape("prompt_embeds", prompt_embeds, (None, None, width_of))
-    if sigmas is not None:
-        sigmas = _sigmas(sigmas, num_inference_steps)
-        num_inference_steps = len(sigmas)
-    steps = config.variant.steps if num_inference_steps is None else num_inference_steps
-    steps = _integer("num_inference_steps", steps, 1, MAX_STEPS)
+        _shape("prompt_embeds", prompt_embeds, (None, None, config.transformer.joint_attention_dim))
+    steps, sigmas = _steps(config, num_inference_steps, sigmas)
     guidance = _guidance(config, guidance_scale, negative_prompt)
     height, width = _size(config, height, width)
-    seeds = _seeds(seed, _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES))
+    seeds = _seeds(seed, integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES))
     length = config.max_sequence_length if max_sequence_length is None else max_sequence_length
     if output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    edit = check_edit(sigmas=sigmas, **edit_arguments)
     request = Request(
         prompts=prompts,
         negative_prompt=_text("negative_prompt", negative_prompt or ""),
-        images=_images(image),
+        images=_images(image, large_reference, edit),
+        large_reference=large_reference,
+        reuse_references=_reuse(reuse_references, image, edit),
+        edit=edit,
         height=height,
         width=width,
         steps=steps,
         guidance=guidance,
+        batch_guidance=_batch_guidance(batch_guidance, guidance, prompt_embeds, length),
         seeds=seeds,
         latents=latents,
         prompt_embeds=prompt_embeds,
         sigmas=sigmas,
         output_type=output_type,
-        max_sequence_length=_integer("max_sequence_length", length, 1, MAX_TEXT),
+        max_sequence_length=integer("max_sequence_length", length, 1, MAX_TEXT),
     )
-    if latents is not None:
-        _latents(config, request)
+    _latents(config, request)
     return request
 
 
@@ -113,13 +125,13 @@ def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
         return ()
     prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise RequestError(f"prompt is {_short(prompt)}; it must be a string or a list of strings")
+        raise RequestError(f"prompt is {short(prompt)}; it must be a string or a list of strings")
     return tuple(_text("prompt", p) for p in prompts)
 
 
 def _text(what: str, text: Any) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"{what} is {_short(text)}; it must be a string")
+        raise RequestError(f"{what} is {short(text)}; it must be a string")
     if len(text) > MAX_PROMPT:
         raise RequestError(f"{what} has {len(text)} characters; it must have at most {MAX_PROMPT}")
     try:
@@ -135,9 +147,8 @@ def _guidance(config: ModelConfig, guidance: Any, negative_prompt: str | None) -
     variant = config.variant
     if guidance is None:
         guidance = variant.guidance
-    number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
-    if not number or not math.isfinite(guidance) or not 0 <= guidance <= 100:
-        raise RequestError(f"guidance_scale is {_short(guidance)}; it must be a number from 0 to 100")
+    if not is_number(guidance) or not 1 <= guidance <= 100:
+        raise RequestError(f"guidance_scale is {short(guidance)}; it must be a number from 1 to 100")
     if guidance > 1 and config.is_distilled:
         raise RequestError(
             f"guidance_scale is {guidance:g}, but {variant.name} is distilled: guidance is built into its weights; "
@@ -151,18 +162,40 @@ def _guidance(config: ModelConfig, guidance: Any, negative_prompt: str | None) -
     return float(guidance)
 
 
+def _batch_guidance(value: Any, guidance: float, prompt_embeds: Any, length: int) -> bool | None:
+    """False where the two branches differ in length; None: as memory allows."""
+    if value is not None:
+        flag("batch_guidance", value)
+        if guidance <= 1:
+            raise RequestError(f"batch_guidance needs a guidance_scale over 1, and it is {guidance:g}")
+    if prompt_embeds is None or prompt_embeds.shape[1] == length:
+        return value
+    if value:
+        raise RequestError(
+            f"batch_guidance needs branches of one length: prompt_embeds has {prompt_embeds.shape[1]} positions, "
+            f"max_sequence_length is {length}"
+        )
+    return False
+
+
 def _size(config: ModelConfig, height: int | None, width: int | None) -> tuple[int | None, int | None]:
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             check_side(name, side, config.pixels_per_token)
-    if height is not None and width is not None and height * width > MAX_AREA:
-        raise RequestError(f"{width} x {height} are {height * width} pixels; at most {MAX_AREA} are possible")
+    if height is not None and width is not None:
+        check_area(width, height)
     return height, width
+
+
+def check_area(width: int, height: int) -> None:
+    """Refuse a picture of more than MAX_AREA pixels."""
+    if height * width > MAX_AREA:
+        raise RequestError(f"{width} x {height} are {height * width} pixels; at most {MAX_AREA} are possible")
 
 
 def check_side(name: str, side: Any, multiple: int) -> int:
     """A width or height in pixels: MIN_SIDE..MAX_SIDE and a multiple of a token's side."""
-    side = _integer(name, side, MIN_SIDE, MAX_SIDE)
+    side = integer(name, side, MIN_SIDE, MAX_SIDE)
     if side % multiple:
         below = side // multiple * multiple
         raise RequestError(f"{name} is {side}; it must be a multiple of {multiple}: {below} or {below + multiple}")
@@ -181,36 +214,56 @@ def _seeds(seed: Any, count: int) -> tuple[int, ...]:
             raise RequestError(
                 f"num_images_per_prompt is {count}, but {len(seed)} seeds are given; each seed makes one picture"
             )
-        return tuple(_integer("seed", s, 0, MAX_SEED) for s in seed)
-    first = _integer("seed", seed, 0, MAX_SEED)
+        return tuple(integer("seed", s, 0, MAX_SEED) for s in seed)
+    first = integer("seed", seed, 0, MAX_SEED)
     if first + count - 1 > MAX_SEED:
         raise RequestError(f"seed is {first}; with {count} pictures the last would be over {MAX_SEED}")
     return tuple(range(first, first + count))
 
 
+def _steps(config: ModelConfig, steps: Any, sigmas: Any) -> tuple[int, tuple[float, ...] | None]:
+    """The number of steps: as asked, that of the sigmas, or the variant's."""
+    if sigmas is not None:
+        sigmas = _sigmas(sigmas, steps)
+        steps = len(sigmas)
+    return integer("num_inference_steps", config.variant.steps if steps is None else steps, 1, MAX_STEPS), sigmas
+
+
 def _sigmas(sigmas: Any, steps: int | None) -> tuple[float, ...]:
     try:
         values = tuple(float(s) for s in sigmas)
-    except (TypeError, ValueError):
-        raise RequestError(f"sigmas is {_short(sigmas)}; it must be a list of numbers") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"sigmas is {short(sigmas)}; it must be a list of numbers") from None
     falling = all(a > b for a, b in zip(values, values[1:], strict=False))
     if not 0 < len(values) <= MAX_STEPS or not falling or not all(0 < s <= 1 for s in values):
-        raise RequestError(f"sigmas is {_short(sigmas)}; it must fall strictly, with every value in (0, 1]")
+        raise RequestError(f"sigmas is {short(sigmas)}; it must fall strictly, with every value in (0, 1]")
     if steps is not None and steps != len(values):
         raise RequestError(f"num_inference_steps is {steps}, but sigmas has {len(values)}; leave one of them out")
     return values
 
 
-def _images(image: Any) -> tuple[Any, ...]:
-    if image is None:
-        return ()
-    images = tuple(image) if isinstance(image, list | tuple) else (image,)
-    if not 0 < len(images) <= MAX_REFERENCES:
-        raise RequestError(f"{len(images)} reference images are given; it must be 1 to {MAX_REFERENCES}")
+def _images(image: Any, large_reference: Any, edit: Edit | None) -> tuple[Any, ...]:
+    """The references, no more of them than fit, the init image counted where it is one."""
+    large = flag("large_reference", large_reference)
+    images = tuple(image) if isinstance(image, list | tuple) else () if image is None else (image,)
+    count = len(images) + (edit is not None and edit.init_reference)
+    if (image is not None and not images) or count > MAX_REFERENCES:
+        counted = ", the init image counted" if count > len(images) else ""
+        raise RequestError(f"{count} reference images are given{counted}; it must be 1 to {MAX_REFERENCES}")
+    if large and count != 1:
+        raise RequestError(f"large_reference needs a single reference, and {count} are given")
     return images
 
 
+def _reuse(value: Any, image: Any, edit: Edit | None) -> bool:
+    if flag("reuse_references", value) and image is None and not (edit and edit.init_reference):
+        raise RequestError("reuse_references needs a reference image, and none is given")
+    return value
+
+
 def _latents(config: ModelConfig, request: Request) -> None:
+    if request.latents is None:
+        return
     side = config.pixels_per_token
     h = request.height // side if request.height else None
     w = request.width // side if request.width else None
@@ -223,14 +276,3 @@ def _shape(what: str, array: Any, wanted: tuple[int | None, ...]) -> None:
     if not fits or 0 in shape:
         text = ", ".join("any" if w is None else str(w) for w in wanted)
         raise RequestError(f"{what} has shape {shape}; it must be an array of shape ({text})")
-
-
-def _integer(what: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{what} is {_short(value)}; it must be a whole number from {low} to {high}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

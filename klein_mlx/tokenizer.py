@@ -13,6 +13,7 @@ from klein_mlx.errors import CheckpointError
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PAD = "<|endoftext|>"
+SPECIAL = (PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class Tokens:
 class Tokenizer:
     """Qwen's byte-level BPE with the chat template around the prompt."""
 
-    def __init__(self, path: Path):
-        """path: a tokenizer.json. Raises CheckpointError if it cannot be read or has no padding token."""
+    def __init__(self, path: str | Path, vocab_size: int):
+        """path: a tokenizer.json. vocab_size: how many rows the text encoder's embedding has.
+
+        Raises CheckpointError if the file cannot be read, lacks one of Qwen3's special tokens, or has ids beyond the
+        embedding, which MLX would read from whatever lies behind it.
+        """
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -41,16 +46,15 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a tokenizer.json ({_first_line(error)})") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        pad_id = self._backend.token_to_id(PAD)
-        if pad_id is None:
-            raise CheckpointError(f"{path}: no {PAD} token; FLUX.2 [klein] needs Qwen3's tokenizer.json")
-        self.pad_id: int = pad_id
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Read a tokenizer.json."""
-        return cls(Path(path))
+        for token in SPECIAL:
+            if len(self._backend.encode(token).ids) != 1 or self._backend.token_to_id(token) is None:
+                raise CheckpointError(f"{path}: {token} is no token of its own; klein needs Qwen3's tokenizer.json")
+        largest = max(self._backend.get_vocab(with_added_tokens=True).values())
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"{path}: token ids go up to {largest}, but the text encoder has {vocab_size}: it is another model's"
+            )
+        self.pad_id: int = self._backend.encode(PAD).ids[0]
 
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
         """Tokenise, cut and pad to exactly `max_length` positions.

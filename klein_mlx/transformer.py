@@ -8,6 +8,7 @@ Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DM
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,6 +17,10 @@ import mlx.nn as nn
 from klein_mlx.config import TransformerConfig
 from klein_mlx.fusion import fused, gated_sum, swiglu
 from klein_mlx.linear import linear, linear_joined, linear_split
+
+# A block's keys (turned) and values -> those that its queries attend to, all (B, S, heads, head_dim). It may note them,
+# or add the references' of an earlier pass behind them.
+Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 class Modulation(NamedTuple):
@@ -30,8 +35,8 @@ class Modulation(NamedTuple):
 class Modulations(NamedTuple):
     """All that a noise level decides; the same for every block of a kind, so it is computed once per step.
 
-    txt, img: (attention, mlp) of the double blocks' streams; single: of the single blocks; final: the last layer
-    (its gate is unused and None).
+    txt, img: (attention, mlp) of the double blocks' streams; single: of the single blocks; final: the shift and scale
+    of the last layer, which has no gate.
     """
 
     txt: tuple[Modulation, Modulation]
@@ -106,8 +111,10 @@ def _scale_and_turn(
     return turned.astype(pairs.dtype)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def attend(q: mx.array, k: mx.array, v: mx.array, memory: Memory | None = None) -> mx.array:
     """Full attention. q, k, v: (B, S, heads, head_dim), turned already. Returns (B, S, heads * head_dim)."""
+    if memory is not None:
+        k, v = memory(k, v)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return out.transpose(0, 2, 1, 3).flatten(2)
@@ -186,17 +193,23 @@ class DoubleBlock(nn.Module):
         mod_txt: tuple[Modulation, Modulation],
         mod_img: tuple[Modulation, Modulation],
         rope: Rope,
+        memory: Memory | None = None,
     ) -> tuple[mx.array, mx.array]:
         """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes."""
         txt_q, txt_k, txt_v = self.txt.qkv(txt, mod_txt[0])
         img_q, img_k, img_v = self.img.qkv(img, mod_img[0])
         qk = mx.concatenate([txt_q, img_q, txt_k, img_k], axis=1)
         qk = apply_rope(mx.unflatten(qk, 1, (2, -1)), rope)  # q and k are turned in one kernel
-        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1))
+        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1), memory)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
         return txt, img
+
+    def alone(self, img: mx.array, mod_img: tuple[Modulation, Modulation], rope: Rope, memory: Memory) -> mx.array:
+        """The image stream without text: img (B, N, hidden), tokens that see each other only."""
+        q, k, v = self.img.qkv(img, mod_img[0])
+        return self.img.finish(img, attend(apply_rope(q, rope), apply_rope(k, rope), v, memory), mod_img)
 
 
 class SingleBlock(nn.Module):
@@ -211,7 +224,7 @@ class SingleBlock(nn.Module):
         self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
 
-    def __call__(self, x: mx.array, mod: Modulation, rope: Rope) -> mx.array:
+    def __call__(self, x: mx.array, mod: Modulation, rope: Rope, memory: Memory | None = None) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
         h = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
         qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
@@ -220,7 +233,7 @@ class SingleBlock(nn.Module):
         qk = mx.fast.rms_norm(qk, None, self.eps)
         qk = apply_scaled_rope(qk, self.norm_q.weight, self.norm_k.weight, rope)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)))
+        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)), memory)
         return gated_sum(x, mod.gate, linear_joined(self.linear_out, attention, swiglu(gate, value)))
 
 
@@ -262,23 +275,43 @@ class Transformer(nn.Module):
         )
 
     def __call__(
-        self, tokens: mx.array, prompt_embeds: mx.array, modulations: Modulations, rope: Rope, num_img: int
+        self,
+        tokens: mx.array,
+        prompt_embeds: mx.array,
+        modulations: Modulations,
+        rope: Rope,
+        num_img: int,
+        memory: Memory | None = None,
     ) -> mx.array:
         """The velocity at one noise level.
 
         tokens: (B, N, in_channels), the image's tokens, then the references'. prompt_embeds: (B, L, joint dim).
-        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's.
+        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. memory: called by
+        every block in turn.
         Returns (B, num_img, in_channels), in the dtype of `tokens`, which all arrays share.
         """
         txt, img = linear(self.txt_in, prompt_embeds), linear(self.img_in, tokens)
         for block in self.double_blocks:
-            txt, img = block(txt, img, modulations.txt, modulations.img, rope)
+            txt, img = block(txt, img, modulations.txt, modulations.img, rope, memory)
         x = mx.concatenate([txt, img], axis=1)
         for block in self.single_blocks:
-            x = block(x, modulations.single, rope)
+            x = block(x, modulations.single, rope, memory)
         shift, scale = modulations.final
         x = x[:, txt.shape[1] : txt.shape[1] + num_img]
         return linear(self.final_out, mx.fast.layer_norm(x, scale, shift, self.config.eps))
+
+    def remember(self, tokens: mx.array, modulations: Modulations, rope: Rope, memory: Memory) -> None:
+        """Run references alone, as 9b-kv wants them: they see each other only, at the modulations of sigma 0.
+
+        tokens: (B, N, in_channels), all references'. rope: of their ids. memory: notes every block's keys and values.
+        Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
+        Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
+        """
+        x = linear(self.img_in, tokens)
+        for block in self.double_blocks:
+            x = block.alone(x, modulations.img, rope, memory)
+        for block in self.single_blocks:
+            x = block(x, modulations.single, rope, memory)
 
 
 def _modulation(shift: mx.array, scale: mx.array, gate: mx.array) -> Modulation:

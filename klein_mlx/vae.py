@@ -64,6 +64,8 @@ def _row_sums(x: mx.array) -> mx.array:
     As a matmul: it adds up in float32 whatever the dtype, where a reduction of bfloat16 would need a float32 copy of
     the picture. Only the sum of each row is rounded to x's dtype.
     """
+    if x.dtype == mx.float32:  # nothing to copy, and some GPUs shorten float32 in matmuls
+        return x.sum(axis=2)
     ones = mx.ones((1, x.shape[2]), dtype=x.dtype)
     return (ones @ x)[:, :, 0].astype(mx.float32)
 

@@ -5,9 +5,10 @@ header first. Nothing here knows what a model is; nothing reads a weight before 
 """
 
 import json
+import math
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,51 @@ from klein_mlx.errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32")
 PACKED = ("U32",)
+BYTES = ("U8",)
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An array whose values have to be decoded outside of MLX's graph (GGUF): made anew whenever `load` is called."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    load: Callable[[], mx.array]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+
+Weight = mx.array | Deferred
+
+
+def load_now(weight: Weight) -> mx.array:
+    """A weight as an array; still lazy, unless it had to be decoded."""
+    return weight.load() if isinstance(weight, Deferred) else weight
+
+
+# A floating number is NaN or infinite where all bits of its exponent are set; looking at them is fastest.
+_EXPONENTS = {mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00), mx.float32: (mx.uint32, 0x7F800000)}
+
+
+def is_finite(array: mx.array) -> mx.array:
+    """Whether no number is NaN or infinite, as a lazy bool; True for integers."""
+    if array.dtype not in _EXPONENTS or not array.size:
+        return mx.array(True)
+    bits, exponent = _EXPONENTS[array.dtype]
+    return (mx.contiguous(array).view(bits) & exponent).max() != exponent
 
 
 @dataclass(frozen=True)
@@ -72,6 +115,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: {reason}") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file whose header `read_header` has checked."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="mlx") as tensors:
+        return dict(tensors.metadata() or {})
+
+
 def _shortfall(path: Path) -> str | None:
     """How many bytes a file lacks that was cut short behind its header."""
     size = path.stat().st_size
@@ -105,6 +156,8 @@ def _usual_mistake(path: Path) -> str | None:
         return "is a GGUF file, not safetensors"
     length = int.from_bytes(start[:8], "little")
     if length > min(size, _MAX_HEADER_BYTES):
+        if start.lstrip()[:1] == b"{":
+            return "is a JSON file, not weights: give the folder that it is in"
         return f"is not a safetensors file, or is cut short: its header claims {length} bytes, the file has {size}"
     return None
 
@@ -119,12 +172,12 @@ class WeightFiles:
     def check(
         self,
         shapes: Mapping[str, tuple[int, ...]],
-        packed: Collection[str] = (),
+        dtypes: Mapping[str, tuple[str, ...]] | None = None,
         left_out: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Raise a CheckpointError unless the files hold exactly these tensors, and perhaps some to be left out.
 
-        shapes: what each tensor must be; packed: the names that hold quantised weights (uint32), all others float.
+        shapes: what each tensor must be; dtypes: those allowed, in safetensors' words, where it is not a float.
         """
         found = {name for entries in self.shards.values() for name in entries}
         missing = sorted(set(shapes) - found)
@@ -143,7 +196,7 @@ class WeightFiles:
                 if entry.shape != tuple(shapes[name]):
                     right = tuple(shapes[name])
                     raise CheckpointError(f"{path}: {_shown(name)} has shape {entry.shape}; it must be {right}")
-                allowed = PACKED if name in packed else FLOATS
+                allowed = (dtypes or {}).get(name, FLOATS)
                 if entry.dtype not in allowed:
                     right = " or ".join(allowed)
                     raise CheckpointError(f"{path}: {_shown(name)} has dtype {entry.dtype}; it must be {right}")
@@ -164,6 +217,9 @@ def open_weights(folder: Path, stem: str) -> WeightFiles:
     """Read the headers of `stem.safetensors` in a folder, or of the shards that `stem.safetensors.index.json` names."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if os.path.lexists(single) and os.path.lexists(index):
+        weight_map = read_json(index).get("weight_map")
+        if isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single.name}:  # mlx-lm's way
+            return WeightFiles(index, _read_shards(index))
         raise CheckpointError(f"{folder}: holds both {single.name} and {index.name}; remove the one that is stale")
     if os.path.lexists(single):
         return WeightFiles(single, {single: read_header(single)})

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples" / "tiny")]
 
 import checker  # noqa: E402
-import world  # noqa: E402
+import world  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def blurred(picture: np.ndarray, sigma: float = 1.0, noise: float = 5.0) -> np.ndarray:
@@ -22,8 +22,8 @@ def blurred(picture: np.ndarray, sigma: float = 1.0, noise: float = 5.0) -> np.n
     kernel = np.exp(-(np.arange(-4, 5) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
     x = np.pad(picture.astype(np.float64), ((4, 4), (4, 4), (0, 0)), mode="edge")
-    x = sum(kernel[i] * x[i : i + 128] for i in range(9))
-    x = sum(kernel[i] * x[:, i : i + 128] for i in range(9))
+    x = np.sum([kernel[i] * x[i : i + 128] for i in range(9)], axis=0)
+    x = np.sum([kernel[i] * x[:, i : i + 128] for i in range(9)], axis=0)
     x += np.random.default_rng(0).normal(0, noise, x.shape)
     return np.clip(x, 0, 255).astype(np.uint8)
 

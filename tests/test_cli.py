@@ -8,7 +8,9 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -82,13 +84,35 @@ def test_editing_a_reference(tmp_path: Path) -> None:
     assert size_of(tmp_path / "out.jpg") == (128, 128)
 
 
+def test_a_mask_and_an_extension(tmp_path: Path) -> None:
+    image = Image.effect_noise((96, 80), 90).convert("RGB")
+    image.save(tmp_path / "in.png")
+    mask = Image.new("L", image.size, 255)
+    mask.paste(0, (0, 0, 96, 40))
+    mask.save(tmp_path / "mask.png")
+    edit = ("--init-image", "in.png", "--steps", "1", "--seed", "7", "--quiet")
+    masked = klein(*TINY, PROMPT, *edit, "--mask", "mask.png", "--mask-blur", "2", "-o", "masked.png", cwd=tmp_path)
+    assert (masked.returncode, masked.stderr) == (0, "")
+    with Image.open(tmp_path / "masked.png") as out:
+        assert out.crop((0, 0, 96, 40)).tobytes() == image.crop((0, 0, 96, 40)).tobytes()
+        assert out.tobytes() != image.tobytes()
+    wide = klein(*TINY, PROMPT, *edit, "--extend", "left=32", "-o", "wide.png", cwd=tmp_path)
+    assert (wide.returncode, wide.stderr) == (0, "")
+    lossy = klein(*TINY, PROMPT, *edit[:-1], "--extend", "left=32", "-o", "wide.jpg", cwd=tmp_path)
+    assert lossy.stderr.startswith(".jpg changes every pixel a little; .png keeps those that are not painted exactly")
+    with Image.open(tmp_path / "wide.png") as out:
+        assert out.crop((32, 0, 128, 80)).tobytes() == image.tobytes()
+    turned = klein(*TINY, PROMPT, *edit, "--mask", "in.png", "--invert-mask", "--mask-crop", "x", cwd=tmp_path)
+    assert turned.stderr.startswith("error: argument --mask-crop: invalid int value")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--width", "100"), "--width is 100; it must be a multiple of 16: 96 or 112"),
         (("--width", "nan"), "argument --width: invalid int value: 'nan'"),
         (("--steps", "0"), "--steps is 0; it must be a whole number from 1 to 1000"),
-        (("--guidance", "nan"), "--guidance is nan; it must be a number from 0 to 100"),
+        (("--guidance", "nan"), "--guidance is nan; it must be a number from 1 to 100"),
         (("--guidance", "4"), "--guidance is 4, but tiny is distilled"),
         (("--seed", "-1"), "--seed is -1; it must be a whole number from 0"),
         (("--model", "nope"), "'nope'"),
@@ -101,6 +125,17 @@ def test_editing_a_reference(tmp_path: Path) -> None:
         (("-o", "locked/x.png"), "output folder locked is not writable"),
         (("--quantize", "5"), "--quantize is '5'; it must be 4, 8 or none"),
         (("--dtype", "float8"), "--dtype is 'float8'"),
+        (("--mask", "m.png"), "--mask needs an --init-image: the picture to start from"),
+        (("--strength", "0.5"), "--strength needs an --init-image: the picture to start from"),
+        (("--init-image", "none.png"), "--init-image none.png does not exist"),
+        (("--init-image", "x.png", "--extend", "up=3"), "--extend is 'up=3'; it must be pixels to add"),
+        (("--init-image", "x.png", "--strength", "0"), "--strength is 0.0; it must be a number over 0 and at most 1"),
+        (("--reuse-references",), "--reuse-references needs a reference image, and none is given"),
+        (("--large-reference",), "--large-reference needs a single reference, and 0 are given"),
+        (("--batch-guidance",), "--batch-guidance needs a --guidance over 1, and it is 1"),
+        (("--small-decoder", "--vae", "x"), "--small-decoder and --vae both name a VAE; give one of them"),
+        (("--small-decoder", "--offline"), "black-forest-labs/FLUX.2-small-decoder"),
+        (("--vae", "./none"), "none"),
         (("--wdith", "128"), "unrecognized arguments: --wdith"),
         (("--wid", "128"), "unrecognized arguments: --wid"),
     ],
@@ -141,7 +176,10 @@ def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_whole_pictures_only(tmp_path: Path) -> None:
     """Interrupted after the first of many pictures: exit code 130, and every file there can be opened."""
     command = [sys.executable, "-m", "klein_mlx.cli", *TINY, "a star", "-n", "500", "--seed", "1", "--keep", "all"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs the tests in the background makes its children ignore the signal.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=heard, **pipes) as process:
         assert process.stdout
         assert process.stdout.readline() == "a-star-1.png\n"
         process.send_signal(signal.SIGINT)

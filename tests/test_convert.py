@@ -202,6 +202,21 @@ def test_memory_holds_a_few_tensors_at_a_time(tmp_path: Path) -> None:
     assert mx.get_active_memory() - before < 10_000
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantising_frees_each_original(tmp_path: Path, bits: int) -> None:
+    """As above: an original, its copy and its quantised form, not a part's worth of originals."""
+    model = quantizable_model(tmp_path / "model")
+    source = open_model(model)
+    largest = max(array.nbytes for part in PARTS for array in source.weights(part).values())
+    whole = sum(array.nbytes for array in source.weights("transformer").values())
+    assert whole > 8 * largest
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert_checkpoint(source, tmp_path / "ours", quantize=bits)
+    assert mx.get_peak_memory() - before < 4 * largest
+
+
 # ---- the command ----
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +44,15 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, share: st
     (left / "vae-00001-of-00009.safetensors").write_text("a shard of another run")
     convert_checkpoint(GOLDEN, target)
     assert nothing_but(tmp_path, "ours")
-    assert nothing_but(target, "klein.json", "tokenizer.json", *(f"{part}.safetensors" for part in PARTS))
+    assert nothing_but(target, "klein.json", "tokenizer.json", "README.md", *(f"{part}.safetensors" for part in PARTS))
     assert_equal(loaded(target, mx.bfloat16), loaded(GOLDEN, mx.bfloat16))
+
+
+def test_the_hidden_folder_is_no_model_even_when_it_is_whole(tmp_path: Path) -> None:
+    """A kill between the last file and the renaming leaves all files behind."""
+    convert_checkpoint(GOLDEN, tmp_path / "ours").rename(tmp_path / ".ours.converting")
+    with pytest.raises(CheckpointError, match="is what a conversion that was stopped has left; convert again"):
+        open_model(tmp_path / ".ours.converting")
 
 
 class Stop(BaseException):
@@ -202,7 +209,83 @@ def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", record("flush", os.fsync))
     monkeypatch.setattr(os, "rename", record("rename", os.rename))
-    monkeypatch.delattr(folder_module.fcntl, "F_FULLFSYNC", raising=False)
+    monkeypatch.delattr(writer.fcntl, "F_FULLFSYNC", raising=False)
     convert_checkpoint(GOLDEN, tmp_path / "ours")
-    # Three parts, the tokenizer, klein.json and the folder; then its name; then the parent.
-    assert events == ["flush"] * 6 + ["rename", "flush"]
+    # Three parts, the tokenizer, klein.json, the card and the folder; then its name; then the parent.
+    assert events == ["flush"] * 7 + ["rename", "flush"]
+
+
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from klein_mlx.convert import convert_checkpoint, folder, open_model, writer
+from klein_mlx.errors import CheckpointError
+source, parent, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+target, moments = parent / "ours", random.Random(seed)
+
+def run():  # MLX is first used behind the fork
+    begin, child = time.monotonic(), os.fork()
+    if not child:
+        convert_checkpoint(source, target)
+        os._exit(0)
+    return begin, child
+
+begin, child = run()
+os.waitpid(child, 0)
+taken = time.monotonic() - begin
+assert target.exists()
+whole = sorted((path.name, path.read_bytes()) for path in target.iterdir())
+states = []
+for _ in range(20):
+    shutil.rmtree(target, ignore_errors=True)
+    begin, child = run()
+    time.sleep(moments.uniform(0, taken))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if target.exists():
+        assert sorted((path.name, path.read_bytes()) for path in target.iterdir()) == whole
+    for left in parent.iterdir():
+        states.append(left.name)
+        if left != target:
+            try:
+                open_model(left)
+            except CheckpointError:
+                continue
+            raise AssertionError(f"{left} loads")
+shutil.rmtree(target, ignore_errors=True)
+convert_checkpoint(source, target)
+assert os.listdir(parent) == ["ours"], os.listdir(parent)
+print(taken, len(states), states.count("ours"))
+"""
+
+
+def test_killed_at_twenty_random_moments_it_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """The final name is absent or complete, byte for byte; what is left beside it does not load, and is cleared."""
+    command = [sys.executable, "-c", KILLS, str(GOLDEN), str(tmp_path), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 18 MB, which is more than the check before the work asks for, and less than two runs need."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_real_disk_that_fills_up_leaves_nothing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (small_disk / "other").write_bytes(bytes(17 << 20))
+    with pytest.raises(CheckpointError, match=r"0\.02 GB are needed, 0\.00 GB are free"):
+        convert_checkpoint(GOLDEN, small_disk / "ours")
+    monkeypatch.setattr(folder_module, "require_space", lambda parent, needed: None)  # as if it filled up later
+    with pytest.raises(CheckpointError, match=r"the disk is full; 0\.00 GB are needed. Nothing was left behind"):
+        convert_checkpoint(GOLDEN, small_disk / "ours")
+    assert nothing_but(small_disk, "other")
+    (small_disk / "other").unlink()
+    monkeypatch.undo()
+    assert loaded(convert_checkpoint(GOLDEN, small_disk / "ours"), mx.bfloat16)

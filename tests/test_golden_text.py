@@ -47,7 +47,7 @@ def test_golden_text_is_not_trivial():
 
 def test_cut_prompt_loses_the_templates_tail(model: port.Port):
     """What is cut off is the end, <|im_end|> and all, and the caller is told how much."""
-    tokenizer = Tokenizer.from_file(model.source.tokenizer_file)
+    tokenizer = Tokenizer(model.source.tokenizer_file, model.source.config.text_encoder.vocab_size)
     tokens = tokenizer([cases.PROMPTS[3], cases.PROMPTS[0]], cases.LONG)
     whole = tokenizer([cases.PROMPTS[3]], 2048)
     assert tokens.cut == [int(np.array(whole.attention_mask).sum()) - cases.LONG, 0]

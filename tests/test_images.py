@@ -41,7 +41,10 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 def test_transparency_is_white() -> None:
     for mode in ("RGBA", "LA", "PA"):
         clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0)).convert(mode)
-        assert images.load_image(clear)[0].getpixel((0, 0)) == (255, 255, 255)
+        loaded, notes = images.load_image(clear)
+        assert loaded.getpixel((0, 0)) == (255, 255, 255)
+        assert notes == ["image: what is transparent in it is taken as white"]
+    assert images.load_image(Image.new("RGBA", (8, 8), "red"))[1] == []
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
     assert images.load_image(half)[0].getpixel((0, 0)) == pytest.approx((255, 127, 127), abs=1)
     palette = gradient().convert("P")

@@ -6,11 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from folders import GOLDEN, parameters, quantizable_model
+from foreign import comfy_files
 
 from klein_mlx.checkpoint import load_part
 from klein_mlx.cli import main
 from klein_mlx.config import PARTS
-from klein_mlx.convert import convert_checkpoint, describe, format_description, open_model
+from klein_mlx.convert import convert_checkpoint, describe, format_description, open_any, open_model
 from klein_mlx.weights import open_weights
 
 
@@ -67,3 +68,15 @@ def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["info", str(tmp_path / "absent")]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {tmp_path / 'absent'}: no such folder\n")
+
+
+def test_a_file_is_told_whatever_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, path in comfy_files(tmp_path).items():
+        told = describe(open_any(path))
+        assert (told["part"], told["dtype"]) == (part, "BF16")
+        assert told["parameters"] >= describe(open_model(GOLDEN))["parts"][part]["parameters"]
+        assert told["bytes"] == path.stat().st_size
+        assert main(["info", str(path)]) == 0
+        assert capsys.readouterr().out.startswith(f"{part} alone\n")
+        assert main(["info", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(told))

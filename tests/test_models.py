@@ -39,7 +39,7 @@ def test_a_model_that_cannot_be_is_told(model: str | Path, message: str, tmp_pat
 def test_a_folder_of_something_else_is_told(tmp_path: Path) -> None:
     assert "has neither klein.json nor model_index.json" in refusal(lambda: open_model(tmp_path))
     assert "is one part of a model" in refusal(lambda: open_model(GOLDEN / "vae"))
-    assert "is a file" in refusal(lambda: open_model(GOLDEN / "model_index.json"))
+    assert "is a JSON file, not weights" in refusal(lambda: open_model(GOLDEN / "model_index.json"))
 
 
 def test_a_missing_embedded_checkpoint_is_told(tmp_path: Path, monkeypatch: Any) -> None:
@@ -54,6 +54,7 @@ def test_only_the_tree_of_a_repository_is_fetched() -> None:
     shards = [f"text_encoder/model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     wanted = [
         "model_index.json",
+        "LICENSE.md",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
         *shards,

@@ -1,12 +1,16 @@
 """The one place that checks what a user asks: what passes, and the words of what does not."""
 
+import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from klein_mlx.arguments import Arguments
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
+from klein_mlx.edits import check_edit
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.request import check
 
@@ -57,10 +61,11 @@ def test_a_random_seed_differs() -> None:
         ({"width": 8192, "height": 8192}, "8192 x 8192 are 67108864 pixels; at most 16777216 are possible"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be a whole number from 1 to 1000"),
         ({"num_inference_steps": True}, "num_inference_steps is True; it must be a whole number from 1 to 1000"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a number from 0 to 100"),
-        ({"guidance_scale": -1}, "guidance_scale is -1; it must be a number from 0 to 100"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a number from 1 to 100"),
+        ({"guidance_scale": -1}, "guidance_scale is -1; it must be a number from 1 to 100"),
         ({"guidance_scale": 4.0}, "guidance_scale is 4, but 4b is distilled: guidance is built into its weights"),
         ({"negative_prompt": "blur"}, "negative_prompt needs a guidance_scale over 1, and it is 1; a distilled model"),
+        ({"batch_guidance": True}, "batch_guidance needs a guidance_scale over 1, and it is 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 18446744073709551615"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it must be a whole number from 0"),
         ({"seed": []}, "seed is an empty list; it must have one seed or more"),
@@ -91,11 +96,92 @@ def test_what_is_refused_and_how(arguments: dict[str, Any], message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+INIT = {"init_image": "in.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0.5}, "strength needs an init_image: the picture to start from"),
+        ({"mask_image": "m.png"}, "mask_image needs an init_image: the picture to start from"),
+        ({"extend": "left=16"}, "extend needs an init_image: the picture to start from"),
+        ({"init_reference": False}, "init_reference needs an init_image: the picture to start from"),
+        ({**INIT, "invert_mask": True}, "invert_mask needs a mask_image"),
+        (
+            {**INIT, "padding_mask_crop": 8},
+            "padding_mask_crop needs a mask_image: it crops the picture around the mask",
+        ),
+        ({**INIT, "mask_blur": 8}, "mask_blur needs a mask_image or extend: without them nothing has an edge"),
+        ({**INIT, "strength": 0}, "strength is 0; it must be a number over 0 and at most 1"),
+        ({**INIT, "strength": 1.01}, "strength is 1.01; it must be a number over 0 and at most 1"),
+        ({**INIT, "strength": float("nan")}, "strength is nan; it must be a number over 0 and at most 1"),
+        ({**INIT, "strength": "half"}, "strength is 'half'; it must be a number over 0 and at most 1"),
+        ({**INIT, "strength": 0.5, "sigmas": [0.5]}, "strength and sigmas both say where to start; give one of them"),
+        ({**INIT, "mask_image": "m.png", "mask_blur": -1}, "mask_blur is -1; it must be a whole number from 0 to 256"),
+        ({**INIT, "mask_image": "m.png", "invert_mask": 1}, "invert_mask is 1; it must be True or False"),
+        ({**INIT, "mask_image": "m.png", "padding_mask_crop": 0.5}, "padding_mask_crop is 0.5; it must be a whole"),
+        ({**INIT, "mask_image": "m.png", "padding_mask_crop": 8, "extend": "top=16"}, "does not go with extend"),
+        ({**INIT, "extend": "left"}, "extend is 'left'; it must be pixels to add, as left=256,right=256"),
+        ({**INIT, "extend": "up=16"}, "extend is 'up=16'; it must be pixels to add"),
+        ({**INIT, "extend": "left=16,left=32"}, "extend is 'left=16,left=32'; it must be pixels to add"),
+        ({**INIT, "extend": "left=-16"}, "extend is 'left=-16'; it must be pixels to add"),
+        ({**INIT, "extend": "left=0"}, "extend is 'left=0'; it must be pixels to add"),
+        ({**INIT, "extend": {"left": 9999}}, "extend's left is 9999; it must be a whole number from 0 to 8192"),
+        ({**INIT, "extend": 64}, "extend is 64; it must be pixels to add"),
+        ({**INIT, "extend": "top=16", "image": ["x"] * 10}, "11 reference images are given, the init image counted"),
+        ({"large_reference": True}, "large_reference needs a single reference, and 0 are given"),
+        ({"large_reference": True, "image": ["x", "y"]}, "large_reference needs a single reference, and 2 are given"),
+    ],
+)
+def test_edits_that_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        check(config(), **{"prompt": "a fox", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_of_an_edit() -> None:
+    assert check(config(), prompt="a").edit is None
+    plain = check(config(), prompt="a", init_image="in.png").edit
+    masked = check(config(), prompt="a", init_image="in.png", mask_image="m.png").edit
+    assert plain is not None
+    assert masked is not None
+    assert (plain.strength, plain.init_reference) == (0.6, False)
+    assert (masked.strength, masked.init_reference, masked.mask_blur) == (1.0, True, 4)
+    wide = check(config(), prompt="a", init_image="in.png", extend=" left = 16 , top=32").edit
+    assert wide is not None
+    assert wide.margins == (16, 32, 0, 0)
+    sized = check(config(), prompt="a", init_image="in.png", extend="640 x 480").edit
+    assert sized is not None
+    assert sized.extend_to == (640, 480)
+
+
+def test_the_arguments_are_those_that_are_checked() -> None:
+    """`Arguments`, which the pipeline's calls show, and `check` name the same things."""
+    parameters = {*inspect.signature(check).parameters, *inspect.signature(check_edit).parameters}
+    parameters -= {"config", "prompt", "edit_arguments"}
+    assert parameters == set(Arguments.__annotations__)
+    assert Arguments.__doc__
+    assert all(re.search(rf"\b{name}\b", Arguments.__doc__) for name in parameters)
+    with pytest.raises(TypeError, match="widht"):
+        check(config(), prompt="a", widht=64)
+
+
 def test_what_the_limits_allow() -> None:
     check(config(), prompt="", width=64, height=8192, num_inference_steps=1000, seed=2**64 - 1)
     check(config(is_distilled=False), prompt="a", guidance_scale=4, negative_prompt="blur")
     request = check(config(), prompt_embeds=mx.zeros((2, 5, 7680)), seed=1)
     assert request.pictures == [(0, 1), (1, 1)]
+
+
+def test_guidance_in_one_pass_or_two() -> None:
+    base = config(is_distilled=False)
+    assert check(base, prompt="a").batch_guidance is None
+    assert check(base, prompt="a", batch_guidance=False).batch_guidance is False
+    embeds = mx.zeros((1, 5, 7680))
+    assert check(base, prompt_embeds=embeds).batch_guidance is False  # the negative prompt has 512 positions
+    assert check(base, prompt_embeds=embeds, max_sequence_length=5, batch_guidance=True).batch_guidance is True
+    with pytest.raises(RequestError, match="prompt_embeds has 5 positions, max_sequence_length is 512"):
+        check(base, prompt_embeds=embeds, batch_guidance=True)
 
 
 def test_parts_that_do_not_fit_together() -> None:
@@ -110,7 +196,30 @@ def test_parts_that_do_not_fit_together() -> None:
 def test_a_config_that_is_not_one() -> None:
     with pytest.raises(CheckpointError, match="x.json: missing .*num_layers.*FLUX.2"):
         TransformerConfig.from_dict({"in_channels": 128}, "x.json")
-    with pytest.raises(CheckpointError, match="num_layers is 'five'; it must be a int"):
+    with pytest.raises(CheckpointError, match="num_layers is 'five'; it must be of type int, not negative"):
         TransformerConfig.from_dict({"num_layers": "five"})
     good = config().transformer
     assert TransformerConfig.from_dict({**good.to_dict(), "auto_map": "evil.py"}) == good
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (
+            "transformer",
+            {"axes_dims_rope": (31, 33, 32, 32)},
+            "axes_dims_rope is (31, 33, 32, 32); it must be four even",
+        ),
+        (
+            "transformer",
+            {"axes_dims_rope": (64, 32, 32)},
+            "axes_dims_rope is (64, 32, 32); it must be four even numbers",
+        ),
+        ("transformer", {"rope_theta": 0.0}, "rope_theta is 0; it must be over 0"),
+        ("vae", {"norm_num_groups": 0}, "norm_num_groups is 0; it must divide the VAE's channels"),
+        ("vae", {"decoder_block_out_channels": (16, 16, 48, 50)}, "norm_num_groups is 32; it must divide"),
+    ],
+)
+def test_dimensions_that_no_model_has(part: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        config(**{part: replace(getattr(config(), part), **changes)})

@@ -5,7 +5,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from klein_mlx.sampler import empirical_mu, euler_steps, make_sigmas, with_cfg
+from klein_mlx.sampler import add_noise, empirical_mu, euler_steps, hold_outside, make_sigmas, with_cfg
 
 
 def test_mu_at_the_two_fitted_points() -> None:
@@ -66,3 +66,44 @@ def test_each_step_is_rounded_once() -> None:
 def test_guidance_extrapolates() -> None:
     predict = with_cfg(lambda x, s: x + 1, lambda x, s: x, 4.0)
     assert predict(mx.array([2.0]), 0.5).item() == 6.0
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.5, 0.123, 0.01])
+def test_all_steps_are_run_at_any_strength(strength: float) -> None:
+    sigmas = make_sigmas(4096, 4, strength=strength)
+    assert len(sigmas) == 5
+    assert sigmas[-1] == 0.0
+    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+
+
+def test_more_strength_starts_higher_without_jumps() -> None:
+    for steps in (4, 50):
+        starts = [make_sigmas(1024, steps, strength=i / 1000)[0] for i in range(1, 1001)]
+        assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        assert max(b - a for a, b in zip(starts, starts[1:], strict=False)) < 0.02
+        assert starts[-1] == 1.0
+
+
+def test_a_part_of_a_run_is_the_end_of_the_whole() -> None:
+    """3 steps from 0.6 are the last 3 of 5."""
+    assert make_sigmas(1024, 3, strength=0.6) == pytest.approx(make_sigmas(1024, 5)[2:])
+
+
+def test_what_is_not_painted_stays_on_its_way_and_ends_clean() -> None:
+    clean, start = mx.random.normal((1, 2, 2, 3), key=mx.random.key(0)), mx.random.normal((1, 2, 2, 3))
+    mask = mx.array([[1.0, 0.0], [0.5, 0.0]])[None, :, :, None]
+    sigmas = [0.9, 0.4, 0.0]
+    steps = list(
+        euler_steps(lambda x, s: 0 * x, add_noise(clean, start, 0.9), sigmas, hold_outside(mask, clean, start))
+    )
+    assert mx.array_equal(steps[0][:, :, 1], add_noise(clean, start, 0.4)[:, :, 1])
+    assert mx.array_equal(steps[1][:, :, 1], clean[:, :, 1])
+    assert mx.array_equal(steps[1][:, 0, 0], add_noise(clean, start, 0.9)[:, 0, 0])
+
+
+def test_edits_stay_in_the_compute_dtype() -> None:
+    clean, start = (mx.random.normal((1, 2, 2, 4)).astype(mx.bfloat16) for _ in range(2))
+    assert add_noise(clean, start, 0.3).dtype == mx.bfloat16
+    held = hold_outside(mx.ones((1, 2, 2, 1)), clean, start)(start, 0.3)
+    assert held.dtype == mx.bfloat16
+    assert mx.array_equal(held, start)

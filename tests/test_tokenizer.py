@@ -12,7 +12,7 @@ TINY = Path(__file__).parent.parent / "klein_mlx" / "tiny" / "tokenizer.json"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(TINY)
+    return Tokenizer(TINY, 512)
 
 
 def test_padding_is_on_the_right_and_masked(tokenizer: Tokenizer) -> None:
@@ -44,11 +44,17 @@ def test_the_template_is_around_the_prompt(tokenizer: Tokenizer) -> None:
 def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        Tokenizer.from_file(path)
+        Tokenizer(path, 512)
     path.write_text('{"version": "1.0", "model"')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json"):
-        Tokenizer.from_file(path)
-    empty = '{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}'
-    path.write_text(empty)
-    with pytest.raises(CheckpointError, match="no <.endoftext.> token"):
-        Tokenizer.from_file(path)
+        Tokenizer(path, 512)
+
+
+def test_another_models_tokenizer(tmp_path: Path) -> None:
+    """MLX does not check an embedding's bounds: ids beyond it would read memory that is not ours."""
+    with pytest.raises(CheckpointError, match="token ids go up to 511, but the text encoder has 511"):
+        Tokenizer(TINY, 511)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TINY.read_text().replace("<|im_start|>", "<|start|>"))
+    with pytest.raises(CheckpointError, match="<.im_start.> is no token of its own"):
+        Tokenizer(path, 512)

@@ -14,7 +14,7 @@ from folders import GOLDEN, copy_model, edit_json, raw_safetensors, refusal, sha
 from klein_mlx.checkpoint import load_part
 from klein_mlx.config import PARTS
 from klein_mlx.convert import open_model
-from klein_mlx.weights import read_header, read_json
+from klein_mlx.weights import is_finite, read_header, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +220,18 @@ def test_a_pipe_or_a_folder_in_place_of_json_is_told(folder: Path, tmp_path: Pat
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path / "pipe.json", folder):
         assert refusal(lambda path=path: read_json(path)) == f"{path}: is not a regular file"
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_what_is_no_number_is_found_wherever_it_is(dtype: mx.Dtype) -> None:
+    largest = mx.finfo(dtype).max
+    array = mx.array([0.0, -0.0, largest, -largest, 1e-40, -1.0] * 50).astype(dtype).reshape(12, 25)
+    assert is_finite(array).item()
+    assert is_finite(array.T).item()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        damaged = mx.array(array)
+        damaged[7, 3] = value
+        assert not is_finite(damaged).item()
+        assert not is_finite(damaged.T[1:]).item()
+    assert is_finite(mx.array([1, 2])).item()
+    assert is_finite(mx.zeros((0,), dtype)).item()

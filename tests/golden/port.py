@@ -47,7 +47,7 @@ class Port:
 
 def text(port: Port, prompts: tuple[str, ...], length: int) -> Tensors:
     """Token ids, mask, prompt_embeds and position ids of `prompts`, padded or cut to `length`."""
-    tokens = Tokenizer.from_file(port.source.tokenizer_file)(list(prompts), length)
+    tokens = Tokenizer(port.source.tokenizer_file, port.source.config.text_encoder.vocab_size)(list(prompts), length)
     embeds = port.part("text_encoder")(tokens.input_ids, tokens.attention_mask)
     return {
         "input_ids": to_numpy(tokens.input_ids),

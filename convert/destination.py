@@ -1,0 +1,122 @@
+"""A folder that is complete or not there at all: where it may be, the hidden folder that it is made in, its renaming.
+
+The work is done beside the destination, flushed, and renamed: a killed run leaves nothing under the final name and
+nothing that loads. What it did leave is cleared away by the next one.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from klein_mlx.checkpoint import CONFIG_FILE
+from klein_mlx.convert.writer import flush_descriptor
+from klein_mlx.errors import CheckpointError
+
+UNFINISHED = ".converting"  # the hidden folder's ending
+
+
+def checked_destination(destination: Path, source: Path, force: bool, mark: str) -> Path:
+    """The absolute destination, once nothing speaks against it. mark: the file that says what may be replaced."""
+    target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
+    if _is_within(target, origin):
+        raise CheckpointError(f"{destination}: is the source itself or inside it; choose another folder")
+    if _is_within(origin, target):
+        raise CheckpointError(f"{destination}: holds the source; choose another folder")
+    parent = target.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{destination}: {parent} is not a folder; create it first")
+    if os.path.lexists(target):
+        if not force:
+            raise CheckpointError(f"{destination}: exists already; choose another name, or --force to replace it")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / mark).exists()):
+            what = "a klein_mlx checkpoint" if mark == CONFIG_FILE else f"a folder with a {mark}"
+            raise CheckpointError(f"{destination}: is not {what}, so it is not replaced; remove it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{destination}: {parent} is not writable")
+    return target
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, on a file system that may ignore case."""
+    return any(p.exists() and os.path.samefile(p, folder) for p in (path, *path.parents) if folder.exists())
+
+
+def require_space(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target, ours alone; afterwards gone, unless it was renamed."""
+    folder = target.with_name(f".{target.name}{UNFINISHED}")
+    busy = CheckpointError(f"{target}: another conversion is writing it")
+    folder.mkdir(exist_ok=True)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise busy from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:
+            pass  # a file system without locks: the rename still lets only a complete folder appear
+        if not _is_same(handle, folder):  # the other run has just renamed it
+            raise busy
+        for left in folder.iterdir():  # by a conversion that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield folder
+        finally:
+            if _is_same(handle, folder):
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _is_same(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def publish(folder: Path, target: Path, force: bool) -> None:
+    """Give the finished folder its name."""
+    flush_folder(folder)
+    replaced = target.with_name(f".{target.name}.replaced")
+    if not os.path.lexists(target):
+        os.rename(folder, target)
+    elif not force:
+        raise CheckpointError(f"{target}: has appeared in the meantime; nothing was written")
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(replaced, target)
+            raise
+    flush_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        flush_descriptor(handle)
+    finally:
+        os.close(handle)
+
+
+def write_failure(target: Path, needed: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{target}: the disk is full; {needed / 1e9:.2f} GB are needed. Nothing was left behind"
+    return f"{target}: cannot be written ({error.strerror or error})"

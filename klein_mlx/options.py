@@ -1,0 +1,113 @@
+"""The options of `klein-mlx generate`: their names, their help, and errors told in their words."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from klein_mlx.errors import KleinError, RequestError
+
+DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
+
+GENERATE_EXAMPLES = """examples:
+  klein-mlx generate --model tiny "a red circle left of a blue square" -o out.png
+  klein-mlx generate "a red fox in the snow" --width 768 --height 1024 --seed 7
+  klein-mlx generate "make it autumn" -i fox.png -o autumn.png
+  klein-mlx generate "a red hat" --init-image fox.png --mask head.png -o hat.png
+  klein-mlx generate "snowy hills" --init-image fox.png --extend left=256,right=256 -o wide.png
+"""
+
+
+# What the library calls an argument, and what the command line does.
+OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "batch_guidance": "--batch-guidance",
+    "num_images_per_prompt": "--count",
+    "max_sequence_length": "--max-sequence-length",
+    "large_reference": "--large-reference",
+    "reuse_references": "--reuse-references",
+    "init_image": "--init-image",
+    "init_reference": "--init-reference",
+    "mask_image": "--mask",
+    "mask_blur": "--mask-blur",
+    "invert_mask": "--invert-mask",
+    "padding_mask_crop": "--mask-crop",
+    "strength": "--strength",
+    "extend": "--extend",
+    **{name: f"--{name}" for name in ("width", "height", "seed", "quantize", "dtype", "keep")},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and without abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        raise RequestError(f"{message} (see {self.prog} --help)")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that can be asked of one picture or several."""
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what to draw, or how to change the reference")
+    add("-m", "--model", default=DEFAULT_MODEL, help='a hub id, a folder, or "tiny" (default: %(default)s)')
+    add("-i", "--image", action="append", metavar="FILE", help="a reference to edit or to draw from; repeat for more")
+    add("--large-reference", action="store_true", help="let a single reference have 4 megapixels instead of 1")
+    add("--reuse-references", action="store_true", help="compute references in the first step only (an approximation)")
+    _add_edit_arguments(parser.add_argument_group("starting from a picture"))
+    add("--width", type=int, help="in pixels, a multiple of 16 (default: the reference's, or 1024; 128 for tiny)")
+    add("--height", type=int, help="in pixels, a multiple of 16")
+    add("--steps", type=int, help="denoising steps (default: the variant's, 4 for distilled ones)")
+    add("--guidance", type=float, help="guidance scale (default: the variant's; base variants only)")
+    add("--negative", metavar="TEXT", help="what to steer away from; needs guidance over 1")
+    add(
+        "--batch-guidance",
+        action=argparse.BooleanOptionalAction,
+        help="guidance's two branches in one pass, or one after the other (default: as memory allows)",
+    )
+    add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
+    add("-n", "--count", type=int, default=1, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
+    add("-q", "--quantize", metavar="BITS", help="4 or 8: quantise the weights while loading")
+    add("--vae", metavar="VAE", help="a file, folder or hub id in place of the model's own VAE")
+    add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
+    add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--keep", help="what stays in memory between phases: all, transformer or nothing")
+    add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
+    add("--revision", help="the model's revision on the hub")
+    add("--offline", action="store_true", help="use only what is on disk")
+    add("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp (default: a name from prompt and seed)")
+    add("--force", action="store_true", help="overwrite the output file")
+    add("--json", action="store_true", help="one JSON object on the last line of stdout")
+    add("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--init-image", metavar="FILE", help="the picture to start from, instead of from noise")
+    add("--strength", type=float, metavar="S", help="over 0, at most 1: how far to go from it (default: 0.6; masks: 1)")
+    add("--mask", metavar="FILE", help="of the picture's size; white is repainted, the rest comes back as it was")
+    add("--mask-blur", type=int, metavar="PX", help="width of the soft edge inside the mask (default: 4)")
+    add("--invert-mask", action="store_true", help="repaint what is black instead")
+    add("--mask-crop", type=int, metavar="PX", help="repaint the mask's surroundings alone, PX around it, enlarged")
+    add("--extend", metavar="SIDES", help="paint a border: left=256,right=256 (left, top, right, bottom), or 1536x1024")
+    add(
+        "--init-reference",
+        action=argparse.BooleanOptionalAction,
+        help="show the picture as first reference too (default: with --mask and --extend)",
+    )
+
+
+def in_options(error: KleinError) -> str:
+    """The error's line, with the arguments that it names called as they were typed."""
+    line = " ".join(str(error).split())
+    if not isinstance(error, RequestError):
+        return line
+    name, space, rest = line.partition(" ")
+    named = "|".join(option for option in OPTIONS if "_" in option)  # other words may mean themselves
+    rest = re.sub(rf"(?<![\w./'-])({named})(?![\w./'-])", lambda match: OPTIONS[match[1]], rest)
+    return f"{OPTIONS.get(name, name)}{space}{rest}"
