@@ -17,12 +17,18 @@ from klein_mlx.convert.writer import flush_descriptor
 from klein_mlx.errors import CheckpointError
 
 UNFINISHED = ".converting"  # the hidden folder's ending
+OURS = ".klein-mlx"  # in a hidden folder: that it is ours, and may be cleared
 
 
 def checked_destination(destination: Path, source: Path, force: bool, mark: str) -> Path:
     """The absolute destination, once nothing speaks against it. mark: the file that says what may be replaced."""
-    target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
-    if _is_within(target, origin):
+    try:
+        os.fspath(destination).encode("utf-8")
+        target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
+        inside = _is_within(target, origin)
+    except (OSError, ValueError) as error:  # too long, a zero byte, not UTF-8
+        raise CheckpointError(f"{destination!s:.60}: no such folder can be made ({error!s:.80})") from None
+    if inside:
         raise CheckpointError(f"{destination}: is the source itself or inside it; choose another folder")
     if _is_within(origin, target):
         raise CheckpointError(f"{destination}: holds the source; choose another folder")
@@ -57,10 +63,13 @@ def workspace(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}{UNFINISHED}")
     busy = CheckpointError(f"{target}: another conversion is writing it")
     folder.mkdir(exist_ok=True)
+    foreign = CheckpointError(f"{folder}: is in the way, and no conversion of ours made it; remove it first")
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise busy from None
+    except OSError:  # a link, which may lead anywhere
+        raise foreign from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +79,12 @@ def workspace(target: Path) -> Iterator[Path]:
             pass  # a file system without locks: the rename still lets only a complete folder appear
         if not _is_same(handle, folder):  # the other run has just renamed it
             raise busy
+        if any(folder.iterdir()) and not (folder / OURS).exists():
+            raise foreign
+        (folder / OURS).touch()
         for left in folder.iterdir():  # by a conversion that was killed
+            if left.name == OURS:
+                continue
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         try:
             yield folder
@@ -104,6 +118,7 @@ def publish(folder: Path, target: Path, force: bool) -> None:
         except OSError:
             os.rename(replaced, target)
             raise
+    (target / OURS).unlink(missing_ok=True)
     flush_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -30,6 +30,12 @@ _KINDS = {
     "text_encoder": ("model_type", "qwen3"),
     "vae": ("_class_name", "AutoencoderKLFlux2"),
 }
+# Settings that klein always has, and that are computed so whatever a file says: another value would be another model.
+_FIXED: dict[str, dict[str, Any]] = {
+    "transformer": {"patch_size": 1},
+    "text_encoder": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
+    "vae": {"act_fn": "silu", "patch_size": [2, 2]},
+}
 
 
 @dataclass(frozen=True)
@@ -107,4 +113,10 @@ def _read_config(path: Path, part: str) -> Any:
     name, right = _KINDS[part]
     if values.get(name) != right:
         raise CheckpointError(f"{path}: {name} is {values.get(name)!r}; FLUX.2 [klein] has {right!r}")
+    for name, right in _FIXED[part].items():
+        if values.get(name, right) != right:
+            raise CheckpointError(f"{path}: {name} is {values[name]!r}; FLUX.2 [klein] has {right!r}")
+    rope = values.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{path}: rope_type is {rope['rope_type']!r}; FLUX.2 [klein] has 'default'")
     return CONFIG_CLASSES[part].from_dict(values, str(path))

@@ -124,6 +124,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{where}: quantization of {part!r}; only {' and '.join(QUANTIZED_PARTS)} can be")
     require_file(folder / TOKENIZER_FILE)
     told = {name: values[name] for name in ("source", "licence", "made_by") if name in values}
+    for name, value in told.items():
+        known = isinstance(value, Mapping) if name == "source" else isinstance(value, str) and value.isprintable()
+        if not known:
+            kind = "an object" if name == "source" else "one line of text"
+            raise CheckpointError(f"{where}: {name} is {value!r:.60}; it must be {kind}")
     return Checkpoint(folder, config, quantization, {"format": "klein_mlx", **told})
 
 

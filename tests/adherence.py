@@ -24,11 +24,14 @@ import world  # noqa: E402
 KINDS = (*world.EDIT_KINDS, "combine")
 
 
-def prompts(pipe: KleinPipeline, count: int, seed: int = 0) -> dict[str, float]:
-    """Shares of `count` held-out prompts, alternately of one and two shapes, that are right in each respect."""
+def prompts(pipe: KleinPipeline, count: int, seed: int = 0, **arguments: Any) -> dict[str, float]:
+    """Shares of `count` held-out prompts, alternately of one and two shapes, that are right in each respect.
+
+    arguments: of the pipeline's call, such as guidance_scale.
+    """
     tally: dict[str, list[bool]] = defaultdict(list)
     for number, (words, scene) in enumerate(world.held_out_prompts(count, seed)):
-        picture = np.asarray(pipe(words, seed=1000 * seed + number).images[0])
+        picture = np.asarray(pipe(words, seed=1000 * seed + number, **arguments).images[0])
         verdict: dict[str, Any] = judge_scene(picture, scene)
         arity = "single" if len(scene.shapes) == 1 else "pair"
         tally["background"].append(verdict["background"])
@@ -40,14 +43,14 @@ def prompts(pipe: KleinPipeline, count: int, seed: int = 0) -> dict[str, float]:
     return {name: float(np.mean(right)) for name, right in tally.items()}
 
 
-def edits(pipe: KleinPipeline, kind: str, count: int, seed: int = 0) -> float:
-    """The share of `count` edits of a kind that are right, the rest of the picture unchanged."""
+def edits(pipe: KleinPipeline, kind: str, count: int, seed: int = 0, **arguments: Any) -> float:
+    """The share of `count` edits of a kind that are right, the rest of the picture unchanged (as `prompts`)."""
     rng = np.random.default_rng((seed, KINDS.index(kind)))
     right = []
     for number in range(count):
         words, before, after = edit_case(kind, number, rng)
         references = [Image.fromarray(world.render(scene)) for scene in before]
-        picture = np.asarray(pipe(words, image=references, seed=1000 * seed + number).images[0])
+        picture = np.asarray(pipe(words, image=references, seed=1000 * seed + number, **arguments).images[0])
         verdict = judge_edit(picture, world.render(before[0]), world.render(after), after)
         right.append(verdict["all"])
     return float(np.mean(right))
@@ -71,10 +74,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--edits", type=int, default=50, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float, help="for a base checkpoint")
     options = parser.parse_args()
+    run: dict[str, Any] = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
     pipe = KleinPipeline.from_pretrained(options.model, keep="all")
-    figures = prompts(pipe, options.prompts, options.seed)
-    figures |= {f"edit: {kind}": edits(pipe, kind, options.edits, options.seed) for kind in KINDS}
+    figures = prompts(pipe, options.prompts, options.seed, **run)
+    figures |= {f"edit: {kind}": edits(pipe, kind, options.edits, options.seed, **run) for kind in KINDS}
     print(json.dumps({name: round(share, 3) for name, share in figures.items()}, indent=2))
 
 

@@ -12,7 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from folders import GOLDEN, assert_equal, copy_model, loaded, nothing_but, quantizable_model, weight_file
+from folders import (
+    GOLDEN,
+    assert_equal,
+    copy_model,
+    loaded,
+    nothing_but,
+    quantizable_model,
+    refusal,
+    weight_file,
+)
 
 from klein_mlx.config import PARTS
 from klein_mlx.convert import convert_checkpoint, open_model, writer
@@ -289,3 +298,25 @@ def test_a_real_disk_that_fills_up_leaves_nothing(small_disk: Path, monkeypatch:
     (small_disk / "other").unlink()
     monkeypatch.undo()
     assert loaded(convert_checkpoint(GOLDEN, small_disk / "ours"), mx.bfloat16)
+
+
+def test_a_hidden_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    """Its name is easily guessed, in a shared folder by anyone: neither a link nor a stranger's folder is cleared."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("keep")
+    hidden = tmp_path / ".out.converting"
+    hidden.symlink_to(precious)
+    assert "is in the way" in refusal(lambda: convert_checkpoint(open_model(GOLDEN), tmp_path / "out"))
+    hidden.unlink()
+    precious.rename(hidden)
+    assert "is in the way" in refusal(lambda: convert_checkpoint(open_model(GOLDEN), tmp_path / "out"))
+    assert (hidden / "notes.txt").read_text() == "keep"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_no_disk_allows(tmp_path: Path) -> None:
+    for name in ("x" * 300, "zero\0byte", "no-utf8-\udcff"):
+        assert "no such folder can be made" in refusal(
+            lambda n=name: convert_checkpoint(open_model(GOLDEN), tmp_path / n)
+        )
