@@ -24,19 +24,23 @@ if TYPE_CHECKING:
     from klein_mlx.pipeline import KleinPipeline
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The whole command's parser; only the named subcommand gets its options, so that --help loads none of them."""
     from klein_mlx import __version__
-    from klein_mlx.convert.__main__ import add_convert_arguments, add_info_arguments
 
     parser = Parser(prog="klein-mlx", description="FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.")
     parser.add_argument("--version", action="version", version=f"klein-mlx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="make a picture from a prompt", epilog=GENERATE_EXAMPLES)
-    add_generate_arguments(generate)
+    if command == "generate":
+        add_generate_arguments(generate)
     convert = commands.add_parser("convert", help="turn PyTorch weights into an MLX checkpoint")
-    add_convert_arguments(convert)
     info = commands.add_parser("info", help="what a model is: variant, sizes, bits, licence")
-    add_info_arguments(info)
+    if command in ("convert", "info"):
+        from klein_mlx.convert.__main__ import add_convert_arguments, add_info_arguments
+
+        add_convert_arguments(convert)
+        add_info_arguments(info)
     return parser
 
 
@@ -223,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"generate": _generate, "convert": _convert, "info": _info}
     ready_streams()
     try:
-        args = _parser().parse_args(argv)
+        given = sys.argv[1:] if argv is None else list(argv)
+        args = _parser(next((word for word in given if not word.startswith("-")), None)).parse_args(given)
         return commands[args.command](args)
     except KleinError as error:
         print(f"error: {in_options(error)}", file=sys.stderr)
