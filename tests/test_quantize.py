@@ -13,6 +13,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.convert import open_model
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.quantize import Quantization, is_quantized_path, parse, quantize_weights
+from klein_mlx.weights import load_now
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,8 @@ def test_a_quantised_weight_is_within_half_a_step_of_the_original(source: Source
     weights = source.weights("transformer")
     quantised = quantize_weights("transformer", weights, Quantization(bits))
     name = "double_blocks.0.img.mlp_in"
-    original = weights[f"{name}.weight"].astype(mx.float32)
-    packed, scales, biases = (quantised[f"{name}.{kind}"] for kind in ("weight", "scales", "biases"))
+    original = load_now(weights[f"{name}.weight"]).astype(mx.float32)
+    packed, scales, biases = (load_now(quantised[f"{name}.{kind}"]) for kind in ("weight", "scales", "biases"))
     assert (packed.dtype, scales.dtype, biases.dtype) == (mx.uint32, mx.bfloat16, mx.bfloat16)
     restored = mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), 64, bits)
     grouped = original.reshape(-1, 64)
