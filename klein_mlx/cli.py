@@ -138,6 +138,8 @@ def _open(args: argparse.Namespace) -> "tuple[KleinPipeline, Run]":
         revision=args.revision,
         local_files_only=args.offline,
         vae=SMALL_DECODER if args.small_decoder else args.vae,
+        transformer=args.transformer,
+        text_encoder=args.text_encoder,
     )
     run = pipe.stream(
         args.prompt,

@@ -73,6 +73,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
     add("-n", "--count", type=int, default=1, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
     add("-q", "--quantize", metavar="BITS", help="4 or 8: quantise the weights while loading")
+    add(
+        "--transformer",
+        metavar="FILE",
+        help="a file or folder in place of the model's own (BFL's, ComfyUI's, GGUF, ...)",
+    )
+    add("--text-encoder", metavar="FILE", help="likewise (ComfyUI's, GGUF, mlx-lm's, ...)")
     add("--vae", metavar="VAE", help="a file, folder or hub id in place of the model's own VAE")
     add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
     add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")

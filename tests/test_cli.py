@@ -119,6 +119,8 @@ def test_a_mask_and_an_extension(tmp_path: Path) -> None:
         (("--model", "./nope"), "nope"),
         (("--model", "."), "neither klein.json nor model_index.json"),
         (("--model", "someone/something", "--offline"), "someone/something"),
+        (("--transformer", "none.gguf"), "none.gguf"),
+        (("--text-encoder", "locked"), "locked"),
         (("--image", "none.png"), "image none.png does not exist"),
         (("-o", "none/x.png"), "output folder none does not exist; make it first"),
         (("-o", "x.gif"), "must end in .png, .jpg, .jpeg, .webp"),
