@@ -48,7 +48,12 @@ def _multiply(x: mx.array, weight: mx.array) -> mx.array:
     """x @ weight.T, in x's dtype."""
     if not _widens(x):
         return x @ weight.T
-    return (x.astype(mx.float32) @ weight.astype(mx.float32).T).astype(x.dtype)
+    return (x.astype(mx.float32) @ _after(x, weight)[0].astype(mx.float32).T).astype(x.dtype)
+
+
+def _after(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+    """The arrays, but not before x is there: else MLX may expand the weights of many layers before it needs them."""
+    return mx.depends(list(arrays), [x])
 
 
 def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array:
@@ -61,7 +66,8 @@ def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx
         if _expands():
             if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
                 arrays[1:] = [a.astype(mx.float32) if a is not None else None for a in arrays[1:]]
-            out = _multiply(x, mx.dequantize(*arrays, **kind))
+            given = iter(_after(x, *(a for a in arrays if a is not None)))
+            out = _multiply(x, mx.dequantize(*(None if a is None else next(given) for a in arrays), **kind))
         else:
             out = mx.quantized_matmul(x, *arrays, transpose=True, **kind)
     return out + layer.bias[rows] if "bias" in layer else out
