@@ -59,11 +59,13 @@ def edits(pipe: KleinPipeline, kind: str, count: int, seed: int = 0, **arguments
 def edit_case(kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[world.Scene, ...], world.Scene]:
     """Instruction, the references' scenes, the wanted scene; scenes of one and two shapes take turns."""
     if kind != "combine":
-        scene = world.random_scene(rng, 2 if kind == "remove" else 1 + number % 2)
+        # What a removal leaves is the rest of its reference, so there the reference is of unseen combinations.
+        removes = kind == "remove"
+        scene = world.random_scene(rng, 2 if removes else 1 + number % 2, held=removes)
         edit = world.random_edit(scene, kind, rng, held=True)
         return world.instruction(scene, edit, rng), (scene,), world.apply_edit(scene, edit)
     first = second = world.random_scene(rng, 1)
-    while second.background in (first.background, first.shapes[0].colour):
+    while not world.is_valid(world.combine(first, second)) or not world.is_held_out(world.combine(first, second)):
         first, second = world.random_scene(rng, 1), world.random_scene(rng)
     return world.combine_instruction(first, rng), (first, second), world.combine(first, second)
 
