@@ -67,7 +67,8 @@ def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx
             if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
                 arrays[1:] = [a.astype(mx.float32) if a is not None else None for a in arrays[1:]]
             given = iter(_after(x, *(a for a in arrays if a is not None)))
-            out = _multiply(x, mx.dequantize(*(None if a is None else next(given) for a in arrays), **kind))
+            arrays = [None if a is None else next(given) for a in arrays]
+            out = _multiply(x, mx.dequantize(*arrays, **kind))
         else:
             out = mx.quantized_matmul(x, *arrays, transpose=True, **kind)
     return out + layer.bias[rows] if "bias" in layer else out
