@@ -13,6 +13,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,7 @@ def _read(walk: _Walk) -> tuple[dict[str, Any], dict[str, Block]]:
             raise ValueError(f"{name[:80]} lies outside of the file: an incomplete download or copy")
         blocks[name] = Block(kind, shape, begin + offset, size)
     ordered = sorted(blocks.items(), key=lambda item: item[1].start)
-    for (name, block), (_, following) in zip(ordered, ordered[1:], strict=False):
+    for (name, block), (_, following) in pairwise(ordered):
         if block.start + block.size > following.start:
             raise ValueError(f"{name[:80]} overlaps its neighbour")
     return walk.values, blocks

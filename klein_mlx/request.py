@@ -6,6 +6,7 @@ defaults are filled in, and nothing is repaired in silence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from klein_mlx.checks import flag, integer, is_number, short
@@ -234,7 +235,7 @@ def _sigmas(sigmas: Any, steps: int | None) -> tuple[float, ...]:
         values = tuple(float(s) for s in sigmas)
     except (TypeError, ValueError, OverflowError):
         raise RequestError(f"sigmas is {short(sigmas)}; it must be a list of numbers") from None
-    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(values))
     if not 0 < len(values) <= MAX_STEPS or not falling or not all(0 < s <= 1 for s in values):
         raise RequestError(f"sigmas is {short(sigmas)}; it must fall strictly, with every value in (0, 1]")
     if steps is not None and steps != len(values):
