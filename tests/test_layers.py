@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 
 # From the top. A name stands for klein_mlx.<name>; "convert" for everything in that folder.
 ROWS = [
+    {"convert.__main__"},
     {"cli"},
+    {"generate"},
     {"pipeline", "options"},
     {"parts", "velocity"},
     {"convert"},
@@ -38,7 +40,7 @@ def modules() -> dict[str, Path]:
 
 
 def row_of(name: str) -> int:
-    top = name.split(".")[0]
+    top = name if name == "convert.__main__" else name.split(".")[0]
     rows = [index for index, row in enumerate(ROWS) if top in row]
     assert rows, f"{name} stands in no row: add it to ROWS, where it belongs"
     return rows[0]
