@@ -5,7 +5,7 @@ It knows nothing of models: the pipeline fills these in, and its callers read th
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,6 +13,8 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.request import Request
+
+PIECE_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class KleinOutput:
     seconds: dict[str, float]
 
 
+class _Closed(BaseException):
+    """Raised inside of a run that was closed while it worked."""
+
+
 class Run:
     """A running request: iterate for its Steps and Pictures; `close()` cancels it.
 
@@ -71,22 +77,55 @@ class Run:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
         self._events: Iterator[Step | Picture] = iter(())
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._working = self._closed = False
+        self._pieces, self._waiting, self._since = 1, 0, 0.0
 
-    def start(self, events: Iterator["Step | Picture"]) -> None:
-        """Called once by the pipeline, with the generator that does the work."""
-        self._events = events
+    def start(
+        self,
+        events: Iterator["Step | Picture"],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Called once by the pipeline, with the generator that does the work, and what holds only while it works."""
+        self._events, self._around = events, around
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Step | Picture:
-        return next(self._events)
+        if self._closed:
+            raise StopIteration
+        self._working, self._since, self._waiting = True, time.perf_counter(), 0
+        try:
+            with self._around():
+                return next(self._events)
+        except _Closed:
+            raise StopIteration from None
+        finally:
+            self._working = False
 
     def close(self) -> None:
-        """Stop; what the run held is freed."""
+        """Stop; what the run held is freed. While the run works (this is another thread, or a callback), it stops
+        at the next part of its step."""
+        self._closed = True
         close = getattr(self._events, "close", None)
-        if close:
+        if close and not self._working:
             close()
+
+    def part_done(self, *arrays: mx.array) -> None:
+        """Called between the parts of a phase (layers, blocks, strips), with what was computed so far.
+
+        Evaluates about every quarter of a second, so that Ctrl-C and `close` are seen soon; where parts are short,
+        many go by at once.
+        """
+        self._waiting += 1
+        if self._waiting >= self._pieces:
+            mx.eval(*arrays)
+            now = time.perf_counter()
+            self._pieces = max(1, int(PIECE_SECONDS * self._waiting / max(now - self._since, 1e-6)))
+            self._since, self._waiting = now, 0
+        if self._closed:
+            raise _Closed
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

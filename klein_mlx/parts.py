@@ -2,9 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +11,7 @@ import mlx.nn as nn
 from klein_mlx.checkpoint import Source, find_damaged, load_part, part_bytes
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.events import Run
 from klein_mlx.quantize import Quantization
 
 # No float16: the residual stream reaches 1e5, beyond its range.
@@ -21,6 +21,8 @@ KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 
 class Parts:
     """A model's three modules, loaded when first asked for and released as `keep` says.
+
+    Runs share them: a part leaves when the last run that took it has released it.
 
     keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
     Raises RequestError for another `keep`.
@@ -32,13 +34,15 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.keep = keep or _default_keep(source, dtype, quantization)
         self.loaded: dict[str, nn.Module] = {}
+        self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
         for part in PARTS:
             source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
 
-    def get(self, name: str, timed: Callable[[str], AbstractContextManager[None]]) -> Any:
-        """A part with its weights in memory; `timed("load")` surrounds the reading."""
+    def get(self, name: str, run: Run) -> Any:
+        """A part with its weights in memory, held for this run until it is released; reading it counts as `load`."""
+        self._holders[name].add(run)
         if name not in self.loaded:
-            with timed("load"):
+            with run.timed("load"):
                 module = load_part(name, self.source, self.dtype, self.quantization)
                 try:
                     mx.eval(module.parameters())
@@ -51,9 +55,12 @@ class Parts:
             self.loaded[name] = module
         return self.loaded[name]
 
-    def release(self, *names: str) -> None:
-        """Free these parts' weights, except those that are kept. Nothing else may still refer to them."""
-        leaving = [name for name in names if name in self.loaded and name not in KEPT[self.keep]]
+    def release(self, run: Run, *names: str) -> None:
+        """Free these parts' weights, except those that are kept or held by another run. Nothing else of this run may
+        still refer to them."""
+        for name in names:
+            self._holders[name].discard(run)
+        leaving = [n for n in names if n in self.loaded and n not in KEPT[self.keep] and not self._holders[n]]
         for name in leaving:
             del self.loaded[name]
         if leaving:

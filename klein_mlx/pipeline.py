@@ -5,23 +5,22 @@ picture; the call, the command line and whatever else is built sit on it. The en
 embeddings are evaluated, the transformer before the pictures are decoded, unless `keep` says otherwise.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Self, Unpack
 
 import mlx.core as mx
 from PIL import Image
 
-from klein_mlx import images
 from klein_mlx.arguments import Arguments
 from klein_mlx.checkpoint import Source
-from klein_mlx.conditioning import References, encode_prompt, encode_reference, join_references
+from klein_mlx.conditioning import References, join_references
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.decoding import decode
+from klein_mlx.encodings import Encodings
 from klein_mlx.events import KleinOutput, Picture, Run, Step
-from klein_mlx.latents import from_channels_first, noise, to_channels_first, unpatchify
+from klein_mlx.given import to_array
+from klein_mlx.latents import from_channels_first, noise
 from klein_mlx.masks import Canvas
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
@@ -29,13 +28,7 @@ from klein_mlx.quantize import parse
 from klein_mlx.request import check
 from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.vae import strip_rows
 from klein_mlx.velocity import Reuse, Tracked, guided_velocity, velocity
-
-if TYPE_CHECKING:
-    import numpy as np
-
-REMEMBERED = 8  # prompts, and references, whose encodings are kept
 
 
 class KleinPipeline:
@@ -57,8 +50,7 @@ class KleinPipeline:
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)
         self.parts = Parts(source, self.dtype, parse(quantize), keep)
-        self._prompts: dict[Any, mx.array] = {}
-        self._references: dict[Any, mx.array] = {}
+        self.encodings = Encodings(self.parts)
 
     @classmethod
     def from_pretrained(
@@ -132,15 +124,15 @@ class KleinPipeline:
         try:
             yield from self._phases(run, opened)
         finally:
-            self.parts.release(*PARTS)
+            self.parts.release(run, *PARTS)
 
     def _phases(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:
         """Encode, denoise, decode."""
         with run.timed("encode"):
-            references = join_references([self._encode_reference(run, image) for image in opened.references])
-            init = None if opened.canvas is None else self._encode_reference(run, opened.canvas.image)
-        embeds, negative = self._encode_prompts(run)
-        self.parts.release("text_encoder", "vae")
+            references = join_references([self.encodings.of_reference(run, image) for image in opened.references])
+            init = None if opened.canvas is None else self.encodings.of_reference(run, opened.canvas.image)
+        embeds, negative = self.encodings.of_request(run)
+        self.parts.release(run, "text_encoder", "vae")
         waiting: list[tuple[int, mx.array]] = []
         for number, (prompt_index, _) in enumerate(run.request.pictures):
             with run.timed("steps"):
@@ -153,7 +145,7 @@ class KleinPipeline:
             waiting.append((number, latents))
             if self.parts.keep != "nothing":
                 yield self._finish(run, *waiting.pop(), opened.canvas)
-        self.parts.release("transformer")
+        self.parts.release(run, "transformer")
         for number, latents in waiting:
             yield self._finish(run, number, latents, opened.canvas)
 
@@ -165,7 +157,7 @@ class KleinPipeline:
         strength = 1.0 if request.edit is None else request.edit.strength or 1.0
         sigmas = make_sigmas(h * w, request.steps, request.sigmas, strength)
         if request.latents is not None:
-            latents = from_channels_first(_array("latents", request.latents))[number : number + 1]
+            latents = from_channels_first(to_array("latents", request.latents))[number : number + 1]
         else:
             latents = noise(mx.random.key(request.pictures[number][1]), h, w, self.config.transformer.in_channels)
         latents, after = _start(latents.astype(self.dtype), init, opened.canvas, sigmas[0])
@@ -183,38 +175,6 @@ class KleinPipeline:
         side = self.config.pixels_per_token
         return opened.height // side, opened.width // side
 
-    def _encode_reference(self, run: Run, image: Image.Image) -> mx.array:
-        key = (image.size, hashlib.sha256(image.tobytes()).digest())
-        if key not in self._references:
-            latents = encode_reference(self.parts.get("vae", run.timed), image, self.dtype)
-            _remember(self._references, key, latents)
-        return self._references[key]
-
-    def _encode_prompts(self, run: Run) -> tuple[list[mx.array], mx.array | None]:
-        """Embeddings (1, L, D) of every prompt, evaluated, and the negative prompt's where guidance needs it."""
-        request = run.request
-        guided = request.guidance > 1
-        if request.prompt_embeds is not None:
-            given = _array("prompt_embeds", request.prompt_embeds).astype(self.dtype)
-            embeds = [given[i : i + 1] for i in range(given.shape[0])]
-        else:
-            with run.timed("encode"):
-                embeds = [self._encode_prompt(run, prompt) for prompt in request.prompts]
-        with run.timed("encode"):
-            negative = self._encode_prompt(run, request.negative_prompt) if guided else None
-        return embeds, negative
-
-    def _encode_prompt(self, run: Run, prompt: str) -> mx.array:
-        length = run.request.max_sequence_length
-        tokens = self.tokenizer([prompt], length)
-        if tokens.cut[0]:
-            text = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-            run.notes.append(f"prompt {text!r}: {tokens.cut[0]} tokens over {length} were cut")
-        key = (prompt, length)
-        if key not in self._prompts:
-            _remember(self._prompts, key, encode_prompt(self.parts.get("text_encoder", run.timed), tokens, 0))
-        return self._prompts[key]
-
     def _predict(
         self,
         run: Run,
@@ -224,7 +184,7 @@ class KleinPipeline:
         grid: tuple[int, int],
     ) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
-        transformer, request = self.parts.get("transformer", run.timed), run.request
+        transformer, request = self.parts.get("transformer", run), run.request
         reuse: Reuse | None = "first step" if request.reuse_references else None
         if self.config.caches_references:
             reuse = "alone"
@@ -241,39 +201,21 @@ class KleinPipeline:
             seed = None  # no seed made this noise
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None
         with run.timed("decode"):
-            image = self._decode(run, latents, run.request.output_type, canvas)
+            image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas)
         return Picture(number, len(run.request.pictures), prompt, seed, image)
-
-    def _decode(self, run: Run, latents: mx.array, output_type: str, canvas: Canvas | None) -> Any:
-        vae, side = self.parts.get("vae", run.timed), self.config.vae.scale_factor
-        if not mx.isfinite(latents).all().item():
-            raise CheckpointError(
-                f"{self.source.path}: the picture came out as NaN or infinity: its weights are damaged"
-            )
-        z = unpatchify(vae.denormalize(latents))
-        if output_type == "latent":
-            z = to_channels_first(z)[0]
-            mx.eval(z)
-            return z
-        pixels = vae.decode(z, strip_rows(side * z.shape[1], side * z.shape[2]))[0]
-        mx.eval(pixels)
-        if canvas is None or canvas.opacity is None:
-            return images.to_image(pixels) if output_type == "pil" else _numpy(images.to_unit(pixels))
-        image = canvas.paste(images.to_image(pixels))
-        return image if output_type == "pil" else _numpy(image).astype("float32") / 255
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:
-            image = self._decode(run, clean, "pil", canvas)
-            self.parts.release("vae")
+            image = decode(self.parts.get("vae", run), clean, "pil", canvas)
+            self.parts.release(run, "vae")
             return image
 
         return preview
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read when first needed."""
-        return Tokenizer(self.source.tokenizer_file, self.config.text_encoder.vocab_size)
+        return self.encodings.tokenizer
 
 
 def _start(
@@ -286,29 +228,3 @@ def _start(
     if canvas.tokens is not None:
         after = hold_outside(mx.array(canvas.tokens)[None, :, :, None], init, latents)
     return add_noise(init, latents, sigma), after
-
-
-def _remember(store: dict[Any, mx.array], key: Any, value: mx.array) -> None:
-    """Keep the newest few, oldest out first."""
-    store[key] = value
-    while len(store) > REMEMBERED:
-        del store[next(iter(store))]
-
-
-def _array(what: str, values: Any) -> mx.array:
-    """An MLX, numpy or torch array of finite real numbers as an mx.array; RequestError for any other."""
-    try:
-        if hasattr(values, "detach"):  # torch, whose bfloat16 numpy does not know
-            values = values.detach().float().cpu().numpy()
-        array = values if isinstance(values, mx.array) else mx.array(_numpy(values))
-    except (TypeError, ValueError, RuntimeError):
-        array = mx.array(True)
-    if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all().item():
-        raise RequestError(f"{what} holds something else than finite real numbers; it must be an array of floats")
-    return array
-
-
-def _numpy(values: Any) -> "np.ndarray":
-    import numpy as np
-
-    return np.array(values)

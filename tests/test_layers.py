@@ -13,12 +13,13 @@ ROWS = [
     {"cli"},
     {"generate"},
     {"pipeline", "options"},
+    {"encodings", "decoding"},
     {"parts", "velocity"},
     {"convert"},
     {"checkpoint", "quantize", "conditioning", "weights", "opening"},
     {"text_encoder", "transformer", "vae"},
     {"tokenizer", "latents", "sampler", "images", "masks", "events", "fusion", "linear"},
-    {"config", "errors", "request", "edits", "checks", "arguments"},
+    {"config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
@@ -27,6 +28,7 @@ SAME_ROW = {  # allowed within a row, because it goes one way only
     "request": {"config", "errors", "edits", "checks"},
     "edits": {"errors", "checks"},
     "checks": {"errors"},
+    "given": {"errors"},
     "masks": {"images"},
     "config": {"errors"},
     "tokenizer": set(),

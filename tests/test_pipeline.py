@@ -140,7 +140,7 @@ def test_initial_latents_and_embeddings_can_be_given(pipe: KleinPipeline) -> Non
     start = mx.random.normal((1, 8, 8, channels), key=mx.random.key(7)).transpose(0, 3, 1, 2)
     for given in (start, np.array(start)):
         assert np.array_equal(pixels(pipe(PROMPT, latents=given).images[0]), wanted)
-    embeds = pipe._prompts[(PROMPT, pipe.config.max_sequence_length)]
+    embeds = pipe.encodings.prompts[(PROMPT, pipe.config.max_sequence_length)]
     assert np.array_equal(pixels(pipe(prompt_embeds=embeds, latents=start).images[0]), wanted)
     with pytest.raises(RequestError, match="for 128 x 128 pixels its last two must be 8, 8"):
         pipe(PROMPT, latents=start[:, :, :4])
@@ -175,11 +175,11 @@ def test_a_reference_is_encoded_once(tmp_path: Path) -> None:
         other(PROMPT, image=list(references), width=64, height=64, num_inference_steps=1, seed=7)
 
     call(image)
-    (first,) = other._references.values()
+    (first,) = other.encodings.references.values()
     call(tmp_path / "a.png", tmp_path / "b.png", image.copy())
-    assert list(other._references.values()) == [first]
+    assert list(other.encodings.references.values()) == [first]
     call(image.crop((0, 0, 64, 64)))
-    assert len(other._references) == 2
+    assert len(other.encodings.references) == 2
 
 
 def test_a_large_reference(pipe: KleinPipeline) -> None:

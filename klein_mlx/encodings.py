@@ -1,0 +1,75 @@
+"""What is encoded once and kept: the prompts' embeddings and the references' latents, the newest few of each."""
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image
+
+from klein_mlx.conditioning import encode_prompt, encode_reference
+from klein_mlx.events import Run
+from klein_mlx.given import to_array
+from klein_mlx.parts import Parts
+from klein_mlx.tokenizer import Tokenizer
+
+REMEMBERED = 8  # prompts, and references, whose encodings are kept
+
+
+class Encodings:
+    """Encodes what a request names, unless it is known already: then neither encoder nor VAE is loaded."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.prompts: dict[tuple[str, int], mx.array] = {}
+        self.references: dict[Any, mx.array] = {}
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read when first needed."""
+        if self._tokenizer is None:
+            source = self.parts.source
+            self._tokenizer = Tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+        return self._tokenizer
+
+    def of_request(self, run: Run) -> tuple[list[mx.array], mx.array | None]:
+        """Embeddings (1, L, D) of every prompt, evaluated, and the negative prompt's where guidance needs it."""
+        request = run.request
+        if request.prompt_embeds is not None:
+            given = to_array("prompt_embeds", request.prompt_embeds).astype(self.parts.dtype)
+            embeds = [given[i : i + 1] for i in range(given.shape[0])]
+        else:
+            with run.timed("encode"):
+                embeds = [self.of_prompt(run, prompt) for prompt in request.prompts]
+        if request.guidance <= 1:
+            return embeds, None
+        with run.timed("encode"):
+            return embeds, self.of_prompt(run, request.negative_prompt)
+
+    def of_prompt(self, run: Run, prompt: str) -> mx.array:
+        """The embeddings (1, L, D) of one prompt; what is over the length is cut, and told in the run's notes."""
+        length = run.request.max_sequence_length
+        tokens = self.tokenizer([prompt], length)
+        if tokens.cut[0]:
+            text = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+            run.notes.append(f"prompt {text!r}: {tokens.cut[0]} tokens over {length} were cut")
+        key = (prompt, length)
+        if key not in self.prompts:
+            encoder = self.parts.get("text_encoder", run)
+            _remember(self.prompts, key, encode_prompt(encoder, tokens, 0))
+        return self.prompts[key]
+
+    def of_reference(self, run: Run, image: Image.Image) -> mx.array:
+        """The normalised latents (1, h, w, C) of a prepared picture, known by its content."""
+        key = (image.size, hashlib.sha256(image.tobytes()).digest())
+        if key not in self.references:
+            vae = self.parts.get("vae", run)
+            _remember(self.references, key, encode_reference(vae, image, self.parts.dtype))
+        return self.references[key]
+
+
+def _remember(store: dict[Any, mx.array], key: Any, value: mx.array) -> None:
+    """Keep the newest few, oldest out first."""
+    store[key] = value
+    while len(store) > REMEMBERED:
+        del store[next(iter(store))]
