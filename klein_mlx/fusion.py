@@ -21,7 +21,13 @@ def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         return (compiled if on_gpu else function)(*args, **kwargs)
 
+    call.__dict__["is_fused"] = True
     return call
+
+
+def is_fused(value: object) -> bool:
+    """Whether it is a function made by `fused`: one kernel on a GPU."""
+    return getattr(value, "is_fused", None) is True
 
 
 @fused

@@ -16,7 +16,7 @@ ROWS = [
     {"encodings", "decoding"},
     {"parts", "velocity"},
     {"convert"},
-    {"checkpoint", "quantize", "conditioning", "weights", "opening"},
+    {"checkpoint", "quantize", "conditioning", "weights", "opening", "cost"},
     {"text_encoder", "transformer", "vae"},
     {"tokenizer", "latents", "sampler", "images", "masks", "events", "fusion", "linear"},
     {"config", "errors", "request", "edits", "checks", "arguments", "given"},
