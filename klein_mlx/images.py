@@ -5,6 +5,7 @@ It knows PIL and pixels; not the model.
 
 import math
 import os
+import re
 import secrets
 import struct
 import warnings
@@ -23,6 +24,22 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, s
 MAX_NAME = 255  # bytes of a file's name, on every common disk
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
+# What is opened. Pillow knows more: among them EPS, for which it would run Ghostscript, and data that is no picture.
+READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
+CONVERT = "; convert it first: sips -s format png"
+_SVG = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<svg", re.S | re.I)
+# What people give instead: how it begins, what to say of it.
+_NOT_READ: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.S), f"it is HEIC, as iPhones write it{CONVERT}"),
+    (re.compile(rb"....ftyp", re.S), "it is a video; save one of its frames"),
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), f"it is PostScript{CONVERT}"),
+    (re.compile(rb"%PDF"), f"it is a PDF{CONVERT}"),
+    (re.compile(rb"8BPS"), f"it is Photoshop's{CONVERT}"),
+    (_SVG, f"it is SVG{CONVERT}"),
+    (re.compile(rb"\s*<(!doctype )?html", re.I), "it is a web page; download the picture itself"),
+    (re.compile(rb"version https://git-lfs"), "it is a Git LFS pointer; fetch the file itself (git lfs pull)"),
+)
+
 
 def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]]:
     """Open a picture as 8-bit sRGB, upright.
@@ -40,19 +57,41 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
             warnings.simplefilter("ignore")  # Pillow warns of sizes, and of metadata that is not used here
             if given:
                 return _upright(source, what)
-            if not Path(source).exists():
-                raise RequestError(f"{name} does not exist")
-            if not Path(source).is_file():
-                raise RequestError(f"{name} is not a file")
-            with Image.open(source) as image:
+            _check_file(source, name)
+            Image.init()  # a build of Pillow may lack some
+            with Image.open(source, formats=[kind for kind in READ if kind in Image.OPEN]) as image:
                 return _upright(image, os.fspath(source))
     except Image.DecompressionBombError:
-        raise RequestError(f"{name} has too many pixels; scale it down first") from None
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise RequestError(f"{name} has over {limit} million pixels; scale it down first") from None
     except UNREADABLE as error:
-        heic = not given and Path(source).suffix.lower() in (".heic", ".heif", ".svg")
-        reason = "not a picture in a known format" if "cannot identify" in str(error) else one_line(error)
-        hint = "; convert it first: sips -s format png" if heic else ""
-        raise RequestError(f"{name} cannot be read: {reason}{hint}") from None
+        reason = one_line(error) if given else _reason(source, error)
+        raise RequestError(f"{name} cannot be read: {reason}") from None
+
+
+def _check_file(source: str | os.PathLike[str], name: str) -> None:
+    """Refuse what is no file of this machine."""
+    if re.match(r"(https?|ftp|data|file|s3):", os.fspath(source)):
+        raise RequestError(f"{name} is a URL; download it, and give the file")
+    if os.fspath(source) == "-":
+        raise RequestError(f"{name} is stdin, which is not read; give a file")
+    if not Path(source).exists():
+        raise RequestError(f"{name} does not exist")
+    if not Path(source).is_file():
+        raise RequestError(f"{name} is not a file")
+
+
+def _reason(source: str | os.PathLike[str], error: BaseException) -> str:
+    """Why a file is not read: what it is instead of a picture, else what Pillow says of it."""
+    try:
+        with open(source, "rb") as file:
+            head = file.read(1024)
+    except OSError as unread:
+        return unread.strerror or str(unread)
+    if not head:
+        return "the file is empty"
+    told = next((words for begins, words in _NOT_READ if begins.match(head)), None)
+    return told or ("not a picture in a known format" if "cannot identify" in str(error) else one_line(error))
 
 
 def one_line(error: BaseException) -> str:
@@ -61,8 +100,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _upright(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
-    animated = getattr(image, "n_frames", 1) > 1
-    notes = [f"{name}: an animation; its first frame is used"] if animated else []
+    notes = []
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # iPhones and cameras write MPO: a JPEG with extras
+        kind = "it has several pages; the first" if image.format == "TIFF" else "an animation; its first frame"
+        notes.append(f"{name}: {kind} is used")
     if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
         notes.append(f"{name}: what is transparent in it is taken as white")
     return _to_srgb(ImageOps.exif_transpose(image)), notes
