@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> Any:
+        """What argparse found, in our words: the option, its value, what would be right."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (int|float) value: (.*)", message, re.S):
+            value = found[3] if len(found[3]) <= 60 else f"{found[3][:57]}..."
+            message = f"{found[1]} is {value}; it must be {kinds[found[2]]}"
         raise RequestError(f"{message} (see {self.prog} --help)")
 
 

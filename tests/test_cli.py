@@ -103,14 +103,14 @@ def test_a_mask_and_an_extension(tmp_path: Path) -> None:
     with Image.open(tmp_path / "wide.png") as out:
         assert out.crop((32, 0, 128, 80)).tobytes() == image.tobytes()
     turned = klein(*TINY, PROMPT, *edit, "--mask", "in.png", "--invert-mask", "--mask-crop", "x", cwd=tmp_path)
-    assert turned.stderr.startswith("error: argument --mask-crop: invalid int value")
+    assert turned.stderr.startswith("error: --mask-crop is 'x'; it must be a whole number")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--width", "100"), "--width is 100; it must be a multiple of 16: 96 or 112"),
-        (("--width", "nan"), "argument --width: invalid int value: 'nan'"),
+        (("--width", "nan"), "--width is 'nan'; it must be a whole number"),
         (("--steps", "0"), "--steps is 0; it must be a whole number from 1 to 1000"),
         (("--guidance", "nan"), "--guidance is nan; it must be a number from 1 to 100"),
         (("--guidance", "4"), "--guidance is 4, but tiny is distilled"),
