@@ -9,8 +9,8 @@ from typing import Any
 from klein_mlx.checkpoint import CONFIG_CLASSES, CONFIG_FILE, expected, open_checkpoint, packed_dtypes
 from klein_mlx.config import ModelConfig
 from klein_mlx.convert.dialects import DIFFUSERS, MFLUX, OURS, Found, canonical, find_parts, stranger, their_name
+from klein_mlx.convert.encodings import decode
 from klein_mlx.convert.files import open_tensors
-from klein_mlx.convert.float8 import decode_float8
 from klein_mlx.convert.infer import infer_config
 from klein_mlx.convert.keys import POINTWISE, SAME, is_left_out
 from klein_mlx.convert.layouts import BY_ROWS, their_shape, to_ours
@@ -115,7 +115,7 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
     mine = {canonical(n.removeprefix(found.prefix)): n for n in tensors.entries if n.startswith(found.prefix)}
     if found.prefix == "":  # what stands behind another part's prefix is that part's
         mine = {new: old for new, old in mine.items() if new != old or not _is_prefixed(old)}
-    tensors = decode_float8(tensors.renamed(mine))
+    tensors = decode(tensors.renamed(mine))
     marks = ("encoder.down.{}.block.0.norm1.weight", "encoder.down_blocks.{}.resnets.0.norm1.weight")
     levels = sum(mark.format(i) in tensors.entries for i in range(_MAX_LEVELS) for mark in marks)
     try:

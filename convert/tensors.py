@@ -1,14 +1,35 @@
 """The tensors of a foreign file or folder, whatever their encoding: entries to check, arrays to use.
 
-Encodings (float8 with scales, GGUF's blocks) are undone here and in the readers, so that whoever comes after sees
-plain weights. Nothing here knows which model they belong to.
+Encodings (floats of 8 and 4 bits with scales, GGUF's blocks) are undone in the readers, so that whoever comes after
+sees plain weights. Nothing here knows which model they belong to.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from klein_mlx.weights import Entry, Weight, WeightFiles
+import mlx.core as mx
+
+from klein_mlx.weights import Entry, Weight, WeightFiles, load_now
+
+REMEDY = "take the bf16, the FP8 (e4m3), the NVFP4 of BFL's or ComfyUI's, or a GGUF file of this model"
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight that has to be decoded with the tensors beside it, which are named in the order that `decode` takes.
+
+    shape: of the decoded weight, which is bfloat16.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    beside: tuple[str, ...]
+    decode: Callable[..., mx.array]
+
+    def array(self, name: str, found: Mapping[str, Weight]) -> mx.array:
+        """The weight, lazily."""
+        return self.decode(*(load_now(found[each]) for each in (name, *self.beside)))
 
 
 @dataclass(frozen=True)

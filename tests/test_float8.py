@@ -105,7 +105,7 @@ def test_a_missing_scale_is_refused(tmp_path: Path, marker: bool) -> None:
 
 
 def test_other_encodings_are_refused_by_name(tmp_path: Path) -> None:
-    for kind in ("nvfp4", "int8_tensorwise", "mxfp8"):
+    for kind in ("int8_tensorwise", "mxfp8", "convrot_w4a4", "float8_e5m2"):
         writer = Writer()
         told = json.dumps({"layers": {LAYER: {"format": kind}}})
         path = writer.save(tmp_path / f"{kind}.safetensors", {"_quantization_metadata": told})
