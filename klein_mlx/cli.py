@@ -1,10 +1,10 @@
 """The command `klein-mlx`: which subcommand, its exit code, and every error as one line.
 
-Results (paths, JSON) go to stdout, everything else to stderr. Exit codes: 0 done, 1 a bug, 2 what was asked cannot be
-done, 130 interrupted. Nothing heavy is imported before the arguments are known to be good.
+`generate` is the subcommand when none is named. Results (paths, JSON) go to stdout, everything else to stderr. Exit
+codes: 0 done, 1 a bug, 2 what was asked cannot be done, 130 interrupted. Nothing heavy is imported before the arguments
+are known to be good.
 """
 
-import argparse
 import errno
 import importlib
 import io
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from klein_mlx.errors import KleinError
-from klein_mlx.options import GENERATE_EXAMPLES, Parser, in_options
+from klein_mlx.errors import KleinError, RequestError
+from klein_mlx.options import GENERATE_EXAMPLES, Parser, in_options, nearest
 
 
 class Command(NamedTuple):
@@ -25,25 +25,101 @@ class Command(NamedTuple):
     epilog: str | None = None
 
 
+CONVERT_EXAMPLES = """examples:
+  klein-mlx convert black-forest-labs/FLUX.2-klein-4B klein-4bit --quantize 4 --verify
+  klein-mlx convert FOLDER DESTINATION --transformer flux-2-klein-4b.gguf --dry-run
+  klein-mlx convert klein-4bit klein-diffusers --to diffusers
+"""
+INFO_EXAMPLES = """examples:
+  klein-mlx info tiny
+  klein-mlx info klein-4bit --verify
+  klein-mlx info flux-2-klein-4b-Q4_K_M.gguf --json
+"""
+
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.generate", GENERATE_EXAMPLES),
-    "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command"),
-    "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command"),
+    "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
+    "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command", INFO_EXAMPLES),
 }
 
 
-def _parser(named: str | None) -> argparse.ArgumentParser:
-    """The whole command's parser; only the named subcommand gets its options, so that --help loads none of them."""
-    from klein_mlx import __version__
+HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture; as klein-mlx generate
+       klein-mlx COMMAND [OPTIONS]
+       klein-mlx COMMAND --help
 
-    parser = Parser(prog="klein-mlx", description="FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.")
-    parser.add_argument("--version", action="version", version=f"klein-mlx {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, epilog=command.epilog)
-        if name == named:
-            importlib.import_module(command.module).add_arguments(subparser)
+FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.
+
+commands:
+{commands}
+
+examples:
+  klein-mlx "a red fox in the snow"
+  klein-mlx "make it autumn" -i fox.png -o autumn.png
+  klein-mlx "a red circle left of a blue square" --model tiny -o out.png
+  klein-mlx info tiny
+
+options:
+  -h, --help   this text
+  --version    the version
+"""
+
+
+def top_help() -> str:
+    """What `klein-mlx --help` prints: every command with a line of its own; it loads none of them."""
+    width = max(map(len, COMMANDS))
+    return HELP.format(commands="\n".join(f"  {name:<{width}}  {row.help}" for name, row in COMMANDS.items()))
+
+
+def command_parser(name: str) -> Parser:
+    """A subcommand's parser, with its options; its module is loaded."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"klein-mlx {name}", description=f"{command.help}.", epilog=command.epilog)
+    importlib.import_module(command.module).add_arguments(parser)
     return parser
+
+
+def choose(given: Sequence[str]) -> tuple[str, list[str]]:
+    """The subcommand that these words ask for, and the words that are its own.
+
+    A first word that is no subcommand begins a prompt, and so does an option. Raises RequestError for a single bare
+    word that is nearly a subcommand: it is a slip more often than a prompt, and must not begin a download.
+    """
+    first = given[0] if given else ""
+    if first in COMMANDS:
+        return first, list(given[1:])
+    if first and not first.startswith("-"):
+        refuse_slip(first)
+    return "generate", list(given)
+
+
+def refuse_slip(prompt: str) -> None:
+    """RequestError for a prompt that is a subcommand, or one word that is nearly one."""
+    if prompt in COMMANDS:
+        raise RequestError(f"options come after the command: klein-mlx {prompt} ... (or klein-mlx generate {prompt})")
+    near = nearest(prompt.lower(), COMMANDS) if prompt.isascii() and prompt.isalpha() else None
+    if near:
+        raise RequestError(
+            f"{prompt!r} is no command; did you mean: klein-mlx {near}? (for a picture: klein-mlx generate {prompt})"
+        )
+
+
+def _run(given: Sequence[str]) -> int:
+    if given and given[0] in ("-h", "--help", "help"):
+        if len(given) == 2 and given[1] in COMMANDS:
+            given = (given[1], "--help")
+        else:
+            print(top_help(), end="")
+            return 0
+    if given and given[0] == "--version":
+        from klein_mlx import __version__
+
+        print(f"klein-mlx {__version__}")
+        return 0
+    name, words = choose(given)
+    args = command_parser(name).parse_args(words)
+    if name == "generate" and given[:1] != ["generate"] and args.prompt:
+        refuse_slip(args.prompt)
+    return importlib.import_module(COMMANDS[name].module).run(args)
 
 
 def ready_streams() -> None:
@@ -61,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     ready_streams()
     try:
-        given = sys.argv[1:] if argv is None else list(argv)
-        args = _parser(next((word for word in given if not word.startswith("-")), None)).parse_args(given)
-        return importlib.import_module(COMMANDS[args.command].module).run(args)
+        return _run(sys.argv[1:] if argv is None else list(argv))
     except KleinError as error:
         print(f"error: {in_options(error)}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from klein_mlx.errors import KleinError, RequestError
 DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
 
 GENERATE_EXAMPLES = """examples:
-  klein-mlx generate --model tiny "a red circle left of a blue square" -o out.png
-  klein-mlx generate "a red fox in the snow" --width 768 --height 1024 --seed 7
-  klein-mlx generate "make it autumn" -i fox.png -o autumn.png
-  klein-mlx generate "a red hat" --init-image fox.png --mask head.png -o hat.png
-  klein-mlx generate "snowy hills" --init-image fox.png --extend left=256,right=256 -o wide.png
+  klein-mlx "a red circle left of a blue square" --model tiny -o out.png
+  klein-mlx "a red fox in the snow" --width 768 --height 1024 --seed 7
+  klein-mlx "make it autumn" -i fox.png -o autumn.png
+  klein-mlx "a red hat" --init-image fox.png --mask head.png -o hat.png
+  klein-mlx "snowy hills" --init-image fox.png --extend left=256,right=256 -o wide.png
 """
 
 
@@ -53,7 +54,26 @@ class Parser(argparse.ArgumentParser):
         if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (int|float) value: (.*)", message, re.S):
             value = found[3] if len(found[3]) <= 60 else f"{found[3][:57]}..."
             message = f"{found[1]} is {value}; it must be {kinds[found[2]]}"
-        raise RequestError(f"{message} (see {self.prog} --help)")
+        raise RequestError(f"{message}{self._hint(message)} (see {self.prog} --help)")
+
+    def _hint(self, message: str) -> str:
+        """What may have been meant by an argument that is not known."""
+        _, known, rest = message.partition("unrecognized arguments: ")
+        if not known:
+            return ""
+        option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
+        if option is None:
+            takes_prompt = any(action.dest == "prompt" for action in self._actions)
+            return "; put the prompt in quotes, as one argument" if takes_prompt else ""
+        near = nearest(option, self._option_string_actions)
+        return f"; did you mean {near}?" if near else ""
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of these words that was probably meant, or None."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)), None)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
