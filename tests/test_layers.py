@@ -12,13 +12,14 @@ ROWS = [
     {"convert.__main__"},
     {"cli"},
     {"generate"},
+    {"naming", "progress", "asked"},
     {"pipeline", "options"},
     {"encodings", "decoding"},
     {"parts", "velocity"},
     {"convert"},
     {"checkpoint", "quantize", "conditioning", "weights", "opening", "cost"},
     {"text_encoder", "transformer", "vae"},
-    {"tokenizer", "latents", "sampler", "images", "masks", "events", "fusion", "linear"},
+    {"tokenizer", "latents", "sampler", "images", "saving", "masks", "events", "fusion", "linear"},
     {"config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures

@@ -1,0 +1,58 @@
+"""What the options of `klein-mlx generate` ask for, as the library takes it: which model, and which arguments."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.errors import RequestError
+
+if TYPE_CHECKING:
+    from klein_mlx.pipeline import KleinPipeline
+
+
+def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
+    """The model that the options name, opened; nothing of its weights is read yet. Raises KleinError."""
+    from klein_mlx.convert import SMALL_DECODER
+    from klein_mlx.pipeline import KleinPipeline
+
+    if args.small_decoder and args.vae:
+        raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
+    if args.quiet:
+        logging.getLogger("klein_mlx").setLevel(logging.ERROR)
+    return KleinPipeline.from_pretrained(
+        args.model,
+        quantize=args.quantize,
+        dtype=args.dtype,
+        keep=args.keep,
+        revision=args.revision,
+        local_files_only=args.offline,
+        vae=SMALL_DECODER if args.small_decoder else args.vae,
+        transformer=args.transformer,
+        text_encoder=args.text_encoder,
+    )
+
+
+def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `KleinPipeline.stream` takes besides the prompt."""
+    return {
+        "image": args.image,
+        "large_reference": args.large_reference,
+        "reuse_references": args.reuse_references,
+        "init_image": args.init_image,
+        "strength": args.strength,
+        "mask_image": args.mask,
+        "mask_blur": args.mask_blur,
+        "invert_mask": args.invert_mask,
+        "padding_mask_crop": args.mask_crop,
+        "extend": args.extend,
+        "init_reference": args.init_reference,
+        "width": args.width,
+        "height": args.height,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "negative_prompt": args.negative,
+        "batch_guidance": args.batch_guidance,
+        "num_images_per_prompt": args.count,
+        "seed": args.seed[0] if args.seed and len(args.seed) == 1 else args.seed,
+        "max_sequence_length": args.max_sequence_length,
+    }

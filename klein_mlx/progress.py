@@ -1,0 +1,24 @@
+"""A run while it works, as a user sees it: a bar over all steps, notes as they come, the pictures as they are done."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from klein_mlx.events import Picture, Run
+
+
+def pictures(run: Run, quiet: bool) -> Iterator[Any]:
+    """The run's images as they are finished, with a progress bar over all steps and the notes as they come."""
+    total = run.request.steps * len(run.request.pictures)
+    told = 0
+    with tqdm(total=total, desc="steps", disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
+        for event in run:
+            for note in run.notes[told:]:
+                bar.write(note, file=sys.stderr) if not quiet else None
+            told = len(run.notes)
+            if isinstance(event, Picture):
+                yield event.image
+            else:
+                bar.update()
