@@ -8,6 +8,7 @@ from PIL import Image
 
 from klein_mlx.images import to_pixels
 from klein_mlx.latents import image_ids, latents_to_tokens, patchify, text_ids
+from klein_mlx.strips import Done
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.tokenizer import Tokens
 from klein_mlx.vae import VAE, strip_rows
@@ -23,17 +24,17 @@ class References:
     ids: mx.array
 
 
-def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int) -> mx.array:
-    """Embeddings (1, L, joint dim) of one of the tokenised prompts, evaluated."""
+def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done | None = None) -> mx.array:
+    """Embeddings (1, L, joint dim) of one of the tokenised prompts, evaluated. done: called after each layer."""
     row = slice(index, index + 1)
-    embeds = encoder(tokens.input_ids[row], tokens.attention_mask[row])
+    embeds = encoder(tokens.input_ids[row], tokens.attention_mask[row], done)
     mx.eval(embeds)  # a lazy output would keep the encoder's weights alive
     return embeds
 
 
-def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype) -> mx.array:
-    """Normalised latents (1, h, w, C) of a prepared reference, evaluated."""
-    z = vae.encode(to_pixels(image).astype(dtype), strip_rows(image.height, image.width))
+def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done | None = None) -> mx.array:
+    """Normalised latents (1, h, w, C) of a prepared reference, evaluated. done: called after each layer."""
+    z = vae.encode(to_pixels(image).astype(dtype), strip_rows(image.height, image.width), done)
     latents = vae.normalize(patchify(z))
     mx.eval(latents)
     return latents

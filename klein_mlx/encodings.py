@@ -56,7 +56,7 @@ class Encodings:
         key = (prompt, length)
         if key not in self.prompts:
             encoder = self.parts.get("text_encoder", run)
-            _remember(self.prompts, key, encode_prompt(encoder, tokens, 0))
+            _remember(self.prompts, key, encode_prompt(encoder, tokens, 0, run.part_done))
         return self.prompts[key]
 
     def of_reference(self, run: Run, image: Image.Image) -> mx.array:
@@ -64,7 +64,7 @@ class Encodings:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
         if key not in self.references:
             vae = self.parts.get("vae", run)
-            _remember(self.references, key, encode_reference(vae, image, self.parts.dtype))
+            _remember(self.references, key, encode_reference(vae, image, self.parts.dtype, run.part_done))
         return self.references[key]
 
 

@@ -30,18 +30,18 @@ def matmul_policy(policy: str) -> Iterator[None]:
         _policy.reset(token)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     return mx.default_device().type != mx.DeviceType.gpu
 
 
-def _expands() -> bool:
+def expands() -> bool:
     policy = _policy.get()
-    return policy == "expand" or (policy == "auto" and _on_cpu())
+    return policy == "expand" or (policy == "auto" and on_cpu())
 
 
 def _widens(x: mx.array) -> bool:
     """Whether a matmul of x goes through float32."""
-    return x.dtype != mx.float32 and _on_cpu() and _expands()
+    return x.dtype != mx.float32 and on_cpu() and expands()
 
 
 def _multiply(x: mx.array, weight: mx.array) -> mx.array:
@@ -63,7 +63,7 @@ def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx
     else:
         arrays: list[Any] = [layer[name][rows] if name in layer else None for name in ("weight", "scales", "biases")]
         kind: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        if _expands():
+        if expands():
             if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
                 arrays[1:] = [a.astype(mx.float32) if a is not None else None for a in arrays[1:]]
             given = iter(_after(x, *(a for a in arrays if a is not None)))

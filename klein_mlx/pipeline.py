@@ -201,12 +201,12 @@ class KleinPipeline:
             seed = None  # no seed made this noise
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None
         with run.timed("decode"):
-            image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas)
+            image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas, run.part_done)
         return Picture(number, len(run.request.pictures), prompt, seed, image)
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:
-            image = decode(self.parts.get("vae", run), clean, "pil", canvas)
+            image = decode(self.parts.get("vae", run), clean, "pil", canvas, run.part_done)
             self.parts.release(run, "vae")
             return image
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from klein_mlx.config import TextEncoderConfig
 from klein_mlx.fusion import swiglu
 from klein_mlx.linear import linear, linear_added
+from klein_mlx.strips import Done
 
 
 class Attention(nn.Module):
@@ -80,12 +81,12 @@ class TextEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(taps[-1])]
 
-    def __call__(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
+    def __call__(self, input_ids: mx.array, attention_mask: mx.array, done: Done | None = None) -> mx.array:
         """What the transformer attends to.
 
         input_ids: (B, L) integers, padded on the right. attention_mask: (B, L) bool, False on padding.
         Returns prompt_embeds (B, L, taps * hidden), the tapped states of each token one after the other; padding
-        positions have values too (they see the prompt), and the transformer reads them.
+        positions have values too (they see the prompt), and the transformer reads them. done: called after each layer.
         """
         length = input_ids.shape[1]
         causal = mx.tri(length, dtype=mx.bool_)
@@ -96,4 +97,6 @@ class TextEncoder(nn.Module):
             x = layer(x, mask)
             if count in self.taps:
                 states.append(x)
+            if done:
+                done(x)
         return mx.concatenate(states, axis=-1)

@@ -6,146 +6,18 @@ with which the transformer's latents are normalised. It knows arrays, not pictur
 Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py (AutoencoderKLFlux2) and vae.py. Names are our own.
 """
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import VAEConfig
-from klein_mlx.fusion import fused
+from klein_mlx.convolution import Conv, Downsample, upsample_rows
+from klein_mlx.group_norm import GroupNorm
+from klein_mlx.linear import on_cpu
+from klein_mlx.strips import Done, settled
 
-EPS = 1e-6  # of every GroupNorm; no config states it
-WHOLE_PIXELS, STRIP_PIXELS = 768 * 768, 1 << 17  # a picture up to this is done in one piece; pixels in a strip of one
+WHOLE_PIXELS, WHOLE_PIXELS_CPU = 768 * 768, 128 * 128  # a picture up to this is done in one piece
+STRIP_PIXELS, STRIP_PIXELS_CPU = 1 << 17, 1 << 15  # in a strip of a larger one
 SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
-
-
-class GroupNorm(nn.Module):
-    """GroupNorm over channels-last pictures, always by the statistics of the whole picture.
-
-    The statistics become one scale and one shift per channel, so that applying them, to all rows or to some, is a
-    single elementwise kernel.
-    """
-
-    def __init__(self, groups: int, channels: int):
-        super().__init__()
-        self.groups = groups
-        self.weight = mx.ones((channels,))
-        self.bias = mx.zeros((channels,))
-
-    def affine(self, x: mx.array, rows: int | None = None) -> tuple[mx.array, mx.array]:
-        """x: (B, H, W, C). rows: how many to look at at a time, evaluating as it goes, or None for all.
-
-        Returns (scale, shift), each (B, 1, 1, C) float32, such that x * scale + shift is normed.
-        """
-        b, c = x.shape[0], x.shape[-1]
-        mean = self._group_mean(_row_sums(x), x)
-        # In x's own dtype: a mean that is rounded moves the variance by a square of its error.
-        center = mean.reshape(b, 1, 1, c).astype(x.dtype)
-        parts = [x[:, i : i + rows] for i in range(0, x.shape[1], rows)] if rows else [x]
-        squares = [_settled(_row_sums(_squared_distance(part, center)), rows) for part in parts]
-        var = self._group_mean(mx.concatenate(squares, axis=1), x)
-        scale = mx.rsqrt(var + EPS) * self.weight.astype(mx.float32).reshape(self.groups, -1)
-        shift = self.bias.astype(mx.float32).reshape(self.groups, -1) - mean * scale
-        return scale.reshape(b, 1, 1, c), shift.reshape(b, 1, 1, c)
-
-    def _group_mean(self, sums: mx.array, x: mx.array) -> mx.array:
-        """Row sums (B, H, C) -> each channel's group mean (B, groups, C / groups)."""
-        b, height, width, c = x.shape
-        per_channel = (sums.mean(axis=1) / width).reshape(b, self.groups, c // self.groups)
-        return per_channel.mean(axis=-1, keepdims=True) + mx.zeros((self.groups, c // self.groups))
-
-    def __call__(self, x: mx.array, activate: bool = False) -> mx.array:
-        return (_scale_shift_silu if activate else _scale_shift)(x, *self.affine(x))
-
-
-def _row_sums(x: mx.array) -> mx.array:
-    """(B, H, W, C) -> (B, H, C) float32, summed along each row.
-
-    As a matmul: it adds up in float32 whatever the dtype, where a reduction of bfloat16 would need a float32 copy of
-    the picture. Only the sum of each row is rounded to x's dtype.
-    """
-    if x.dtype == mx.float32:  # nothing to copy, and some GPUs shorten float32 in matmuls
-        return x.sum(axis=2)
-    ones = mx.ones((1, x.shape[2]), dtype=x.dtype)
-    return (ones @ x)[:, :, 0].astype(mx.float32)
-
-
-@fused
-def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
-    return mx.square(x - mean)
-
-
-@fused
-def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
-
-
-@fused
-def _scale_shift_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    out = x.astype(mx.float32) * scale + shift
-    return (out * mx.sigmoid(out)).astype(x.dtype)
-
-
-class Conv(nn.Conv2d):
-    """A 3 x 3 convolution that can be taken in strips of rows, with what comes before it done strip by strip."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__(channels_in, channels_out, 3, padding=1)
-
-    def strips(
-        self,
-        x: mx.array,
-        rows: int,
-        norm: GroupNorm | None = None,
-        upsample: bool = False,
-        residual: Callable[[slice], mx.array] | None = None,
-    ) -> mx.array:
-        """conv(silu(norm(x))), or conv(x), or conv(upsample(x)), `rows` rows of the result at a time.
-
-        x: (B, H, W, C). residual: of a slice of rows, what is added to them. Returns (B, H, W, C'), twice as large if
-        `upsample`. The norm's statistics are the whole picture's, so the result is that of one piece; only one strip of
-        what is between is alive at a time.
-        """
-        factor = 2 if upsample else 1
-        height = x.shape[1] * factor
-        affine = norm.affine(x, rows) if norm else None
-        out = None
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            strip = self._strip(x, top, bottom, factor, affine)
-            if residual:
-                strip = residual(slice(top, bottom)) + strip
-            if top == 0 and bottom == height:
-                return strip
-            if out is None:
-                out = mx.zeros((strip.shape[0], height, *strip.shape[2:]), dtype=strip.dtype)
-            out[:, top:bottom] = strip
-            mx.eval(out)
-        assert out is not None
-        return out
-
-    def _strip(
-        self, x: mx.array, top: int, bottom: int, factor: int, affine: tuple[mx.array, mx.array] | None
-    ) -> mx.array:
-        """Rows top..bottom of the result: one row more of the input on either side, or zeros beyond the picture."""
-        height = x.shape[1] * factor
-        first, last = max(top - 1, 0), min(bottom + 1, height)
-        part = x[:, first // factor : -(-last // factor)]
-        if affine:
-            part = _scale_shift_silu(part, *affine)
-        if factor == 2:
-            part = upsample_rows(part)
-            start = first - first // 2 * 2
-            part = part[:, start : start + last - first]
-        above, below = int(top == 0), int(bottom == height)
-        part = mx.pad(part, [(0, 0), (above, below), (0, 0), (0, 0)]) if above or below else part
-        return mx.conv2d(part, self.weight, padding=(0, 1)) + self.bias
-
-
-def upsample_rows(x: mx.array) -> mx.array:
-    """Twice the size, by repeating pixels. (B, H, W, C) -> (B, 2H, 2W, C)."""
-    b, h, w, c = x.shape
-    return mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 class ResnetBlock(nn.Module):
@@ -178,16 +50,11 @@ def _resnets(channels_in: int, channels_out: int, layers: int, groups: int) -> l
 def strip_rows(height: int, width: int) -> int | None:
     """Rows per strip that keep a large picture's memory low; None for a picture that is small in one piece.
 
-    height, width: in pixels.
+    height, width: in pixels. On a CPU strips cost no time, so nearly every picture is taken in them.
     """
+    if on_cpu():
+        return max(8, min(height // 8, STRIP_PIXELS_CPU // width)) if height * width > WHOLE_PIXELS_CPU else None
     return max(16, STRIP_PIXELS // width) if height * width > WHOLE_PIXELS else None
-
-
-def _settled(x: mx.array, rows: int | None) -> mx.array:
-    """In strips, evaluate before going on, so that what led to x is freed."""
-    if rows:
-        mx.eval(x)
-    return x
 
 
 class Attention(nn.Module):
@@ -201,14 +68,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Linear(channels, channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, strips: int | None = None) -> mx.array:
+        """strips: not None to evaluate as it goes."""
         h = self.norm(x).flatten(1, 2)[:, None]  # (B, one head, H * W, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         rows = max(1, SCORES // k.shape[2])
-        out = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=q.shape[-1] ** -0.5)
-            for i in range(0, q.shape[2], rows)
-        ]
+        out = []
+        for i in range(0, q.shape[2], rows):
+            part = mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=q.shape[-1] ** -0.5)
+            out.append(settled(part, strips))
         return x + self.to_out(mx.concatenate(out, axis=2)).reshape(x.shape)
 
 
@@ -222,11 +90,11 @@ class Middle(nn.Module):
         if config.mid_block_add_attention:
             self.attention = Attention(channels, groups)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.resnets[0](x)
+    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
+        x = settled(self.resnets[0](x, rows), rows, done)
         if "attention" in self:
-            x = self.attention(x)
-        return self.resnets[1](x)
+            x = settled(self.attention(x, rows), rows, done)
+        return settled(self.resnets[1](x, rows), rows, done)
 
 
 class DownBlock(nn.Module):
@@ -236,14 +104,12 @@ class DownBlock(nn.Module):
         super().__init__()
         self.resnets = _resnets(channels_in, channels_out, layers, groups)
         if downsample:
-            self.downsample = nn.Conv2d(channels_out, channels_out, 3, stride=2)
+            self.downsample = Downsample(channels_out)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
         for resnet in self.resnets:
-            x = _settled(resnet(x, rows), rows)
-        if "downsample" in self:  # padded on the right and the bottom only
-            x = _settled(self.downsample(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])), rows)
-        return x
+            x = settled(resnet(x, rows), rows, done)
+        return settled(self.downsample(x, rows), rows, done) if "downsample" in self else x
 
 
 class UpBlock(nn.Module):
@@ -255,11 +121,12 @@ class UpBlock(nn.Module):
         if upsample:
             self.upsample = Conv(channels_out, channels_out)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
         for resnet in self.resnets:
-            x = _settled(resnet(x, rows), rows)
+            x = settled(resnet(x, rows), rows, done)
         if "upsample" in self:
             x = self.upsample.strips(x, rows, upsample=True) if rows else self.upsample(upsample_rows(x))
+            x = settled(x, rows, done)
         return x
 
 
@@ -277,11 +144,11 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(groups, channels[-1])
         self.conv_out = Conv(channels[-1], 2 * config.latent_channels)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
-        x = self.conv_in(x)
+    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
+        x = self.conv_in.strips(x, rows) if rows else self.conv_in(x)
         for block in self.down:
-            x = block(x, rows)
-        return self.conv_out(self.norm_out(self.mid(x), activate=True))
+            x = block(x, rows, done)
+        return self.conv_out(self.norm_out(self.mid(x, rows, done), activate=True))
 
 
 class Decoder(nn.Module):
@@ -299,10 +166,10 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(groups, channels[-1])
         self.conv_out = Conv(channels[-1], config.out_channels)
 
-    def __call__(self, z: mx.array, rows: int | None = None) -> mx.array:
-        x = self.mid(self.conv_in(z))
+    def __call__(self, z: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
+        x = self.mid(self.conv_in(z), rows, done)
         for block in self.up:
-            x = block(x, rows)
+            x = block(x, rows, done)
         if rows:
             return self.conv_out.strips(x, rows, self.norm_out)
         return self.conv_out(self.norm_out(x, activate=True))
@@ -323,25 +190,26 @@ class VAE(nn.Module):
         self.latent_mean = mx.zeros((4 * config.latent_channels,))
         self.latent_var = mx.ones((4 * config.latent_channels,))
 
-    def encode(self, pixels: mx.array, rows: int | None = None) -> mx.array:
+    def encode(self, pixels: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
         """The mean of the posterior: nothing is sampled.
 
         pixels: (B, H, W, 3) in [-1, 1], H and W multiples of 16. rows: take the convolutions in strips of so many
-        rows, evaluating as it goes: less memory, the same result. Returns z (B, H/8, W/8, latent channels).
+        rows, evaluating as it goes: less memory, the same result. done: called after each layer.
+        Returns z (B, H/8, W/8, latent channels).
         """
-        moments = self.encoder(pixels, rows)
+        moments = self.encoder(pixels, rows, done)
         if "quant_conv" in self:
             moments = self.quant_conv(moments)
         return moments[..., : self.config.latent_channels]
 
-    def decode(self, z: mx.array, rows: int | None = None) -> mx.array:
-        """z: (B, h, w, latent channels), denormalised. rows: as in `encode`.
+    def decode(self, z: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
+        """z: (B, h, w, latent channels), denormalised. rows, done: as in `encode`.
 
         Returns pixels (B, 8h, 8w, 3), about [-1, 1], not clipped.
         """
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
-        return self.decoder(z, rows)
+        return self.decoder(z, rows, done)
 
     def normalize(self, latents: mx.array) -> mx.array:
         """Patchified latents (B, h, w, 4C) -> what the transformer was trained on: zero mean, unit variance."""

@@ -9,13 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from klein_mlx.config import TextEncoderConfig, TransformerConfig
+from klein_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.cost import Cost, trace
 from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.quantize import Quantization, prepare
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
+from klein_mlx.vae import VAE
 
 CONFIG = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
 
@@ -112,3 +113,15 @@ def test_convolutions_and_attention_with_wide_heads() -> None:
     cost = trace(nn.Module(), lambda q: mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0), q)
     assert cost.flops == 4 * 64 * 64 * 512
     assert cost.traffic == 2 * 2 * 64 * 64  # the softmax reads and writes the scores
+
+
+@pytest.mark.parametrize(("what", "tera", "kernels", "giga"), [("decode", 10.48, 890, 32), ("encode", 4.89, 660, 20)])
+def test_the_vae(what: str, tera: float, kernels: int, giga: float) -> None:
+    """1024 x 1024 in one piece. The decoder's three enlargements are written out, once each."""
+    vae = VAE(VAEConfig((128, 256, 512, 512), 2, 32))
+    vae.set_dtype(mx.bfloat16)
+    x = mx.zeros((1, 128, 128, 32) if what == "decode" else (1, 1024, 1024, 3), mx.bfloat16)
+    cost = trace(vae, getattr(vae, what), x)
+    assert cost.flops == pytest.approx(tera * 1e12, rel=0.005)
+    assert cost.total <= kernels, cost.counts
+    assert cost.traffic <= giga * 1e9, cost.counts

@@ -19,7 +19,9 @@ ROWS = [
     {"convert"},
     {"checkpoint", "quantize", "conditioning", "weights", "opening", "cost"},
     {"text_encoder", "transformer", "vae"},
-    {"tokenizer", "latents", "sampler", "images", "saving", "masks", "events", "fusion", "linear"},
+    {"convolution"},
+    {"group_norm"},
+    {"strips", "tokenizer", "latents", "sampler", "images", "saving", "masks", "events", "fusion", "linear"},
     {"config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
@@ -91,7 +93,7 @@ def test_models_know_only_arrays(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
     assert roots <= {"mlx", "klein_mlx", "math", "typing", "numpy", "collections"}, roots
-    assert imported(modules()[name]) <= {"config", "fusion", "linear"}
+    assert imported(modules()[name]) <= {"config", "fusion", "linear", "convolution", "group_norm", "strips"}
 
 
 def test_convert_is_the_top_level_folder() -> None:

@@ -1,0 +1,48 @@
+"""The CPU's own way to convolve is MLX's convolution, in less memory."""
+
+import mlx.core as mx
+import pytest
+
+from klein_mlx.convolution import Conv, Downsample, convolve
+from klein_mlx.linear import matmul_policy
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape)))
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_nine_matmuls_are_a_convolution(channels: int, dtype: mx.Dtype) -> None:
+    """float32 to rounding; bfloat16 within its one rounding at the end (2^-8 of the largest number)."""
+    x, weight, bias = normal(2, 9, 6, channels).astype(dtype), normal(5, 3, 3, channels).astype(dtype), normal(5)
+    wanted = mx.conv2d(x.astype(mx.float32), weight.astype(mx.float32), padding=(0, 1)) + bias
+    ours = convolve(x, weight, bias.astype(dtype))
+    assert ours.dtype == dtype
+    bound = 1e-5 if dtype == mx.float32 else 2**-7
+    assert mx.abs(ours - wanted).max().item() <= bound * mx.abs(wanted).max().item()
+
+
+def test_the_policy_decides() -> None:
+    conv, x = Conv(32, 8), normal(1, 10, 7, 32)
+    with matmul_policy("direct"):
+        mlx = conv(x)
+    assert mx.allclose(conv(x), mlx, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+def test_halving_in_strips(rows: int) -> None:
+    down, x = Downsample(8), normal(2, 16, 12, 8)
+    whole = down(x)
+    assert whole.shape == (2, 8, 6, 8)
+    assert mx.allclose(down(x, rows), whole, atol=1e-5)
+
+
+def test_memory_of_a_convolution() -> None:
+    """What MLX's takes on a CPU is nine times the picture; this is the picture shifted, and the result twice."""
+    x, weight, bias = normal(1, 130, 128, 64), normal(64, 3, 3, 64), normal(64)
+    mx.eval(x, weight, bias)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(convolve(x, weight, bias))
+    assert mx.get_peak_memory() - before < 5 * x.nbytes
