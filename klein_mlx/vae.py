@@ -6,6 +6,8 @@ with which the transformer's latents are normalised. It knows arrays, not pictur
 Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py (AutoencoderKLFlux2) and vae.py. Names are our own.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -18,6 +20,11 @@ from klein_mlx.strips import Done, settled
 WHOLE_PIXELS, WHOLE_PIXELS_CPU = 768 * 768, 128 * 128  # a picture up to this is done in one piece
 STRIP_PIXELS, STRIP_PIXELS_CPU = 1 << 17, 1 << 15  # in a strip of a larger one
 SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
+
+
+# One layer, of the picture and the rows per strip. The halves call them one by one: a block that held its input while
+# its layers run would keep a whole picture more in memory.
+Layer = Callable[[mx.array, int | None], mx.array]
 
 
 class ResnetBlock(nn.Module):
@@ -90,11 +97,9 @@ class Middle(nn.Module):
         if config.mid_block_add_attention:
             self.attention = Attention(channels, groups)
 
-    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
-        x = settled(self.resnets[0](x, rows), rows, done)
-        if "attention" in self:
-            x = settled(self.attention(x, rows), rows, done)
-        return settled(self.resnets[1](x, rows), rows, done)
+    def layers(self) -> list[Layer]:
+        first, second = self.resnets
+        return [first, *([self.attention] if "attention" in self else []), second]
 
 
 class DownBlock(nn.Module):
@@ -106,10 +111,8 @@ class DownBlock(nn.Module):
         if downsample:
             self.downsample = Downsample(channels_out)
 
-    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
-        for resnet in self.resnets:
-            x = settled(resnet(x, rows), rows, done)
-        return settled(self.downsample(x, rows), rows, done) if "downsample" in self else x
+    def layers(self) -> list[Layer]:
+        return [*self.resnets, *([self.downsample] if "downsample" in self else [])]
 
 
 class UpBlock(nn.Module):
@@ -121,13 +124,11 @@ class UpBlock(nn.Module):
         if upsample:
             self.upsample = Conv(channels_out, channels_out)
 
-    def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
-        for resnet in self.resnets:
-            x = settled(resnet(x, rows), rows, done)
-        if "upsample" in self:
-            x = self.upsample.strips(x, rows, upsample=True) if rows else self.upsample(upsample_rows(x))
-            x = settled(x, rows, done)
-        return x
+    def layers(self) -> list[Layer]:
+        return [*self.resnets, *([self._enlarge] if "upsample" in self else [])]
+
+    def _enlarge(self, x: mx.array, rows: int | None) -> mx.array:
+        return self.upsample.strips(x, rows, upsample=True) if rows else self.upsample(upsample_rows(x))
 
 
 class Encoder(nn.Module):
@@ -146,9 +147,10 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
         x = self.conv_in.strips(x, rows) if rows else self.conv_in(x)
-        for block in self.down:
-            x = block(x, rows, done)
-        return self.conv_out(self.norm_out(self.mid(x, rows, done), activate=True))
+        for block in (*self.down, self.mid):
+            for layer in block.layers():
+                x = settled(layer(x, rows), rows, done)
+        return self.conv_out(self.norm_out(x, activate=True))
 
 
 class Decoder(nn.Module):
@@ -167,9 +169,10 @@ class Decoder(nn.Module):
         self.conv_out = Conv(channels[-1], config.out_channels)
 
     def __call__(self, z: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
-        x = self.mid(self.conv_in(z), rows, done)
-        for block in self.up:
-            x = block(x, rows, done)
+        x = self.conv_in(z)
+        for block in (self.mid, *self.up):
+            for layer in block.layers():
+                x = settled(layer(x, rows), rows, done)
         if rows:
             return self.conv_out.strips(x, rows, self.norm_out)
         return self.conv_out(self.norm_out(x, activate=True))
