@@ -179,6 +179,7 @@ def build(part: str, config: ModelConfig) -> nn.Module:
     deepest = max(t.num_layers, t.num_single_layers, e.num_hidden_layers, config.vae.layers_per_block)
     if deepest > _MAX_LAYERS:
         raise CheckpointError(f"{part}: a config asks for {deepest} layers; klein_mlx builds {_MAX_LAYERS} at most")
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]
     try:
         if part == "transformer":
             return Transformer(t)
@@ -187,6 +188,8 @@ def build(part: str, config: ModelConfig) -> nn.Module:
         return VAE(config.vae)
     except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
+    finally:
+        mx.random.seed(high << 32 | low)  # mlx.nn draws its first weights from the user's generator: it is set back
 
 
 def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:

@@ -9,8 +9,11 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from klein_mlx.errors import KleinError, RequestError
@@ -133,8 +136,35 @@ def ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def _stopped_gently(stopped: list[int]) -> Iterator[None]:
+    """Let what asks a process to end (kill, a closed terminal) do what Ctrl-C does; its number is put in `stopped`."""
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.getsignal(number) for number in numbers}
+    numbers = [number for number in numbers if before[number] is signal.SIG_DFL]  # nohup's own choice stays
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    stopped: list[int] = []
+    with _stopped_gently(stopped):
+        code = _main(argv)
+    return 128 + stopped[0] if stopped else code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     ready_streams()
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
@@ -144,6 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:
+        if not (error.name or "").startswith("mlx"):
+            raise
+        needs = "klein-mlx needs a Mac with Apple silicon, macOS 14 and a native Python, or Linux"
+        print(f"error: MLX cannot be loaded here ({' '.join(str(error).split())}); {needs}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader of stdout is gone; point stdout elsewhere so that Python does not complain while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

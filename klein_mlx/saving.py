@@ -1,5 +1,6 @@
 """Pictures into files: checked before any work, written beside and put into place, never half of one."""
 
+import io
 import os
 import secrets
 from pathlib import Path
@@ -47,7 +48,10 @@ def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
     beside = _beside(path)
     try:
         with beside.open("xb") as file:
-            image.save(file, format=FORMATS[path.suffix.lower()], **options)
+            # Not straight into the file: Pillow takes a write that a full disk cut short for a whole one.
+            encoded = io.BytesIO()
+            image.save(encoded, format=FORMATS[path.suffix.lower()], **options)
+            file.write(encoded.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         _put(beside, path, overwrite)
