@@ -33,6 +33,11 @@ CONVERT_EXAMPLES = """examples:
   klein-mlx convert FOLDER DESTINATION --transformer flux-2-klein-4b.gguf --dry-run
   klein-mlx convert klein-4bit klein-diffusers --to diffusers
 """
+BENCH_EXAMPLES = """examples:
+  klein-mlx bench --model tiny
+  klein-mlx bench --model klein-4bit --size 512x512 --cold
+  klein-mlx bench --predict "M3 Max" --quantize 4
+"""
 INFO_EXAMPLES = """examples:
   klein-mlx info tiny
   klein-mlx info klein-4bit --verify
@@ -42,6 +47,7 @@ INFO_EXAMPLES = """examples:
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.generate", GENERATE_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
+    "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.benchmark", BENCH_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command", INFO_EXAMPLES),
 }
 

@@ -70,12 +70,15 @@ class Run:
     """A running request: iterate for its Steps and Pictures; `close()` cancels it.
 
     request: as checked. notes: lines for the user. seconds: wall time per phase (load, encode, steps, decode).
+    watch: may be set before iterating; given a phase's name, it surrounds the phase's work wherever there is some, a
+    part's load inside of the phase that needs the part.
     """
 
     def __init__(self, request: Request):
         self.request = request
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
+        self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
         self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._working = self._closed = False
@@ -131,6 +134,7 @@ class Run:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to a phase, less what `load` took meanwhile."""
         start, loading = time.perf_counter(), self.seconds["load"]
-        yield
+        with self.watch(phase):
+            yield
         elapsed = time.perf_counter() - start
         self.seconds[phase] += elapsed - (self.seconds["load"] - loading if phase != "load" else 0.0)
