@@ -104,12 +104,12 @@ def _stand_in(cost: Cost, name: str, original: Callable[..., mx.array]) -> Calla
 
 
 @contextmanager
-def _recording(cost: Cost) -> Iterator[None]:
+def _recording(cost: Cost, chains: bool) -> Iterator[None]:
     """Let mx.fast's operations and this package's fused chains record themselves, wherever they are called from."""
     replaced: list[tuple[ModuleType, str, Any]] = [(mx.fast, name, getattr(mx.fast, name)) for name in FAST]
     for where, module in list(sys.modules.items()):
         if where.startswith("klein_mlx."):
-            replaced += [(module, name, value) for name, value in vars(module).items() if is_fused(value)]
+            replaced += [(module, name, value) for name, value in vars(module).items() if chains and is_fused(value)]
     try:
         for module, name, original in replaced:
             setattr(module, name, _stand_in(cost, name, original))
@@ -119,8 +119,11 @@ def _recording(cost: Cost) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def trace(module: nn.Module, function: Callable[..., mx.array], *inputs: mx.array) -> Cost:
-    """The cost of function(*inputs), whose weights are the module's. Neither weights nor inputs are evaluated."""
+def trace(module: nn.Module, function: Callable[..., mx.array], *inputs: mx.array, chains: bool = True) -> Cost:
+    """The cost of function(*inputs), whose weights are the module's. Neither weights nor inputs are evaluated.
+
+    chains: each fused chain is one kernel; else as many as it has operations, as where nothing is compiled.
+    """
     cost = Cost()
     weights = tree_flatten(module.parameters())
     names = [name for name, _ in weights]
@@ -131,7 +134,7 @@ def trace(module: nn.Module, function: Callable[..., mx.array], *inputs: mx.arra
 
     tape: list[dict[str, Any]] = []
     try:
-        with _recording(cost):
+        with _recording(cost, chains):
             mx.export_function(tape.append, call, *(array for _, array in weights), *inputs)
     finally:
         module.update(tree_unflatten(weights))

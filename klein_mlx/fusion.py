@@ -1,16 +1,45 @@
-"""Elementwise chains as one kernel, where the device can compile them."""
+"""Elementwise chains as one kernel, and blocks as compiled functions, where the device can compile them.
 
-from collections.abc import Callable
+On a GPU mx.compile makes one kernel of a chain of elementwise operations. On a CPU it would call a C++ compiler, so by
+default nothing is compiled there.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
 P = ParamSpec("P")
 
+COMPILING = ("auto", "always", "never")
+_compiling: ContextVar[str] = ContextVar("compiling", default="auto")
+
+
+@contextmanager
+def compiling(when: str) -> Iterator[None]:
+    """Override the choice inside a `with`: "auto" compiles on a GPU only."""
+    if when not in COMPILING:
+        raise ValueError(f"when is {when!r}; it must be one of {', '.join(COMPILING)}")
+    token = _compiling.set(when)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
+def compiles() -> bool:
+    """Whether functions are compiled here and now."""
+    when = _compiling.get()
+    return when == "always" or (when == "auto" and mx.default_device().type == mx.DeviceType.gpu)
+
 
 def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
-    """Compile a chain of elementwise operations on a GPU; on a CPU, where MLX would call a C++ compiler, run it as is.
+    """Compile a chain of elementwise operations where the device can; elsewhere run it as it is.
 
     Inside a larger mx.compile it dissolves into that.
     """
@@ -18,8 +47,7 @@ def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> mx.array:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        return (compiled if on_gpu else function)(*args, **kwargs)
+        return (compiled if compiles() else function)(*args, **kwargs)
 
     call.__dict__["is_fused"] = True
     return call
@@ -28,6 +56,60 @@ def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
 def is_fused(value: object) -> bool:
     """Whether it is a function made by `fused`: one kernel on a GPU."""
     return getattr(value, "is_fused", None) is True
+
+
+class CompiledBlocks:
+    """Calls a model's blocks as compiled functions of their weights and inputs.
+
+    Blocks that are built alike share a function, so a model is traced once per kind of block and per shape, however
+    many blocks and calls it has. No weights are held: a model may leave memory and come back, and nothing is traced
+    again. traces: how often a block has been traced.
+    """
+
+    def __init__(self) -> None:
+        self.traces = 0
+        self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self._traced: tuple[nn.Module, tuple[Any, ...]] | None = None  # only during a call
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        """block(*args). args: trees of arrays; what else is in them must be hashable."""
+        if not compiles():
+            return block(*args)
+        leaves = [leaf for _, leaf in tree_flatten(args)]
+        kind = _kind(block), tuple(None if isinstance(leaf, mx.array) else leaf for leaf in leaves)
+        if kind not in self._functions:
+            self._functions[kind] = mx.compile(self._function())
+        self._traced = block, args
+        try:
+            arrays = [leaf for leaf in leaves if isinstance(leaf, mx.array)]
+            return self._functions[kind](block.parameters(), arrays)
+        finally:
+            self._traced = None
+
+    def _function(self) -> Callable[..., Any]:
+        """A function of its own for each kind: mx.compile knows functions by their identity."""
+
+        def run(weights: dict[str, Any], arrays: list[mx.array]) -> Any:
+            assert self._traced is not None
+            block, args = self._traced
+            self.traces += 1
+            given, own = iter(arrays), block.parameters()
+            block.update(weights)
+            try:
+                return block(*tree_map(lambda leaf: next(given) if isinstance(leaf, mx.array) else leaf, args))
+            finally:
+                block.update(own)
+
+        return run
+
+
+def _kind(block: nn.Module) -> Hashable:
+    """What decides a block's code besides its arrays' shapes: the types and settings of the modules in it."""
+    simple = (bool, int, float, str, mx.Dtype, type(None))
+    return tuple(
+        (path, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple)))
+        for path, module in block.named_modules()
+    )
 
 
 @fused
@@ -40,3 +122,9 @@ def swiglu(gate: mx.array, value: mx.array) -> mx.array:
 def gated_sum(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
     """x + gate * branch, in the dtype of x."""
     return x + gate * branch
+
+
+@fused
+def gated_sum_of_two(x: mx.array, gate: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    """x + gate * (first + second), in the dtype of x."""
+    return x + gate * (first + second)

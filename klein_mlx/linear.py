@@ -8,7 +8,8 @@ The weight is expanded inside the graph, just before its matmul, so one layer's 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import reduce
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,57 +45,142 @@ def _widens(x: mx.array) -> bool:
     return x.dtype != mx.float32 and on_cpu() and expands()
 
 
-def _multiply(x: mx.array, weight: mx.array) -> mx.array:
-    """x @ weight.T, in x's dtype."""
-    if not _widens(x):
-        return x @ weight.T
-    return (x.astype(mx.float32) @ _after(x, weight)[0].astype(mx.float32).T).astype(x.dtype)
-
-
 def _after(x: mx.array, *arrays: mx.array) -> list[mx.array]:
     """The arrays, but not before x is there: else MLX may expand the weights of many layers before it needs them."""
     return mx.depends(list(arrays), [x])
 
 
-def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array:
-    """The output channels `rows` of layer(x). Rows of a weight are whole in memory: nothing is copied."""
+def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.QuantizedLinear]:
+    """Whether it is one of the layers themselves: what is derived from them is called instead."""
+    return type(layer) in (nn.Linear, nn.QuantizedLinear)
+
+
+def _plain_weight(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array | None:
+    """The output channels `rows` of the layer's weight, as x is to be multiplied with them; None: packed as they are.
+    Rows of a weight are whole in memory: nothing is copied."""
     if isinstance(layer, nn.Linear):
-        out = _multiply(x, layer.weight[rows])
+        weight = layer.weight[rows]
+        return _after(x, weight)[0].astype(mx.float32) if _widens(x) else weight
+    if not expands():
+        return None
+    arrays, kind = _packed(layer, rows)
+    if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
+        floating = (mx.bfloat16, mx.float16)
+        arrays = [a.astype(mx.float32) if a is not None and a.dtype in floating else a for a in arrays]
+    given = iter(_after(x, *(a for a in arrays if a is not None)))
+    ready: list[Any] = [None if a is None else next(given) for a in arrays]
+    weight = mx.dequantize(*ready, **kind)
+    return weight.astype(mx.float32) if _widens(x) else weight.astype(x.dtype)
+
+
+def _packed(layer: nn.QuantizedLinear, rows: slice) -> tuple[list[Any], dict[str, Any]]:
+    """A quantised layer's arrays (the last one None where its mode has no biases), and how they are packed."""
+    arrays = [layer[name][rows] if name in layer else None for name in ("weight", "scales", "biases")]
+    return arrays, {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def _multiply(x: mx.array, weight: mx.array) -> mx.array:
+    """x @ weight.T, in x's dtype."""
+    if not _widens(x):
+        return x @ weight.T
+    return (x.astype(mx.float32) @ weight.T).astype(x.dtype)
+
+
+def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array:
+    """The output channels `rows` of layer(x)."""
+    weight = _plain_weight(layer, x, rows)
+    if weight is not None:
+        out = _multiply(x, weight)
     else:
-        arrays: list[Any] = [layer[name][rows] if name in layer else None for name in ("weight", "scales", "biases")]
-        kind: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        if expands():
-            if _widens(x):  # the weight is expanded in float32 too: rounded to bfloat16 it would lose what 8 bits hold
-                arrays[1:] = [a.astype(mx.float32) if a is not None else None for a in arrays[1:]]
-            given = iter(_after(x, *(a for a in arrays if a is not None)))
-            arrays = [None if a is None else next(given) for a in arrays]
-            out = _multiply(x, mx.dequantize(*arrays, **kind))
-        else:
-            out = mx.quantized_matmul(x, *arrays, transpose=True, **kind)
+        arrays, kind = _packed(layer, rows)  # type: ignore[arg-type]
+        out = mx.quantized_matmul(x, *arrays, transpose=True, **kind)
     return out + layer.bias[rows] if "bias" in layer else out
 
 
 def linear(layer: nn.Module, x: mx.array) -> mx.array:
     """layer(x). layer: an nn.Linear, an nn.QuantizedLinear, or any module that is called like one."""
-    if type(layer) in (nn.Linear, nn.QuantizedLinear):
-        return _rows(layer, x, slice(None))  # type: ignore[arg-type]
+    if _is_known(layer):
+        return _rows(layer, x, slice(None))
     return layer(x)  # type: ignore[operator]
 
 
 def linear_split(layer: nn.Module, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
-    """layer(x), cut at output channel `at`, by two matmuls: each result is whole in memory, and nothing is copied."""
-    if type(layer) in (nn.Linear, nn.QuantizedLinear):
-        return _rows(layer, x, slice(at)), _rows(layer, x, slice(at, None))  # type: ignore[arg-type]
+    """layer(x), cut at output channel `at`, by two matmuls: each result is whole in memory, and nothing is copied.
+
+    A module of another kind may have a method `split(x, at)` that does the same; else its result is cut.
+    """
+    if _is_known(layer):
+        return _rows(layer, x, slice(at)), _rows(layer, x, slice(at, None))
+    if hasattr(layer, "split"):
+        return layer.split(x, at)  # type: ignore[operator]
     whole = layer(x)  # type: ignore[operator]
     return whole[..., :at], whole[..., at:]
 
 
-def linear_joined(layer: nn.Module, first: mx.array, second: mx.array) -> mx.array:
-    """layer([first, second]), without joining the two in memory where the weight can be cut instead."""
-    if type(layer) is nn.Linear and "bias" not in layer and not _widens(first):
-        at = first.shape[-1]
-        return mx.addmm(first @ layer.weight[:, :at].T, second, layer.weight[:, at:].T)
-    return linear(layer, mx.concatenate([first, second], axis=-1))
+class Cut(nn.Module):
+    """A linear layer held as two, by its input channels: its inputs need not be joined in memory.
+
+    Columns of a weight that is whole in memory could only be used by copying them in every call, or, on some devices,
+    by a matmul several times slower.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, at: int):
+        super().__init__()
+        self.first, self.second, self.at = first, second, at
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return reduce(mx.add, self.terms(x[..., : self.at], x[..., self.at :]))
+
+    def terms(self, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
+        """Arrays that add up to the layer's result on [first, second]: one where a matmul can add to another's."""
+        one, two = (
+            _plain_weight(layer, x, slice(None)) if _is_known(layer) and "bias" not in layer else None
+            for layer, x in ((self.first, first), (self.second, second))
+        )
+        if one is None or two is None:
+            return linear(self.first, first), linear(self.second, second)
+        return (_multiply_both(first, one, second, two),)
+
+
+def _multiply_both(first: mx.array, one: mx.array, second: mx.array, two: mx.array) -> mx.array:
+    """first @ one.T + second @ two.T, rounded to their dtype once."""
+    if not _widens(first):
+        return mx.addmm(first @ one.T, second, two.T)
+    wide = first.astype(mx.float32) @ one.T
+    return mx.addmm(wide, second.astype(mx.float32), two.T).astype(first.dtype)
+
+
+def cut(layer: nn.Module, at: int) -> nn.Module:
+    """The layer as a `Cut` after input channel `at`, its weights copied lazily; itself if it cannot be cut there."""
+    if not _is_known(layer) or "bias" in layer:
+        return layer
+    if isinstance(layer, nn.QuantizedLinear) and (at % layer.group_size or at * layer.bits % 32):
+        return layer
+    return Cut(_columns(layer, at, left=True), _columns(layer, at, left=False), at)
+
+
+def _columns(layer: nn.Linear | nn.QuantizedLinear, at: int, left: bool) -> nn.Module:
+    """A layer of the input channels before or after `at`."""
+    if isinstance(layer, nn.Linear):
+        part, edges = nn.Linear(1, 1, bias=False), {"weight": at}
+    else:
+        part = nn.QuantizedLinear(layer.group_size, 1, False, layer.group_size, layer.bits, layer.mode)
+        groups = at // layer.group_size
+        edges = {"weight": at * layer.bits // 32, "scales": groups, "biases": groups}
+    for name, edge in edges.items():
+        if name in layer:
+            part[name] = mx.contiguous(layer[name][:, :edge] if left else layer[name][:, edge:])
+    return part
+
+
+def linear_terms(layer: nn.Module, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
+    """Arrays that add up to layer([first, second]), without joining the two in memory where the layer is cut.
+
+    A module of another kind than `Cut` may have a method `terms(first, second)` that does the same.
+    """
+    if hasattr(layer, "terms"):
+        return layer.terms(first, second)  # type: ignore[operator]
+    return (linear(layer, mx.concatenate([first, second], axis=-1)),)
 
 
 def linear_added(layer: nn.Module, x: mx.array, residual: mx.array) -> mx.array:

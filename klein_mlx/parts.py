@@ -13,6 +13,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import Run
 from klein_mlx.quantize import Quantization
+from klein_mlx.transformer import Transformer
 
 # No float16: the residual stream reaches 1e5, beyond its range.
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -44,6 +45,8 @@ class Parts:
         if name not in self.loaded:
             with run.timed("load"):
                 module = load_part(name, self.source, self.dtype, self.quantization)
+                if isinstance(module, Transformer):
+                    module.arrange()
                 try:
                     mx.eval(module.parameters())
                 except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone

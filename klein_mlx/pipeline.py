@@ -19,6 +19,7 @@ from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.decoding import decode
 from klein_mlx.encodings import Encodings
 from klein_mlx.events import KleinOutput, Picture, Run, Step
+from klein_mlx.fusion import CompiledBlocks
 from klein_mlx.given import to_array
 from klein_mlx.latents import from_channels_first, noise
 from klein_mlx.masks import Canvas
@@ -28,7 +29,7 @@ from klein_mlx.quantize import parse
 from klein_mlx.request import check
 from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.velocity import Reuse, Tracked, guided_velocity, velocity
+from klein_mlx.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
 
 
 class KleinPipeline:
@@ -51,6 +52,7 @@ class KleinPipeline:
         self.dtype = compute_dtype(dtype)
         self.parts = Parts(source, self.dtype, parse(quantize), keep)
         self.encodings = Encodings(self.parts)
+        self._blocks = CompiledBlocks()
 
     @classmethod
     def from_pretrained(
@@ -133,10 +135,11 @@ class KleinPipeline:
             init = None if opened.canvas is None else self.encodings.of_reference(run, opened.canvas.image)
         embeds, negative = self.encodings.of_request(run)
         self.parts.release(run, "text_encoder", "vae")
+        tables = self._tables(run, references, opened)
         waiting: list[tuple[int, mx.array]] = []
         for number, (prompt_index, _) in enumerate(run.request.pictures):
             with run.timed("steps"):
-                predict = self._predict(run, embeds[prompt_index], negative, references, self._grid(opened))
+                predict = self._predict(run, embeds[prompt_index], negative, tables)
             latents = mx.array(0.0)
             for step in self._denoise(run, number, predict, init, opened):
                 latents = step.latents
@@ -153,9 +156,7 @@ class KleinPipeline:
         self, run: Run, number: int, predict: Predict, init: mx.array | None, opened: Opened
     ) -> Iterator[Step]:
         """One picture's steps, from its noise, or from the init image's latents with noise added."""
-        request, (h, w) = run.request, self._grid(opened)
-        strength = 1.0 if request.edit is None else request.edit.strength or 1.0
-        sigmas = make_sigmas(h * w, request.steps, request.sigmas, strength)
+        request, (h, w), sigmas = run.request, self._grid(opened), self._sigmas(run, opened)
         if request.latents is not None:
             latents = from_channels_first(to_array("latents", request.latents))[number : number + 1]
         else:
@@ -170,6 +171,19 @@ class KleinPipeline:
             preview = self._preview(run, latents - sigmas[index] * steps.velocity, opened.canvas)
             yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview)
 
+    def _sigmas(self, run: Run, opened: Opened) -> list[float]:
+        h, w = self._grid(opened)
+        edit = run.request.edit
+        strength = 1.0 if edit is None else edit.strength or 1.0
+        return make_sigmas(h * w, run.request.steps, run.request.sigmas, strength)
+
+    def _tables(self, run: Run, references: References | None, opened: Opened) -> Tables:
+        """What all steps of all of the run's pictures share."""
+        transformer, sigmas = self.parts.get("transformer", run), self._sigmas(run, opened)[:-1]
+        with run.timed("steps"):
+            still = self.config.caches_references and references is not None
+            return Tables(transformer, references, self._grid(opened), sigmas, self.dtype, still)
+
     def _grid(self, opened: Opened) -> tuple[int, int]:
         """Rows and columns of the picture's tokens."""
         side = self.config.pixels_per_token
@@ -180,19 +194,18 @@ class KleinPipeline:
         run: Run,
         prompt_embeds: mx.array,
         negative: mx.array | None,
-        references: References | None,
-        grid: tuple[int, int],
+        tables: Tables,
     ) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
         transformer, request = self.parts.get("transformer", run), run.request
+        call = in_parts(self._blocks, run.part_done)
         reuse: Reuse | None = "first step" if request.reuse_references else None
         if self.config.caches_references:
             reuse = "alone"
         if negative is None:
-            return velocity(transformer, prompt_embeds, references, grid, reuse)
-        return guided_velocity(
-            transformer, prompt_embeds, negative, references, grid, request.guidance, request.batch_guidance, reuse
-        )
+            return velocity(transformer, prompt_embeds, tables, reuse, call)
+        guidance, batched = request.guidance, request.batch_guidance
+        return guided_velocity(transformer, prompt_embeds, negative, tables, guidance, batched, reuse, call)
 
     def _finish(self, run: Run, number: int, latents: mx.array, canvas: Canvas | None) -> Picture:
         """Decode, as the request wants it."""

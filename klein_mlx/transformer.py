@@ -8,19 +8,19 @@ Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DM
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.fusion import fused, gated_sum, swiglu
-from klein_mlx.linear import linear, linear_joined, linear_split
+from klein_mlx.fusion import fused, gated_sum, gated_sum_of_two, swiglu
+from klein_mlx.linear import cut, linear, linear_split, linear_terms
 
-# A block's keys (turned) and values -> those that its queries attend to, all (B, S, heads, head_dim). It may note them,
-# or add the references' of an earlier pass behind them.
-Memory = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
+Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
+RunBlock = Callable[..., Any]  # (block, its arguments) -> what the block returns
 
 
 class Modulation(NamedTuple):
@@ -46,10 +46,11 @@ class Modulations(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary tables, each (tokens, 1, head_dim / 2, 2) float32: (cos, cos) and (-sin, sin) of each pair."""
+    """Rotary tables, each (tokens, 1, head_dim / 2, 2) float32: what the first and the second channel of each pair add
+    to both, (cos, sin) and (-sin, cos)."""
 
-    cos: mx.array
-    sin: mx.array
+    first: mx.array
+    second: mx.array
 
 
 def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float) -> Rope:
@@ -69,8 +70,8 @@ def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float) -> Rope
     angle = np.concatenate(angles, axis=-1)[:, None, :]
     cos, sin = np.cos(angle), np.sin(angle)
     return Rope(
-        mx.array(np.stack([cos, cos], axis=-1).astype(np.float32)),
-        mx.array(np.stack([-sin, sin], axis=-1).astype(np.float32)),
+        mx.array(np.stack([cos, sin], axis=-1).astype(np.float32)),
+        mx.array(np.stack([-sin, cos], axis=-1).astype(np.float32)),
     )
 
 
@@ -79,42 +80,50 @@ def apply_rope(x: mx.array, rope: Rope) -> mx.array:
 
     x: (..., S, heads, head_dim), any float dtype; turned in float32, returned in x's dtype.
     """
-    pairs = mx.unflatten(x, -1, (-1, 2))
-    return _turn(pairs, pairs[..., ::-1], rope.cos, rope.sin).flatten(-2)
+    return _turn(*_halves(x), *rope).flatten(-2)
 
 
-def apply_scaled_rope(qk: mx.array, scale_q: mx.array, scale_k: mx.array, rope: Rope) -> mx.array:
+def apply_scaled_rope(qk: mx.array, scale: mx.array, rope: Rope) -> mx.array:
     """Finish the q/k norm and turn, in one kernel.
 
-    qk: (B, S, 2, heads, head_dim), q and k normalised without their weights `scale_q`, `scale_k`, each (head_dim,).
+    qk: (B, S, 2, heads, head_dim), q and k normalised without their weights; scale: (2, head_dim) float32, those.
     """
-    pairs = mx.unflatten(qk, -1, (-1, 2))
-    scale_q, scale_k = mx.unflatten(scale_q, -1, (-1, 2)), mx.unflatten(scale_k, -1, (-1, 2))
-    cos, sin = (mx.expand_dims(table, 1) for table in rope)
-    return _scale_and_turn(pairs, pairs[..., ::-1], scale_q, scale_k, cos, sin).flatten(-2)
+    scales = _halves(mx.expand_dims(scale, 1))
+    return _scale_and_turn(*_halves(qk), *scales, *(mx.expand_dims(table, 1) for table in rope)).flatten(-2)
 
 
-# Pairs are swapped before the cast to float32, outside of these chains, so that each chain is one kernel.
+def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    """The first and the second channel of each pair, each (..., head_dim / 2, 1)."""
+    pairs = mx.unflatten(x, -1, (-1, 2))
+    return pairs[..., :1], pairs[..., 1:]
+
+
+# The halves are taken before the cast to float32, outside of these chains, so that each chain is one kernel.
 @fused
-def _turn(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    return (pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(pairs.dtype)
+def _turn(first: mx.array, second: mx.array, table_1: mx.array, table_2: mx.array) -> mx.array:
+    turned = first.astype(mx.float32) * table_1 + second.astype(mx.float32) * table_2
+    return turned.astype(first.dtype)
 
 
 @fused
 def _scale_and_turn(
-    pairs: mx.array, swapped: mx.array, scale_q: mx.array, scale_k: mx.array, cos: mx.array, sin: mx.array
+    first: mx.array, second: mx.array, scale_1: mx.array, scale_2: mx.array, table_1: mx.array, table_2: mx.array
 ) -> mx.array:
-    is_k = mx.array([False, True])[:, None, None, None]
-    scale = mx.where(is_k, scale_k, scale_q)
-    other = mx.where(is_k, scale_k[..., ::-1], scale_q[..., ::-1])
-    turned = (pairs * scale).astype(mx.float32) * cos + (swapped * other).astype(mx.float32) * sin
-    return turned.astype(pairs.dtype)
+    turned = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return turned.astype(first.dtype)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, memory: Memory | None = None) -> mx.array:
-    """Full attention. q, k, v: (B, S, heads, head_dim), turned already. Returns (B, S, heads * head_dim)."""
-    if memory is not None:
-        k, v = memory(k, v)
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None
+) -> mx.array:
+    """Full attention. q, k, v: (B, S, heads, head_dim), turned already. Returns (B, S, heads * head_dim).
+
+    extra: keys and values of more tokens that q attends to. note: is shown k and v.
+    """
+    if note is not None:
+        note(k, v)
+    if extra is not None:
+        k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return out.transpose(0, 2, 1, 3).flatten(2)
@@ -193,23 +202,24 @@ class DoubleBlock(nn.Module):
         mod_txt: tuple[Modulation, Modulation],
         mod_img: tuple[Modulation, Modulation],
         rope: Rope,
-        memory: Memory | None = None,
+        extra: KeysValues | None = None,
+        note: Note | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes."""
+        """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes. extra, note: as in `attend`."""
         txt_q, txt_k, txt_v = self.txt.qkv(txt, mod_txt[0])
         img_q, img_k, img_v = self.img.qkv(img, mod_img[0])
         qk = mx.concatenate([txt_q, img_q, txt_k, img_k], axis=1)
         qk = apply_rope(mx.unflatten(qk, 1, (2, -1)), rope)  # q and k are turned in one kernel
-        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1), memory)
+        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1), extra, note)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
         return txt, img
 
-    def alone(self, img: mx.array, mod_img: tuple[Modulation, Modulation], rope: Rope, memory: Memory) -> mx.array:
+    def alone(self, img: mx.array, mod_img: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
         """The image stream without text: img (B, N, hidden), tokens that see each other only."""
         q, k, v = self.img.qkv(img, mod_img[0])
-        return self.img.finish(img, attend(apply_rope(q, rope), apply_rope(k, rope), v, memory), mod_img)
+        return self.img.finish(img, attend(apply_rope(q, rope), apply_rope(k, rope), v, note=note), mod_img)
 
 
 class SingleBlock(nn.Module):
@@ -224,17 +234,36 @@ class SingleBlock(nn.Module):
         self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
 
-    def __call__(self, x: mx.array, mod: Modulation, rope: Rope, memory: Memory | None = None) -> mx.array:
-        """x: (B, S, hidden), the tokens [text, image, references]. Returns the same shape."""
+    def arrange(self) -> None:
+        """Bring the weights into the layout that is fastest to use: linear_out cut for its two inputs, and norm_qk
+        (2, head_dim) float32 in place of the weights of both norms."""
+        self.linear_out = cut(self.linear_out, self.hidden)
+        self.norm_qk = self._scale()
+        del self.norm_q, self.norm_k
+
+    def _scale(self) -> mx.array:
+        """Weights of the q and the k norm, (2, head_dim) float32."""
+        if "norm_qk" in self:
+            return self.norm_qk
+        return mx.stack([self.norm_q.weight, self.norm_k.weight]).astype(mx.float32)
+
+    def __call__(
+        self, x: mx.array, mod: Modulation, rope: Rope, extra: KeysValues | None = None, note: Note | None = None
+    ) -> mx.array:
+        """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`. Returns x's shape."""
         h = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
         qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
         qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
         # Normalised together; the two weights follow with the rotation.
-        qk = mx.fast.rms_norm(qk, None, self.eps)
-        qk = apply_scaled_rope(qk, self.norm_q.weight, self.norm_k.weight, rope)
+        qk = apply_scaled_rope(mx.fast.rms_norm(qk, None, self.eps), self._scale(), rope)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)), memory)
-        return gated_sum(x, mod.gate, linear_joined(self.linear_out, attention, swiglu(gate, value)))
+        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)), extra, note)
+        terms = linear_terms(self.linear_out, attention, swiglu(gate, value))
+        return gated_sum(x, mod.gate, *terms) if len(terms) == 1 else gated_sum_of_two(x, mod.gate, *terms)
+
+
+def call_block(block: nn.Module, *args: Any) -> Any:
+    return block(*args)  # type: ignore[operator]
 
 
 class Transformer(nn.Module):
@@ -255,67 +284,84 @@ class Transformer(nn.Module):
         self.final_mod = nn.Linear(hidden, 2 * hidden, bias=False)
         self.final_out = nn.Linear(hidden, config.in_channels, bias=False)
 
+    def arrange(self) -> None:
+        """Bring the weights from the checkpoint's layout into that of a step, lazily. Call once they are loaded; names
+        and shapes of parameters change, results only by the order of sums."""
+        for block in self.single_blocks:
+            block.arrange()
+
     def modulations(self, sigma: float, dtype: mx.Dtype) -> Modulations:
-        """What noise level `sigma` (0..1) asks of every block, in the compute dtype.
+        """What noise level `sigma` (0..1) asks of every block, in the compute dtype."""
+        return self.all_modulations([sigma], dtype)[0]
+
+    def all_modulations(self, sigmas: Sequence[float], dtype: mx.Dtype) -> list[Modulations]:
+        """The modulations of several noise levels, by one matmul per projection.
 
         The reference rounds the timestep to the compute dtype, divides by 1000 and multiplies again: in bfloat16 that
         moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact.
         """
-        timestep = mx.array([1000.0 * sigma]).astype(dtype) / 1000 * 1000
-        vec = _silu(self.time_in(timestep))
-        img = mx.split(self.mod_img(vec)[0], 6)
-        txt = mx.split(self.mod_txt(vec)[0], 6)
-        single = mx.split(self.mod_single(vec)[0], 3)
-        shift, scale = mx.split(self.final_mod(vec)[0], 2)
-        return Modulations(
-            txt=(_modulation(*txt[:3]), _modulation(*txt[3:])),
-            img=(_modulation(*img[:3]), _modulation(*img[3:])),
-            single=_modulation(*single),
-            final=(shift, 1 + scale),
-        )
+        timesteps = mx.array([1000.0 * sigma for sigma in sigmas]).astype(dtype) / 1000 * 1000
+        vec = _silu(self.time_in(timesteps))
+        projections = (self.mod_txt, self.mod_img, self.mod_single, self.final_mod)
+        return [_modulations(*rows) for rows in zip(*(list(layer(vec)) for layer in projections), strict=True)]
+
+    def embed_text(self, prompt_embeds: mx.array) -> mx.array:
+        """prompt_embeds (B, L, joint dim) as the text stream's start, (B, L, hidden): the same in all steps."""
+        return linear(self.txt_in, prompt_embeds)
 
     def __call__(
         self,
         tokens: mx.array,
-        prompt_embeds: mx.array,
+        txt: mx.array,
         modulations: Modulations,
         rope: Rope,
         num_img: int,
-        memory: Memory | None = None,
+        extras: Sequence[KeysValues] | None = None,
+        note: Note | None = None,
+        run: RunBlock = call_block,
     ) -> mx.array:
         """The velocity at one noise level.
 
-        tokens: (B, N, in_channels), the image's tokens, then the references'. prompt_embeds: (B, L, joint dim).
-        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. memory: called by
-        every block in turn.
+        tokens: (B, N, in_channels), the image's tokens, then the references'. txt: (B, L, hidden), from `embed_text`.
+        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. extras, note: for
+        every block in turn, as in `attend`. run: calls a block with its arguments; it may compile, evaluate, or stop.
         Returns (B, num_img, in_channels), in the dtype of `tokens`, which all arrays share.
         """
-        txt, img = linear(self.txt_in, prompt_embeds), linear(self.img_in, tokens)
+        blocks = len(self.double_blocks) + len(self.single_blocks)
+        later = iter([None] * blocks if extras is None else extras)
+        told = () if note is None else (note,)
+        img = linear(self.img_in, tokens)
         for block in self.double_blocks:
-            txt, img = block(txt, img, modulations.txt, modulations.img, rope, memory)
+            txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
         x = mx.concatenate([txt, img], axis=1)
         for block in self.single_blocks:
-            x = block(x, modulations.single, rope, memory)
+            x = run(block, x, modulations.single, rope, next(later), *told)
         shift, scale = modulations.final
         x = x[:, txt.shape[1] : txt.shape[1] + num_img]
         return linear(self.final_out, mx.fast.layer_norm(x, scale, shift, self.config.eps))
 
-    def remember(self, tokens: mx.array, modulations: Modulations, rope: Rope, memory: Memory) -> None:
+    def remember(self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note) -> None:
         """Run references alone, as 9b-kv wants them: they see each other only, at the modulations of sigma 0.
 
-        tokens: (B, N, in_channels), all references'. rope: of their ids. memory: notes every block's keys and values.
+        tokens: (B, N, in_channels), all references'. rope: of their ids. note: is shown every block's keys and values.
         Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
         Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
         """
         x = linear(self.img_in, tokens)
         for block in self.double_blocks:
-            x = block.alone(x, modulations.img, rope, memory)
+            x = block.alone(x, modulations.img, rope, note)
         for block in self.single_blocks:
-            x = block(x, modulations.single, rope, memory)
+            x = block(x, modulations.single, rope, None, note)
 
 
-def _modulation(shift: mx.array, scale: mx.array, gate: mx.array) -> Modulation:
-    return Modulation(shift, 1 + scale, gate)
+def _modulations(txt: mx.array, img: mx.array, single: mx.array, final: mx.array) -> Modulations:
+    """One noise level's, from its row of each projection."""
+    vectors = [*mx.split(txt, 6), *mx.split(img, 6), *mx.split(single, 3)]
+    one, two, three, four, five = (
+        Modulation(shift, 1 + scale, gate) for shift, scale, gate in zip(*[iter(vectors)] * 3, strict=True)
+    )
+    shift, scale = mx.split(final, 2)
+    return Modulations((one, two), (three, four), five, (shift, 1 + scale))
 
 
 def _silu(x: mx.array) -> mx.array:

@@ -1,14 +1,16 @@
 """The transformer as the sampler's `predict`: a function of latents and sigma, with the conditioning inside."""
 
 import os
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from klein_mlx.conditioning import References, all_ids
+from klein_mlx.fusion import CompiledBlocks
 from klein_mlx.latents import latents_to_tokens, tokens_to_latents
 from klein_mlx.sampler import Predict, guide, with_cfg
-from klein_mlx.transformer import Memory, Rope, Transformer, rope_tables
+from klein_mlx.transformer import KeysValues, Modulations, Rope, RunBlock, Transformer, call_block, rope_tables
 
 Reuse = Literal["alone", "first step"]
 
@@ -33,62 +35,101 @@ class ReferenceMemory:
 
     def __init__(self, count: int):
         self.count = count
-        self.kept: list[tuple[mx.array, mx.array]] = []
+        self.kept: list[KeysValues] = []
 
-    def record(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """A `Memory` that keeps the references' part and changes nothing."""
+    def note(self, k: mx.array, v: mx.array) -> None:
+        """Keep the references' part of a block's keys and values."""
         # Copied, or the slices would keep all tokens' arrays alive.
         self.kept.append((mx.contiguous(k[:, -self.count :]), mx.contiguous(v[:, -self.count :])))
-        return k, v
 
-    def replay(self) -> Memory:
-        """A `Memory` for one pass: adds to each block's keys and values those that were recorded there."""
-        blocks = iter(self.kept)
+    def extras(self, batch: int) -> list[KeysValues]:
+        """What was kept, for `batch` rows."""
+        return [tuple(mx.broadcast_to(a, (batch, *a.shape[1:])) for a in pair) for pair in self.kept]  # type: ignore[misc]
 
-        def extend(k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-            kept_k, kept_v = (mx.broadcast_to(a, (k.shape[0], *a.shape[1:])) for a in next(blocks))
-            return mx.concatenate([k, kept_k], axis=1), mx.concatenate([v, kept_v], axis=1)
 
-        return extend
+class Tables:
+    """What all steps, and all pictures of one size, share: rotary tables and the modulations of every noise level.
+
+    grid: rows and columns of the picture's tokens. sigmas: the noise levels that will be asked for. still: with those
+    of sigma 0, which references alone have. Evaluated at once: the transformer's weights are not held.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        references: References | None,
+        grid: tuple[int, int],
+        sigmas: Sequence[float],
+        dtype: mx.Dtype,
+        still: bool = False,
+    ):
+        self.references, self.grid = references, grid
+        self._config = transformer.config
+        self._ropes: dict[int, Rope] = {}
+        levels = [*sigmas, 0.0] if still else [*sigmas]
+        self._modulations = dict(zip(levels, transformer.all_modulations(levels, dtype), strict=True))
+        mx.eval(list(self._modulations.values()))
+
+    def rope(self, length: int) -> Rope:
+        """The rotary tables of [text of this length, image, references]."""
+        if length not in self._ropes:
+            ids = all_ids(length, *self.grid, self.references)
+            self._ropes[length] = rope_tables(ids, self._config.axes_dims_rope, self._config.rope_theta)
+        return self._ropes[length]
+
+    def modulations(self, sigma: float) -> Modulations:
+        """Those of one of the noise levels that the tables were made for."""
+        return self._modulations[sigma]
+
+
+def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
+    """Calls a transformer's blocks one by one. part_done: called after each with its result; what it raises ends the
+    step there."""
+
+    def call(block: Any, *args: Any) -> Any:
+        out = blocks(block, *args)
+        part_done(out)
+        return out
+
+    return call
 
 
 def velocity(
     transformer: Transformer,
     prompt_embeds: mx.array,
-    references: References | None,
-    grid: tuple[int, int],
+    tables: Tables,
     reuse: Reuse | None = None,
+    run: RunBlock = call_block,
 ) -> Predict:
-    """`transformer` as a function of latents and sigma; the rotary tables are made once.
+    """`transformer` as a function of latents and sigma; the text is embedded once.
 
     prompt_embeds: (B, L, D); the latents (1, h, w, C) are the same for all, and the velocity is (B, h, w, C).
-    reuse: how the references' keys and values serve several steps, or None: they are computed in each. "alone": the
-    references see only each other, as 9b-kv was trained; exact. "first step": those of the first step, as an
-    approximation for the other variants.
+    tables: with the references and the noise levels. reuse: how the references' keys and values serve several steps,
+    or None: they are computed in each. "alone": the references see only each other, as 9b-kv was trained; exact.
+    "first step": those of the first step, as an approximation for the other variants. run: calls a block.
     """
-    h, w = grid
-    config = transformer.config
-    length = prompt_embeds.shape[1]
-    rope = rope_tables(all_ids(length, h, w, references), config.axes_dims_rope, config.rope_theta)
+    (h, w), references = tables.grid, tables.references
+    batch, length = prompt_embeds.shape[:2]
+    rope = tables.rope(length)
+    txt = transformer.embed_text(prompt_embeds)
+    mx.eval(txt)
     memory = None if reuse is None or references is None else ReferenceMemory(references.ids.shape[0])
 
     def predict(latents: mx.array, sigma: float) -> mx.array:
-        tokens, table, now = latents_to_tokens(latents), rope, None
+        tokens, table, note, extras = latents_to_tokens(latents), rope, None, None
         if memory is not None and reuse == "alone" and not memory.kept:
             assert references is not None
             apart = Rope(*(a[length + h * w :] for a in rope))
-            still = transformer.modulations(0.0, latents.dtype)
-            transformer.remember(references.tokens, still, apart, memory.record)
+            transformer.remember(references.tokens, tables.modulations(0.0), apart, memory.note)
             mx.eval(memory.kept)
         if memory is not None and memory.kept:
-            table, now = Rope(*(a[: length + h * w] for a in rope)), memory.replay()
+            table, extras = Rope(*(a[: length + h * w] for a in rope)), memory.extras(batch)
         elif references is not None:
             tokens = mx.concatenate([tokens, references.tokens], axis=1)
-            now = None if memory is None else memory.record
-        tokens = mx.broadcast_to(tokens, (prompt_embeds.shape[0], *tokens.shape[1:]))
-        modulations = transformer.modulations(sigma, latents.dtype)
-        out = transformer(tokens, prompt_embeds, modulations, table, h * w, now)
-        if memory is not None and now == memory.record:
+            note = None if memory is None else memory.note
+        tokens = mx.broadcast_to(tokens, (batch, *tokens.shape[1:]))
+        out = transformer(tokens, txt, tables.modulations(sigma), table, h * w, extras, note, run)
+        if memory is not None and note is not None:
             mx.eval(out, memory.kept)  # else the next step would hold all of this one's arrays
         return tokens_to_latents(out, h, w)
 
@@ -99,24 +140,24 @@ def guided_velocity(
     transformer: Transformer,
     prompt_embeds: mx.array,
     negative: mx.array,
-    references: References | None,
-    grid: tuple[int, int],
+    tables: Tables,
     guidance: float,
     batched: bool | None,
     reuse: Reuse | None = None,
+    run: RunBlock = call_block,
 ) -> Predict:
     """The velocity under classifier-free guidance.
 
     prompt_embeds, negative: (1, L, D). batched: both branches in one pass, which needs one L; None: if memory allows.
-    reuse: as in `velocity`.
+    tables, reuse, run: as in `velocity`.
     """
     if batched is None:
-        tokens = prompt_embeds.shape[1] + grid[0] * grid[1] + (0 if references is None else references.ids.shape[0])
+        tokens = tables.rope(prompt_embeds.shape[1]).first.shape[0]
         batched = _fits_twice(tokens * transformer.config.hidden_size * prompt_embeds.dtype.size)
     if not batched:
-        conditional = velocity(transformer, prompt_embeds, references, grid, reuse)
-        return with_cfg(conditional, velocity(transformer, negative, references, grid, reuse), guidance)
-    both = velocity(transformer, mx.concatenate([prompt_embeds, negative]), references, grid, reuse)
+        conditional = velocity(transformer, prompt_embeds, tables, reuse, run)
+        return with_cfg(conditional, velocity(transformer, negative, tables, reuse, run), guidance)
+    both = velocity(transformer, mx.concatenate([prompt_embeds, negative]), tables, reuse, run)
 
     def predict(latents: mx.array, sigma: float) -> mx.array:
         conditional, unconditional = mx.split(both(latents, sigma), 2)

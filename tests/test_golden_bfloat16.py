@@ -63,7 +63,7 @@ def test_transformer_blocks(model: port.Port):
     assert {v.dtype for v in vectors} == {mx.bfloat16}
     kinds = type(transformer.double_blocks[0]), type(transformer.single_blocks[0])
     with recorded(kinds[0], kept), recorded(kinds[1], kept):
-        velocity = transformer(tokens, embeds, mods, rope, IMAGE_TOKENS)
+        velocity = transformer(tokens, transformer.embed_text(embeds), mods, rope, IMAGE_TOKENS)
     assert len(kept) >= 4 + 2 * len(transformer.single_blocks)
     assert not leaks(kept)
     assert velocity.dtype == mx.bfloat16

@@ -1,10 +1,12 @@
 """Linear layers: every way of computing one gives the same numbers."""
 
+from functools import reduce
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from klein_mlx.linear import linear, linear_added, linear_joined, linear_split, matmul_policy
+from klein_mlx.linear import Cut, cut, linear, linear_added, linear_split, linear_terms, matmul_policy
 
 
 def layer(kind: str, dtype: mx.Dtype) -> nn.Module:
@@ -25,7 +27,7 @@ def exact(module: nn.Module, x: mx.array) -> mx.array:
     return x.astype(mx.float32) @ weight.astype(mx.float32).T + bias.astype(mx.float32)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
 @pytest.mark.parametrize("kind", ["plain", "bias", "4", "8"])
 def test_all_ways_agree(kind: str, policy: str, dtype: mx.Dtype) -> None:
@@ -39,13 +41,28 @@ def test_all_ways_agree(kind: str, policy: str, dtype: mx.Dtype) -> None:
     with matmul_policy(policy):
         out = linear(module, x)
         first, second = linear_split(module, x, 64)
-        joined = linear_joined(module, x[..., :64], x[..., 64:])
+        joined, in_two = (reduce(mx.add, linear_terms(m, x[..., :64], x[..., 64:])) for m in (module, cut(module, 64)))
         added = linear_added(module, x, wanted.astype(dtype))
-    assert out.dtype == added.dtype == joined.dtype == dtype
+    assert out.dtype == added.dtype == joined.dtype == in_two.dtype == dtype
     assert mx.allclose(out, wanted, atol=tolerance)
     assert mx.allclose(mx.concatenate([first, second], axis=-1), wanted, atol=tolerance)
     assert mx.allclose(joined, wanted, atol=tolerance)
+    assert mx.allclose(in_two, wanted, atol=tolerance)
     assert mx.allclose(added, wanted + wanted, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("kind", ["plain", "4", "8"])
+def test_a_cut_layer_is_called_like_a_whole_one(kind: str) -> None:
+    module, x = layer(kind, mx.float32), mx.random.normal((2, 7, 128), key=mx.random.key(1))
+    in_two = cut(module, 64)
+    assert isinstance(in_two, Cut)
+    assert mx.allclose(in_two(x), module(x), atol=1e-5)  # type: ignore[operator]
+
+
+def test_what_cannot_be_cut_is_left_whole() -> None:
+    """A layer with a bias, or a packed one where a group of columns that share a scale would fall apart."""
+    assert not isinstance(cut(layer("bias", mx.float32), 64), Cut)
+    assert not isinstance(cut(layer("4", mx.float32), 32), Cut)
 
 
 def test_a_module_of_another_kind_is_called() -> None:
@@ -59,7 +76,8 @@ def test_a_module_of_another_kind_is_called() -> None:
     wanted = 2 * (x @ module.weight.T)
     assert mx.allclose(linear(module, x), wanted, atol=1e-5)
     assert mx.allclose(linear_split(module, x, 64)[1], wanted[:, 64:], atol=1e-5)
-    assert mx.allclose(linear_joined(module, x[:, :64], x[:, 64:]), wanted, atol=1e-5)
+    assert cut(module, 64) is module
+    assert mx.allclose(*linear_terms(module, x[:, :64], x[:, 64:]), wanted, atol=1e-5)
     assert mx.allclose(linear_added(module, x, x[:, :1]), wanted + x[:, :1], atol=1e-5)
 
 

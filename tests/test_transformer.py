@@ -24,7 +24,7 @@ def model(seed: int = 0) -> Transformer:
 def velocity(transformer: Transformer, tokens: mx.array, txt: mx.array, ids: mx.array, sigma: float = 0.7) -> mx.array:
     rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta)
     modulations = transformer.modulations(sigma, tokens.dtype)
-    return transformer(tokens, txt, modulations, rope, tokens.shape[1])
+    return transformer(tokens, transformer.embed_text(txt), modulations, rope, tokens.shape[1])
 
 
 def test_rope_turns_neighbouring_pairs_by_position_times_frequency() -> None:
@@ -81,7 +81,7 @@ def test_references_change_the_velocity_but_have_none() -> None:
     ids = mx.concatenate([text_ids(5), image_ids(3, 4), image_ids(2, 3, t=10)])
     rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta)
     modulations = transformer.modulations(0.7, mx.float32)
-    edited = transformer(mx.concatenate([tokens, ref], axis=1), txt, modulations, rope, 12)
+    edited = transformer(mx.concatenate([tokens, ref], axis=1), transformer.embed_text(txt), modulations, rope, 12)
     assert edited.shape == (1, 12, 16)
     alone = velocity(transformer, tokens, txt, ids[:17])
     assert mx.abs(edited - alone).max().item() > 1e-3 * mx.abs(alone).max().item()

@@ -17,7 +17,7 @@ from klein_mlx.config import VARIANTS, ModelConfig, TextEncoderConfig, Transform
 from klein_mlx.convert import convert_checkpoint, open_model
 from klein_mlx.latents import latents_to_tokens
 from klein_mlx.transformer import Modulation, Rope, Transformer, rope_tables, swiglu
-from klein_mlx.velocity import velocity
+from klein_mlx.velocity import Tables, velocity
 
 PROMPT = "a red circle"
 
@@ -95,7 +95,7 @@ def masked_velocity(
 
     def turn(x: mx.array, rope: Rope) -> mx.array:
         pairs = mx.unflatten(x, -1, (-1, 2))
-        return (pairs * rope.cos + pairs[..., ::-1] * rope.sin).flatten(-2)
+        return (pairs[..., :1] * rope.first + pairs[..., 1:] * rope.second).flatten(-2)
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (turn(q, rope), turn(k, rope), v))
@@ -141,8 +141,10 @@ def test_kept_references_against_one_masked_pass(transformer: Transformer) -> No
         [normal(1, 4, 5, config.in_channels, seed=1), normal(1, 2, 3, config.in_channels, seed=2)]
     )
     embeds = normal(2, 7, config.joint_attention_dim, seed=3)
-    predict = velocity(transformer, embeds, references, (3, 4), "alone")
-    for seed, sigma in ((4, 1.0), (5, 0.7), (6, 0.2)):
+    levels = (1.0, 0.7, 0.2)
+    tables = Tables(transformer, references, (3, 4), levels, mx.float32, still=True)
+    predict = velocity(transformer, embeds, tables, "alone")
+    for seed, sigma in enumerate(levels, start=4):
         latents = normal(1, 3, 4, config.in_channels, seed=seed)
         kept = predict(latents, sigma)
         for i in range(2):
@@ -155,8 +157,8 @@ def test_the_first_step_is_exact_under_reuse(transformer: Transformer) -> None:
     config = transformer.config
     references = join_references([normal(1, 4, 5, config.in_channels, seed=1)])
     embeds, latents = normal(1, 7, config.joint_attention_dim, seed=3), normal(1, 3, 4, config.in_channels, seed=4)
-    reused = velocity(transformer, embeds, references, (3, 4), "first step")
-    plain = velocity(transformer, embeds, references, (3, 4))
+    tables = Tables(transformer, references, (3, 4), (0.9, 0.2), mx.float32)
+    reused, plain = velocity(transformer, embeds, tables, "first step"), velocity(transformer, embeds, tables)
     wanted = plain(latents, 0.9)
     assert mx.array_equal(reused(latents, 0.9), wanted)
     assert mx.abs(reused(latents, 0.9) - wanted).max().item() <= 1e-4 * mx.abs(wanted).max().item()

@@ -81,7 +81,7 @@ def transformer(port: Port, inputs: Tensors, num_img: int) -> Tensors:
     for i, block in enumerate(model.single_blocks):
         x = block(x, mods.single, rope)
         out[f"single.{i}"] = x
-    out["velocity"] = model(tokens, embeds, mods, rope, num_img)
+    out["velocity"] = model(tokens, model.embed_text(embeds), mods, rope, num_img)
     return {key: to_numpy(value) for key, value in out.items()}
 
 
@@ -100,7 +100,7 @@ def small_inputs(port: Port, inputs: Tensors) -> Tensors:
     bare.load_weights([(name, value) for name, value in tree_flatten(model.parameters()) if name in names])
     tokens = mx.array(inputs["tokens"])
     embeds = mx.zeros((1, 5, port.config.transformer.joint_attention_dim))
-    out["final"] = bare(tokens, embeds, mods, rope, tokens.shape[1])
+    out["final"] = bare(tokens, bare.embed_text(embeds), mods, rope, tokens.shape[1])
     return {key: to_numpy(value) for key, value in out.items()}
 
 
