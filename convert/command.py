@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from klein_mlx.bit_options import add_bit_arguments, asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
@@ -14,12 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
     add("destination", metavar="DESTINATION", help="the folder to make; its parent must exist")
-    add(
-        "-q",
-        "--quantize",
-        metavar="BITS",
-        help="4 or 8: quantise the linear layers of the blocks (default: keep dtypes)",
-    )
+    add_bit_arguments(parser, "quantise the weights (default: keep dtypes)")
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
         add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
@@ -40,10 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.convert.export import export_diffusers
     from klein_mlx.convert.folder import plan_conversion
     from klein_mlx.convert.upload import check_upload, upload
-    from klein_mlx.quantize import parse
 
-    quantization = parse(args.quantize)  # before a download, which may take long
-    if args.to == "diffusers" and (quantization or args.variant or args.verify or args.dry_run):
+    asked = asked_bits(args)  # before a download, which may take long
+    if args.to == "diffusers" and (asked or args.variant or args.verify or args.dry_run):
         raise RequestError(
             "--to diffusers writes whole weights; it takes no --quantize, --variant, --verify, --dry-run"
         )
@@ -54,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
         parts["vae"] = find_vae(args.vae, local_files_only=args.offline)
     source = open_model(args.source, revision=args.revision, local_files_only=args.offline, parts=parts)
     if args.dry_run:
-        print("\n".join(plan_conversion(source, args.destination, quantize=quantization, force=args.force).lines()))
+        print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0
     with _progress(args.quiet) as show:
         if args.to == "diffusers":
             path = export_diffusers(source, args.destination, force=args.force, progress=show)
         else:
-            options = {"quantize": quantization, "force": args.force, "variant": args.variant, "verify": args.verify}
+            options = {"quantize": asked, "force": args.force, "variant": args.variant, "verify": args.verify}
             path = convert_checkpoint(source, args.destination, **options, progress=show)
     print(path)
     if args.upload:

@@ -109,6 +109,8 @@ def _dequantised(weights: dict[str, Weight], part: str, stored: Quantization | N
             scales, biases = (weights.get(f"{path}.{k}") for k in ("scales", "biases"))
             arrays = [load_now(a) if a is not None else None for a in (weight, scales, biases)]
             dtype = mx.bfloat16 if own.mode != "affine" else arrays[1].dtype  # type: ignore[union-attr]
+            if own.mode == "affine":  # expanded in float32 and rounded once
+                arrays[1:] = [a.astype(mx.float32) for a in arrays[1:]]  # type: ignore[union-attr]
             settings = {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
             whole[name] = mx.dequantize(*arrays, **settings).astype(dtype)  # type: ignore[arg-type]
     return whole

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx import __version__
+from klein_mlx.bits import Quantize, parse, settle
 from klein_mlx.checkpoint import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -25,7 +26,7 @@ from klein_mlx.convert.destination import checked_destination, publish, require_
 from klein_mlx.convert.detect import open_model
 from klein_mlx.convert.writer import Advance, digest_file, flush, write_json, write_weights
 from klein_mlx.errors import CheckpointError
-from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, parse, quantize_weights
+from klein_mlx.quantize import Quantization, quantize_weights
 from klein_mlx.weights import Weight, is_finite, load_now, read_json
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -52,29 +53,25 @@ class Plan:
         ]
         for part, size in self.written.items():
             stored = self.quantization.get(part)
-            bits = f"{stored.bits}-bit in groups of {stored.group_size}" if stored else "not quantised"
+            bits = stored.told() if stored else "not quantised"
             told.append(f"  {part:<12} {size / 1e9:7.3f} GB  {bits}")
         return [*told, f"free     {self.free / 1e9:.3f} GB, {(total + _MARGIN) / 1e9:.3f} GB needed"]
 
 
-def plan_conversion(
-    source: Source, destination: str | Path, *, quantize: Quantization | int | str | None = None, force: bool = False
-) -> Plan:
+def plan_conversion(source: Source, destination: str | Path, *, quantize: Quantize = None, force: bool = False) -> Plan:
     """As `convert_checkpoint`, with every check that it makes before its work; nothing is written."""
-    target, parts, quantization, _ = _prepare(source, destination, parse(quantize), force)
+    target, parts, quantization, _ = _prepare(source, destination, quantize, force)
     sizes = {part: sum(array.nbytes for array in weights.values()) for part, (weights, _) in parts.items()}
-    stored = {**source.quantization, **dict.fromkeys(_to_quantize(source, quantization), quantization)}
     free = shutil.disk_usage(target.parent).free
     read = sum(path.stat().st_size for path in source.files())
-    kept = {part: q for part, q in stored.items() if q}
-    return Plan(str(source.path), str(destination), read, sizes, free, kept)
+    return Plan(str(source.path), str(destination), read, sizes, free, {**source.quantization, **quantization})
 
 
 def convert_checkpoint(
     source: Source | str | Path,
     destination: str | Path,
     *,
-    quantize: Quantization | int | str | None = None,
+    quantize: Quantize = None,
     force: bool = False,
     variant: str | None = None,
     verify: bool = False,
@@ -82,7 +79,8 @@ def convert_checkpoint(
 ) -> Path:
     """Write a model in our own format; loading the result gives the same weights, bit for bit, as loading the source.
 
-    quantize: 4 or 8 bits for the linear layers of the transformer's and the encoder's blocks; else dtypes are kept.
+    quantize: bits for the linear layers of the transformer's and the encoder's blocks, or a mapping, a preset, ... (see
+    klein_mlx.bits); else dtypes are kept.
     force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint.
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
     progress: called with (bytes done, bytes in all), hashing the source and writing the result counted alike.
@@ -96,7 +94,7 @@ def convert_checkpoint(
         raise CheckpointError(
             f"variant is {variant!r}; only {TINY.name!r} can be forced, others are told from their sizes"
         )
-    target, parts, quantization, written = _prepare(model, destination, parse(quantize), force)
+    target, parts, quantization, written = _prepare(model, destination, quantize, force)
     sources = model.files()
     advance = _counter(progress, written + sum(path.stat().st_size for path in sources))
     try:
@@ -110,7 +108,7 @@ def convert_checkpoint(
             settings = {**_settings(model, quantization, variant, digests), "sha256": stored}
             write_json(folder / CONFIG_FILE, settings)
             write_card(folder, settings, model)
-            _check(open_checkpoint(folder), model, quantization if verify else None, verify)
+            _check(open_checkpoint(folder), model, quantization, verify)
             publish(folder, target, force)
     except OSError as error:
         raise CheckpointError(write_failure(target, written, error)) from error
@@ -118,38 +116,35 @@ def convert_checkpoint(
 
 
 def _prepare(
-    model: Source, destination: str | Path, quantization: Quantization | None, force: bool
-) -> tuple[Path, dict[str, tuple[dict[str, Weight], dict[str, mx.array]]], Quantization | None, int]:
-    """Every check that needs no work: the target, what would be written (see `_weights`), how it is quantised, and
-    its bytes."""
-    if quantization and not _to_quantize(model, quantization):
+    model: Source, destination: str | Path, quantize: Quantize, force: bool
+) -> tuple[Path, dict[str, tuple[dict[str, Weight], dict[str, mx.array]]], dict[str, Quantization], int]:
+    """Every check that needs no work: the target, what would be written (see `_weights`), which parts are quantised
+    here and how, and the bytes."""
+    asked = parse(quantize)
+    quantization = settle(asked, model)
+    if asked and not quantization:
         raise CheckpointError(f"{model.path}: is quantised already; start from the original")
     target = checked_destination(Path(destination), model.path, force, CONFIG_FILE)
-    parts = {part: _weights(model, part, quantization) for part in PARTS}
+    parts = {part: _weights(model, part, quantization.get(part)) for part in PARTS}
     read_json(model.tokenizer_file)
     written = sum(array.nbytes for weights, _ in parts.values() for array in weights.values())
     require_space(target.parent, written + model.tokenizer_file.stat().st_size + _MARGIN)
     return target, parts, quantization, written
 
 
-def _check(finished: Checkpoint, model: Source, quantization: Quantization | None, verify: bool) -> None:
+def _check(finished: Checkpoint, model: Source, quantization: dict[str, Quantization], verify: bool) -> None:
     """That what was written opens; and, to verify, that it holds the source's weights, bit for bit."""
     for part in PARTS:
         found = finished.weights(part)  # names, shapes and dtypes; nothing is read
         if not verify:
             continue
-        right, _ = _weights(model, part, quantization)
+        right, _ = _weights(model, part, quantization.get(part))
         for name in list(found):
             left, weight = found.pop(name), load_now(right.pop(name))
             same = mx.array_equal(left, weight, equal_nan=True).item() and left.dtype == weight.dtype
             if not same:
                 raise CheckpointError(f"{part}: {name} was not written as it was read: is the disk sound?")
             mx.clear_cache()
-
-
-def _to_quantize(source: Source, quantization: Quantization | None) -> list[str]:
-    """The parts that are quantised here; what is quantised already keeps its bits."""
-    return [part for part in QUANTIZED_PARTS if quantization and part not in source.quantization]
 
 
 def _weights(
@@ -160,7 +155,7 @@ def _weights(
     Both hang on the same arrays, and nothing else does: evaluated together, an original is read once and then freed.
     """
     weights = source.weights(part)
-    if quantization is None or part not in _to_quantize(source, quantization):
+    if quantization is None:
         return dict(weights), {}
     quantised = [name for name in weights if name.endswith(".weight") and quantization.of(part, name)]
     arrays = {name: weight for name in quantised if isinstance(weight := weights[name], mx.array)}
@@ -173,12 +168,12 @@ def _told_name(path: Path, folder: Path) -> str:
 
 
 def _settings(
-    source: Source, quantization: Quantization | None, variant: str | None, digests: dict[str, str]
+    source: Source, quantization: dict[str, Quantization], variant: str | None, digests: dict[str, str]
 ) -> dict[str, Any]:
     """What klein.json holds."""
     config = source.config
     forced = variant == TINY.name
-    stored = {**source.quantization, **dict.fromkeys(_to_quantize(source, quantization), quantization)}
+    stored = {**source.quantization, **quantization}
     return {
         "format_version": FORMAT_VERSION,
         "variant": variant or config.variant.name,
@@ -187,7 +182,7 @@ def _settings(
         "taps": list(config.taps),
         "max_sequence_length": config.max_sequence_length,
         "default_size": config.default_size,
-        "quantization": {part: _by_layer(part, config, q).to_dict() for part, q in stored.items() if q},
+        "quantization": {part: _by_layer(part, config, q).to_dict() for part, q in stored.items()},
         "licence": TINY.licence if forced else source.info.get("licence", config.variant.licence),
         "made_by": f"klein-mlx {__version__}",
         "source": {**_origin(source), "sha256": digests},

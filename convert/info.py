@@ -16,9 +16,9 @@ from klein_mlx.weights import FLOATS, Weight
 def describe(source: Source | PartFile) -> dict[str, Any]:
     """A model as plain JSON values: variant, defaults, origin, licence; and per part parameters, bytes, dtype, bits.
 
-    parameters: as before quantisation. dtype: of the floating weights. bits: 4 or 8 if the part is quantised, else
-    None. Only what is loaded counts: the encoder's layers above the last tap do not. Of a part alone: what it is, in
-    whose names, its sizes, and the variants that it fits.
+    parameters: as before quantisation. dtype: of the floating weights. bits: of most quantised layers, else None;
+    quantization: in words. Only what is loaded counts: the encoder's layers above the last tap do not. Of a part
+    alone: what it is, in whose names, its sizes, and the variants that it fits.
     """
     if isinstance(source, PartFile):
         return _describe_part(source)
@@ -100,6 +100,7 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
         "dtype": " and ".join(sorted(dtypes)),
         "bits": quantization.bits if quantization else None,
         "group_size": quantization.group_size if quantization else None,
+        "quantization": quantization.told() if quantization else None,
     }
 
 
@@ -120,7 +121,7 @@ def format_description(description: dict[str, Any]) -> str:
     for name, part in (*d["parts"].items(), ("total", {**d, "dtype": "", "bits": None})):
         weights = part["dtype"]
         if part["bits"]:
-            weights = f"{part['bits']}-bit in groups of {part['group_size']}, the rest {weights}"
+            weights = f"{part['quantization']}, the rest {weights}"
         size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
     if "verified" in d:

@@ -4,6 +4,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.bit_options import asked_bits
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
         logging.getLogger("klein_mlx").setLevel(logging.ERROR)
     return KleinPipeline.from_pretrained(
         args.model,
-        quantize=args.quantize,
+        quantize=asked_bits(args),
         dtype=args.dtype,
         keep=args.keep,
         revision=args.revision,

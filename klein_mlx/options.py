@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from klein_mlx.bit_options import add_bit_arguments
 from klein_mlx.errors import KleinError, RequestError
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
@@ -37,6 +38,10 @@ OPTIONS = {
     "padding_mask_crop": "--mask-crop",
     "strength": "--strength",
     "extend": "--extend",
+    "group_size": "--group-size",
+    "quantize_layer": "--quantize-layer",
+    "transformer_bits": "--transformer-bits",
+    "text_encoder_bits": "--text-encoder-bits",
     **{name: f"--{name}" for name in ("width", "height", "seed", "quantize", "dtype", "keep")},
 }
 
@@ -97,7 +102,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
     add("-n", "--count", type=int, default=1, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
-    add("-q", "--quantize", metavar="BITS", help="4 or 8: quantise the weights while loading")
+    add_bit_arguments(parser, "quantise the weights while loading")
     add(
         "--transformer",
         metavar="FILE",

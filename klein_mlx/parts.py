@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -25,11 +26,12 @@ class Parts:
 
     Runs share them: a part leaves when the last run that took it has released it.
 
+    quantization: of the parts that are quantised while they are loaded (klein_mlx.bits.settle).
     keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
     Raises RequestError for another `keep`.
     """
 
-    def __init__(self, source: Source, dtype: mx.Dtype, quantization: Quantization | None, keep: str | None):
+    def __init__(self, source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization], keep: str | None):
         if keep is not None and keep not in KEPT:
             raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEPT)}")
         self.source, self.dtype, self.quantization = source, dtype, quantization
@@ -44,7 +46,7 @@ class Parts:
         self._holders[name].add(run)
         if name not in self.loaded:
             with run.timed("load"):
-                module = load_part(name, self.source, self.dtype, self.quantization)
+                module = load_part(name, self.source, self.dtype, self.quantization.get(name))
                 if isinstance(module, Transformer):
                     module.arrange()
                 try:
@@ -81,10 +83,10 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _default_keep(source: Source, dtype: mx.Dtype, quantization: Quantization | None) -> str:
+def _default_keep(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization]) -> str:
     """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
     half = _memory() / 2
-    sizes = {part: part_bytes(part, source, dtype, quantization) for part in PARTS}
+    sizes = {part: part_bytes(part, source, dtype, quantization.get(part)) for part in PARTS}
     if sum(sizes.values()) <= half:
         return "all"
     return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"

@@ -13,6 +13,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.arguments import Arguments
+from klein_mlx.bits import Quantize, parse, settle
 from klein_mlx.checkpoint import Source
 from klein_mlx.conditioning import References, join_references
 from klein_mlx.config import PARTS, ModelConfig
@@ -25,7 +26,6 @@ from klein_mlx.latents import from_channels_first, noise
 from klein_mlx.masks import Canvas
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
-from klein_mlx.quantize import parse
 from klein_mlx.request import check
 from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class KleinPipeline:
         self,
         source: Source,
         *,
-        quantize: int | str | None = None,
+        quantize: Quantize = None,
         dtype: mx.Dtype | str | None = None,
         keep: str | None = None,
     ):
@@ -50,7 +50,7 @@ class KleinPipeline:
         self.source = source
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)
-        self.parts = Parts(source, self.dtype, parse(quantize), keep)
+        self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
         self.encodings = Encodings(self.parts)
         self._blocks = CompiledBlocks()
 
@@ -58,7 +58,7 @@ class KleinPipeline:
     def from_pretrained(
         cls,
         model: str | Path,
-        quantize: int | str | None = None,
+        quantize: Quantize = None,
         dtype: mx.Dtype | str | None = None,
         keep: str | None = None,
         revision: str | None = None,
@@ -71,7 +71,8 @@ class KleinPipeline:
         """Open a model; its weights are read later, when they are needed.
 
         model: a hub id, a folder (ours, or in diffusers' layout), or "tiny", the embedded checkpoint.
-        quantize: None, 4 or 8 bits, for weights that are not quantised yet.
+        quantize: bits for weights that are not quantised yet: None, 3, 4, 5, 6, 8, a word ("4-g32", "mxfp4",
+            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.bits.
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
         keep: what stays in memory between calls: "all", "transformer" or "nothing"; by default as the machine allows.
         revision, token, local_files_only: as in huggingface_hub.

@@ -1,23 +1,26 @@
-"""Which weights are quantised, and how: MLX's affine format on the linear layers inside the blocks.
+"""Which weights are quantised, and how: MLX's own formats, by default on the linear layers inside the blocks.
 
-Embedders, modulations, the time embedding, the final layer, norms, token embeddings and the whole VAE keep their
-dtype: they are small, and the picture depends on them everywhere at once. Knows names and arrays; no files.
+Unless they are named, embedders, modulations, the time embedding, the final layer and token embeddings keep their
+dtype: they are small, and the picture depends on them everywhere at once. Norms and the VAE always keep theirs. Knows
+names and arrays; no files.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.errors import CheckpointError
+from klein_mlx.rounding import search
 from klein_mlx.weights import Deferred, Weight, is_finite
 
-BITS = (4, 8)  # what a user may ask for; files may hold whatever MLX runs
+# What files may hold: whatever MLX runs.
 _AFFINE_BITS, _GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-_FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes, each with one shape
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes, each with one shape
 
 # The last components of the quantised linear layers, per part, and the lists that they stand in.
 _LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
@@ -33,18 +36,20 @@ class Quantization:
     """MLX's own words: `group_size` neighbours along the input axis share a scale and a bias.
 
     layers: the quantised layers by their paths, each with its own settings; None: the linear layers of the blocks,
-    all alike. With layers, the other fields say what most of them have.
+    all alike. With layers, the other fields say what most of them have. searched: whether affine scales are searched
+    for when weights are quantised, instead of taken from the ends of each group; nothing later depends on it.
     """
 
     bits: int
     group_size: int = 64
     mode: str = "affine"
     layers: "Mapping[str, Quantization] | None" = field(default=None, hash=False)
+    searched: bool = field(default=False, compare=False)
 
     @classmethod
     def of_layers(cls, layers: "Mapping[str, Quantization]") -> Self:
         """Of a part whose layers are quantised one by one; there must be some."""
-        own = {path: Quantization(q.bits, q.group_size, q.mode) for path, q in layers.items()}
+        own = {path: replace(q, layers=None) for path, q in layers.items()}
         (common, _), *_ = Counter(own.values()).most_common(1)
         return cls(common.bits, common.group_size, common.mode, own)
 
@@ -55,12 +60,12 @@ class Quantization:
         if not isinstance(values, Mapping) or not names <= set(values) <= names | {"layers"}:
             raise CheckpointError(f"{where}: quantization is {values!r}; it must hold bits, group_size and mode")
         mode = values["mode"]
-        if not isinstance(mode, str) or mode not in ("affine", *_FLOAT_MODES):
-            known = ", ".join(("affine", *_FLOAT_MODES))
+        if not isinstance(mode, str) or mode not in ("affine", *FLOAT_MODES):
+            known = ", ".join(("affine", *FLOAT_MODES))
             raise CheckpointError(f"{where}: quantization mode is {mode!r}; klein_mlx reads {known}")
         bits, sizes = _AFFINE_BITS, _GROUP_SIZES
         if mode != "affine":
-            bits, sizes = ((number,) for number in _FLOAT_MODES[mode])
+            bits, sizes = ((number,) for number in FLOAT_MODES[mode])
         for name, allowed in (("bits", bits), ("group_size", sizes)):
             if type(values[name]) is not int or values[name] not in allowed:
                 known = ", ".join(str(a) for a in allowed)
@@ -79,6 +84,22 @@ class Quantization:
         if self.layers is not None:
             values["layers"] = {path: own.to_dict() for path, own in self.layers.items()}
         return values
+
+    def told(self) -> str:
+        """In words: what most layers have, and how many have something else."""
+        words = f"{self.bits}-bit in groups of {self.group_size}"
+        if self.mode != "affine":
+            words = f"{self.mode} in groups of {self.group_size}"
+        others = Counter(own.word() for own in (self.layers or {}).values())
+        del others[self.word()]
+        odd = ", ".join(f"{count} layers {word}" for word, count in sorted(others.items()))
+        return f"{words} ({odd})" if odd else words
+
+    def word(self) -> str:
+        """As a user writes it: "4", "4-g32", "mxfp4"."""
+        if self.mode != "affine":
+            return self.mode
+        return str(self.bits) if self.group_size == 64 else f"{self.bits}-g{self.group_size}"
 
     def of(self, part: str, path: str) -> "Quantization | None":
         """How the layer at this path is quantised; None if it is not. A layer's weight may stand for the layer."""
@@ -102,20 +123,8 @@ def find_settings(inputs: int, packed: int, groups: int, has_biases: bool) -> Qu
     bits, group_size = packed * 32 // inputs, inputs // groups
     if has_biases:
         return Quantization(bits, group_size) if bits in _AFFINE_BITS and group_size in _GROUP_SIZES else None
-    mode = next((mode for mode, shape in _FLOAT_MODES.items() if shape == (bits, group_size)), None)
+    mode = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), None)
     return Quantization(bits, group_size, mode) if mode else None
-
-
-def parse(value: "Quantization | int | str | None") -> Quantization | None:
-    """What a user writes (None, "none", 4, 8, "4", "8") as a Quantization, or None to leave the weights as they are."""
-    if value is None or isinstance(value, Quantization):
-        return value
-    text = str(value).strip().lower()
-    if text == "none":
-        return None
-    if isinstance(value, bool) or text not in {str(b) for b in BITS}:
-        raise RequestError(f"quantize is {value!r}; it must be 4, 8 or none")
-    return Quantization(int(text))
 
 
 def is_quantized_path(part: str, name: str) -> bool:
@@ -131,7 +140,7 @@ def check_shapes(part: str, shapes: Mapping[str, tuple[int, ...]], quantization:
         if own and shape[-1] % own.group_size:
             raise CheckpointError(
                 f"{part}: {name} has {shape[-1]} inputs; {own.bits}-bit weights need a multiple of "
-                f"{own.group_size}: use this model unquantised"
+                f"{own.group_size}: ask for a smaller group size, or leave the layer as it is"
             )
 
 
@@ -151,9 +160,24 @@ def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Qua
         if isinstance(array, Deferred):
             result |= _deferred(path, array, own)
             continue
-        arrays = mx.quantize(array, own.group_size, own.bits, own.mode)
+        if own.searched:  # not lazy: what is tried for each group would be far more than the weight
+            array = Deferred(tuple(array.shape), array.dtype, partial(_same, array))
+            result |= _deferred(path, array, own)
+            continue
+        arrays = _quantize(array, own)
         result |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
     return result
+
+
+def _same(array: mx.array) -> mx.array:
+    return array
+
+
+def _quantize(array: mx.array, own: Quantization) -> Sequence[mx.array]:
+    """Codes, scales and, in the affine mode, biases."""
+    if own.searched:
+        return search(array, own.group_size, own.bits)
+    return mx.quantize(array, own.group_size, own.bits, own.mode)
 
 
 def _deferred(path: str, array: Deferred, own: Quantization) -> dict[str, Weight]:
@@ -166,14 +190,17 @@ def _deferred(path: str, array: Deferred, own: Quantization) -> dict[str, Weight
                 whole = array.load()
                 if not is_finite(whole).item():
                     raise CheckpointError(f"{path}.weight: holds NaN or infinity: the source is damaged; get it again")
-                waiting.update(enumerate(mx.quantize(whole, own.group_size, own.bits, own.mode)))
+                waiting.update(enumerate(_quantize(whole, own)))
             return waiting.pop(index)
 
         return load
 
     groups = (*array.shape[:-1], array.shape[-1] // own.group_size)
     kinds = [("weight", own.packed_shape(array.shape), mx.uint32)]
-    kinds += [("scales", groups, array.dtype), ("biases", groups, array.dtype)]
+    if own.mode == "affine":
+        kinds += [("scales", groups, array.dtype), ("biases", groups, array.dtype)]
+    else:
+        kinds += [("scales", groups, mx.uint8)]
     return {f"{path}.{kind}": Deferred(shape, dtype, take(i)) for i, (kind, shape, dtype) in enumerate(kinds)}
 
 

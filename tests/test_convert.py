@@ -130,8 +130,10 @@ def test_our_own_format_converts_too(tmp_path: Path) -> None:
     third = convert_checkpoint(second, tmp_path / "third")
     assert_equal(loaded(third, mx.bfloat16), loaded(second, mx.bfloat16))
     assert open_model(third).info["source"]["source"]["source"]["name"] == "model"
-    with pytest.raises(CheckpointError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="is 4-bit already; for 8 bits start from the original"):
         convert_checkpoint(second, tmp_path / "fourth", quantize=8)
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        convert_checkpoint(second, tmp_path / "fourth", quantize=4)
 
 
 def test_what_is_written_is_sound_safetensors(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["absent/model/x", "y"], "absent/model/x: no such folder"),
         ([str(GOLDEN), "absent/x"], "is not a folder; create it first"),
-        ([str(GOLDEN), "x", "--quantize", "5"], "quantize is '5'; it must be 4, 8 or none"),
+        ([str(GOLDEN), "x", "--quantize", "7"], "quantize is '7'; it must be 3, 4, 5, 6, 8, mx"),
         ([str(GOLDEN), "x", "--quantize", "4"], "has 160 inputs"),
         ([str(GOLDEN), "x", "--variant", "9b"], "only 'tiny' can be forced"),
         ([str(GOLDEN)], "the following arguments are required: DESTINATION"),
