@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", metavar="NAME", help='"tiny" marks the embedded checkpoint; others are told from their sizes')
     add("--revision", help="the source's revision on the hub")
     add("--offline", action="store_true", help="use only what is on disk")
+    add("-y", "--yes", action="store_true", help="download what is missing without asking")
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.convert.export import export_diffusers
     from klein_mlx.convert.folder import plan_conversion
     from klein_mlx.convert.upload import check_upload, upload
+    from klein_mlx.download import obtain, obtain_vae
 
     asked = asked_bits(args)  # before a download, which may take long
     if args.to == "diffusers" and (asked or args.variant or args.verify or args.dry_run):
@@ -45,9 +47,12 @@ def run(args: argparse.Namespace) -> int:
     if args.upload and not args.dry_run:
         check_upload(args.upload)
     parts = {part: getattr(args, part) for part in PARTS}
+    consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
     if args.vae:
-        parts["vae"] = find_vae(args.vae, local_files_only=args.offline)
-    source = open_model(args.source, revision=args.revision, local_files_only=args.offline, parts=parts)
+        parts["vae"] = find_vae(obtain_vae(args.vae, **consent), local_files_only=args.offline)
+    needed = {part for part in PARTS if parts[part] is None}
+    model = obtain(args.source, revision=args.revision, parts=needed, **consent)
+    source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
     if args.dry_run:
         print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import klein_mlx
-from klein_mlx.checkpoint import CONFIG_FILE, Source, download, open_checkpoint
+from klein_mlx.aliases import resolve, suggestion
+from klein_mlx.checkpoint import CONFIG_FILE, Source, open_checkpoint
 from klein_mlx.config import PARTS
 from klein_mlx.convert.destination import UNFINISHED
 from klein_mlx.convert.diffusers import INDEX_FILE, open_diffusers
@@ -15,11 +16,12 @@ from klein_mlx.convert.mflux import open_mflux
 from klein_mlx.convert.mix import mix
 from klein_mlx.convert.part import PartFile, open_part
 from klein_mlx.errors import CheckpointError
+from klein_mlx.hub import download, wanted
 
 TINY_FOLDER = Path(klein_mlx.__file__).parent / "tiny"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_CHOICES = "'tiny', a folder, or a Hub id such as black-forest-labs/FLUX.2-klein-4B"
+_CHOICES = "'tiny', a folder, a Hub id such as black-forest-labs/FLUX.2-klein-4B, or a short name such as 4b"
 
 
 def open_model(
@@ -32,8 +34,9 @@ def open_model(
 ) -> Source:
     """Open a model, reading its configs: no weight is read.
 
-    model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, or a Hub
-    id. A Hub id is looked up in the local cache first, and fetched only if something is missing there.
+    model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, a Hub id or
+    a short name of one (klein_mlx.aliases). A Hub id is looked up in the local cache first, and fetched only if
+    something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
     parts: "transformer", "text_encoder" or "vae" -> a file or folder that takes the place of the model's own.
     Raises CheckpointError, in one line, for anything that is not a complete model.
@@ -69,8 +72,9 @@ def _open_base(
         return _open_folder(path)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"{path}: no such folder")
+    text = resolve(text)
     if not _HUB_ID.fullmatch(text):
-        raise CheckpointError(f"model is {text[:200]!r}; it must be {_CHOICES}")
+        raise CheckpointError(f"model is {text[:200]!r}{suggestion(text)}; it must be {_CHOICES}")
     return _open_hub(text, revision, token, local_files_only, needed)
 
 
@@ -105,15 +109,31 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
     raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}; it must be {_CHOICES}")
 
 
+def hub_id_of(model: str) -> str | None:
+    """The Hub id that `open_model` would take this for, or None: it is a folder, "tiny", or wrong."""
+    if model == "tiny" or not model or _exists(Path(os.path.expanduser(model))):
+        return None
+    name = resolve(model)
+    return name if _HUB_ID.fullmatch(name) and not model.startswith(("/", "~", ".")) else None
+
+
+def open_cached(
+    hub_id: str, revision: str | None = None, token: str | None = None, needed: Collection[str] = PARTS
+) -> Source:
+    """A repository from the local cache alone; CheckpointError if a file of a needed part is not there."""
+    folder = download(hub_id, revision=revision, token=token, local_files_only=True, patterns=wanted(needed))
+    source = _open_folder(folder, hub_id)
+    source.files([part for part in PARTS if part in needed])
+    return source
+
+
 def _open_hub(
     hub_id: str, revision: str | None, token: str | None, local_files_only: bool, needed: Collection[str]
 ) -> Source:
     """From the local cache if all that is needed is there, else over the network."""
     try:
-        source = _open_folder(download(hub_id, revision=revision, token=token, local_files_only=True), hub_id)
-        source.files([part for part in PARTS if part in needed])
-        return source
+        return open_cached(hub_id, revision, token, needed)
     except CheckpointError:
         if local_files_only:
             raise
-    return _open_folder(download(hub_id, revision=revision, token=token), hub_id)
+    return _open_folder(download(hub_id, revision=revision, token=token, patterns=wanted(needed)), hub_id)

@@ -5,6 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.bit_options import asked_bits
+from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -12,22 +13,27 @@ if TYPE_CHECKING:
 
 
 def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
-    """The model that the options name, opened; nothing of its weights is read yet. Raises KleinError."""
+    """The model that the options name, opened, and downloaded first if the user agrees. Raises KleinError."""
     from klein_mlx.convert import SMALL_DECODER
+    from klein_mlx.download import obtain, obtain_vae
     from klein_mlx.pipeline import KleinPipeline
 
     if args.small_decoder and args.vae:
         raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
     if args.quiet:
         logging.getLogger("klein_mlx").setLevel(logging.ERROR)
+    given = {part for part in PARTS if getattr(args, part) or (part == "vae" and args.small_decoder)}
+    consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
+    model = obtain(args.model, revision=args.revision, parts=set(PARTS) - given, **consent)
+    vae = SMALL_DECODER if args.small_decoder else args.vae
     return KleinPipeline.from_pretrained(
-        args.model,
+        model,
         quantize=asked_bits(args),
         dtype=args.dtype,
         keep=args.keep,
         revision=args.revision,
         local_files_only=args.offline,
-        vae=SMALL_DECODER if args.small_decoder else args.vae,
+        vae=obtain_vae(vae, **consent) if vae else None,
         transformer=args.transformer,
         text_encoder=args.text_encoder,
     )

@@ -1,13 +1,10 @@
-"""Our own checkpoint format, strict loading, and the download of a repository from the Hugging Face Hub.
+"""Our own checkpoint format, and strict loading.
 
 A checkpoint is a folder: klein.json, tokenizer.json, and one safetensors file per part (or shards with an index),
 whose weight names are the modules' attribute names. Foreign layouts are `klein_mlx.convert`'s business; they reach
 this file as a `Source`, the same way as our own. No weight is ever evaluated here.
 """
 
-import errno
-import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, gated_notice
+from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, check_shapes, prepare, quantize_weights
 from klein_mlx.text_encoder import TextEncoder
@@ -264,82 +261,3 @@ def find_damaged(module: nn.Module) -> str | None:
     checks = {name: is_finite(array) for name, array in tree_flatten(module.parameters())}  # type: ignore[arg-type]
     mx.eval(list(checks.values()))
     return next((name for name, check in checks.items() if not check.item()), None)
-
-
-# ---- the Hub ----
-
-_PART_FILES = [f"{part}/*.{kind}" for part in PARTS for kind in ("safetensors", "json")]
-_OUR_FILES = [pattern for part in PARTS for pattern in (f"{part}.safetensors*", f"{part}-*-of-*.safetensors")]
-# Anchored to the tree: a second copy of the weights in a single file at the root stays where it is.
-DOWNLOADED = [
-    "model_index.json",
-    "LICENSE*",
-    "NOTICE*",
-    "scheduler/*.json",
-    "tokenizer/*.json",
-    *_PART_FILES,
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    *_OUR_FILES,
-]
-
-
-def download(
-    hub_id: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    patterns: Sequence[str] = DOWNLOADED,
-) -> Path:
-    """The folder of a Hub repository in the local cache, fetched first unless `local_files_only`.
-
-    Only files that match `patterns` are fetched: safetensors, JSON and the tokenizer. Before a gated, non-commercial
-    model is fetched, that is said in a warning of the logger `klein_mlx`, with the way to give a token. Every failure
-    is a CheckpointError that names the remedy.
-    """
-    if not local_files_only and (notice := gated_notice(hub_id)):
-        logging.getLogger("klein_mlx").warning(notice)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if silenced:
-        disable_progress_bars()
-    try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(patterns),
-        )
-    except Exception as error:  # the library's errors have no common parent
-        raise CheckpointError(f"{hub_id}: {_hub_reason(error, revision)}") from error
-    finally:
-        if silenced:
-            enable_progress_bars()
-    return Path(folder)
-
-
-def _hub_reason(error: BaseException, revision: str | None) -> str:
-    """What went wrong and what would help, in one line."""
-    from huggingface_hub import errors
-
-    cause = error.__cause__ or error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return "is gated: accept its licence on huggingface.co, then `hf auth login` (or set HF_TOKEN)"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such repository, or your token may not see it: check the spelling, or `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"has no revision {revision!r}"
-    if status == 401:
-        return "the Hub refused your token: `hf auth login` with a new one (or unset HF_TOKEN)"
-    if isinstance(error, errors.HFValidationError):
-        return "is not a repository's name; it must be owner/name"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free some space, or set HF_HOME to a larger disk"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "is not complete in the local cache, and the Hub was not reached: connect once, or give a folder"
-    return f"the download failed ({type(cause).__name__}: {one_line(cause)}); check the network and try again"

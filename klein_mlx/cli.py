@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from klein_mlx.errors import KleinError, RequestError
-from klein_mlx.options import GENERATE_EXAMPLES, Parser, in_options, nearest
+from klein_mlx.errors import KleinError, RequestError, nearest
+from klein_mlx.options import GENERATE_EXAMPLES, Parser, in_options
 
 
 class Command(NamedTuple):

@@ -4,6 +4,8 @@ Each message is one line that says what is wrong, which value it was, and what w
 it after `error:` and exits with 2; a library user catches `KleinError`. Anything else that escapes is a bug.
 """
 
+from collections.abc import Iterable
+
 
 class KleinError(Exception):
     """The parent of every error that a user can cause or mend."""
@@ -15,3 +17,10 @@ class RequestError(KleinError):
 
 class CheckpointError(KleinError):
     """A model's files are missing, damaged, or not what they say they are."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of these words that was probably meant by a mistyped one, or None."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)), None)

@@ -2,12 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from klein_mlx.bit_options import add_bit_arguments
-from klein_mlx.errors import KleinError, RequestError
+from klein_mlx.errors import KleinError, RequestError, nearest
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
 
@@ -74,18 +73,11 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near}?" if near else ""
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of these words that was probably meant, or None."""
-    import difflib
-
-    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)), None)
-
-
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that can be asked of one picture or several."""
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw, or how to change the reference")
-    add("-m", "--model", default=DEFAULT_MODEL, help='a hub id, a folder, or "tiny" (default: %(default)s)')
+    add("-m", "--model", default=DEFAULT_MODEL, help='a hub id, a folder, a short name ("klein-mlx models"), "tiny"')
     add("-i", "--image", action="append", metavar="FILE", help="a reference to edit or to draw from; repeat for more")
     add("--large-reference", action="store_true", help="let a single reference have 4 megapixels instead of 1")
     add("--reuse-references", action="store_true", help="compute references in the first step only (an approximation)")
@@ -116,6 +108,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
     add("--revision", help="the model's revision on the hub")
     add("--offline", action="store_true", help="use only what is on disk")
+    add("-y", "--yes", action="store_true", help="download what is missing without asking")
     add("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp (default: a name from prompt and seed)")
     add("--force", action="store_true", help="overwrite the output file")
     add("--json", action="store_true", help="one JSON object on the last line of stdout")

@@ -3,8 +3,7 @@
 import pytest
 
 from klein_mlx.cli import COMMANDS, choose, command_parser, main, top_help
-from klein_mlx.errors import RequestError
-from klein_mlx.options import nearest
+from klein_mlx.errors import RequestError, nearest
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,15 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"convert.__main__"},
     {"cli"},
-    {"generate", "benchmark"},
+    {"generate", "benchmark", "convert.command", "convert.info_command"},
     {"naming", "progress", "asked", "measuring", "peers"},
+    {"download"},
     {"pipeline", "options"},
     {"encodings", "decoding"},
     {"parts", "velocity", "prediction"},
     {"convert"},
+    {"fetch"},
+    {"hub"},
     {"checkpoint", "quantize", "bits", "bit_options", "conditioning", "weights", "opening", "cost", "chips"},
     {"text_encoder", "transformer", "vae"},
     {"convolution"},
@@ -34,7 +37,7 @@ ROWS = [
         "linear",
         "rounding",
     },
-    {"config", "errors", "request", "edits", "checks", "arguments", "given"},
+    {"aliases", "config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
@@ -48,6 +51,7 @@ SAME_ROW = {  # allowed within a row, because it goes one way only
     "given": {"errors"},
     "masks": {"images"},
     "config": {"errors"},
+    "aliases": {"config", "errors"},
     "tokenizer": set(),
 }
 
@@ -59,7 +63,7 @@ def modules() -> dict[str, Path]:
 
 
 def row_of(name: str) -> int:
-    top = name if name == "convert.__main__" else name.split(".")[0]
+    top = name if any(name in row for row in ROWS) else name.split(".")[0]
     rows = [index for index, row in enumerate(ROWS) if top in row]
     assert rows, f"{name} stands in no row: add it to ROWS, where it belongs"
     return rows[0]

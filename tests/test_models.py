@@ -10,8 +10,8 @@ from folders import GOLDEN, copy_model, refusal, weight_file
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
-from klein_mlx.checkpoint import DOWNLOADED
 from klein_mlx.convert import detect, open_model
+from klein_mlx.hub import wanted
 
 # ---- what a model argument may be ----
 
@@ -19,8 +19,8 @@ from klein_mlx.convert import detect, open_model
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nonsense", "it must be 'tiny', a folder, or a Hub id"),
-        ("", "it must be 'tiny', a folder, or a Hub id"),
+        ("nonsense", "it must be 'tiny', a folder, a Hub id"),
+        ("", "it must be 'tiny', a folder, a Hub id"),
         ("a b/c", "it must be 'tiny'"),
         ("./absent", "absent: no such folder"),
         ("/absent/model", "/absent/model: no such folder"),
@@ -52,7 +52,7 @@ def test_a_missing_embedded_checkpoint_is_told(tmp_path: Path, monkeypatch: Any)
 
 def test_only_the_tree_of_a_repository_is_fetched() -> None:
     shards = [f"text_encoder/model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    wanted = [
+    files = [
         "model_index.json",
         "LICENSE.md",
         "transformer/config.json",
@@ -74,7 +74,10 @@ def test_only_the_tree_of_a_repository_is_fetched() -> None:
         "vae/diffusion_pytorch_model.bin",
         "x/a.safetensors",
     ]
-    assert list(filter_repo_objects(wanted + others, allow_patterns=DOWNLOADED)) == wanted
+    assert list(filter_repo_objects(files + others, allow_patterns=wanted())) == files
+    fewer = wanted(["vae"])
+    assert "transformer.safetensors" not in filter_repo_objects(files, allow_patterns=fewer)
+    assert "text_encoder/model.safetensors.index.json" in filter_repo_objects(files, allow_patterns=fewer)
 
 
 class FakeHub:
@@ -121,15 +124,24 @@ def _http(kind: type, status: int) -> Exception:
         (_http(hub_errors.RepositoryNotFoundError, 404), "no such repository"),
         (_http(hub_errors.RevisionNotFoundError, 404), "has no revision 'abc'"),
         (_http(hub_errors.HfHubHTTPError, 401), "refused your token"),
-        (_http(hub_errors.HfHubHTTPError, 503), "the download failed (HfHubHTTPError: first line second)"),
-        (hub_errors.LocalEntryNotFoundError("not there"), "is not complete in the local cache"),
-        (OSError(28, "No space left on device"), "the disk is full"),
-        (ConnectionError("no route"), "the download failed (ConnectionError: no route)"),
+        (_http(hub_errors.HfHubHTTPError, 503), "the Hub is in trouble (it answered 503)"),
+        (_http(hub_errors.HfHubHTTPError, 429), "too much was asked (429)"),
+        (_http(hub_errors.HfHubHTTPError, 418), "the Hub answered 418"),
+        (hub_errors.LocalEntryNotFoundError("not there"), "the network is not to be used: drop --offline"),
+        (hub_errors.OfflineModeIsEnabled("no"), "the Hub was not reached (no): check the network"),
+        (OSError(28, "No space left on device"), "is full; free some space, or set HF_HOME to a larger disk"),
+        (PermissionError(13, "denied"), "is not writable for you; set HF_HOME"),
+        (ConnectionError("no route"), "the Hub was not reached (no route): check the network"),
+        (ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] x"), "TLS certificate"),
+        (OSError("Consistency check failed: file should be 3"), "the connection broke in the middle of a file"),
+        (hub_errors.FileMetadataError("missing X-Repo-Commit"), "what answered is not the Hub"),
+        (RuntimeError("else"), "the download failed (RuntimeError: else); check the network and try again"),
     ],
 )
 def test_a_failing_download_is_told_with_its_remedy(error: Exception, message: str, monkeypatch: Any) -> None:
     hub = FakeHub(hub_errors.LocalEntryNotFoundError("not there"), error)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     told = refusal(lambda: open_model("owner/name", revision="abc"))
     assert told.startswith("owner/name: ")
     assert message in told
