@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from klein_mlx.checkpoint import CONFIG_CLASSES, expected, model_config
 from klein_mlx.config import PARTS, ModelConfig, default_taps
-from klein_mlx.convert.keys import diffusers_name, is_left_out
+from klein_mlx.convert.keys import SAME, diffusers_name, is_left_out
 from klein_mlx.convert.layouts import their_shape, to_ours
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import Quantization
+from klein_mlx.rows import ReadRows, file_rows
 from klein_mlx.weights import WeightFiles, open_weights, read_json, require_file
 
 INDEX_FILE = "model_index.json"
@@ -58,6 +59,10 @@ class DiffusersFolder:
         files, renames = self._open(part), self._renames(part)
         arrays = files.arrays()
         return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        theirs, layout, _ = self._renames(part)[name]
+        return file_rows(self._open(part), theirs) if layout == SAME else None
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         configs = [self.path / part / "config.json" for part in PARTS]

@@ -15,6 +15,7 @@ from klein_mlx.convert.float4 import find_float4
 from klein_mlx.convert.float8 import SCALES, find_float8
 from klein_mlx.convert.tensors import REMEDY, Scaled, Tensors
 from klein_mlx.errors import CheckpointError
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Entry, Weight, load_now
 
 _FLOAT8, _FLOAT4 = "float8_e4m3fn", "nvfp4"
@@ -61,7 +62,11 @@ def decode(tensors: Tensors) -> Tensors:
 
     kinds = [kind for kind in ("NVFP4", "FP8") if any(each.kind == kind for each in scaled.values())]
     told = " ".join([tensors.kind, *([" and ".join(kinds)] if kinds else [])])
-    return replace(tensors, entries=decoded, arrays=arrays, kind=told)
+
+    def rows(name: str) -> ReadRows | None:
+        return None if name in scaled else tensors.rows(name)
+
+    return replace(tensors, entries=decoded, arrays=arrays, rows=rows, kind=told)
 
 
 def _find(tensors: Tensors, name: str, hint: str | None) -> Scaled | None:

@@ -1,10 +1,12 @@
 """A foreign file or folder, opened: safetensors or GGUF, told apart by their first bytes."""
 
+from functools import partial
 from pathlib import Path
 
 from klein_mlx.convert.gguf import open_gguf
 from klein_mlx.convert.tensors import Tensors
 from klein_mlx.errors import CheckpointError
+from klein_mlx.rows import file_rows
 from klein_mlx.weights import WeightFiles, open_weights, read_header, read_metadata, require_file
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -22,7 +24,9 @@ def open_tensors(path: Path, stem: str | None = None) -> Tensors:
             if file.read(4) == b"GGUF":
                 return open_gguf(path)
     files = WeightFiles(path, {path: read_header(path)})
-    return Tensors(path, "safetensors", (path,), files.shards[path], files.arrays, read_metadata(path))
+    return Tensors(
+        path, "safetensors", (path,), files.shards[path], files.arrays, read_metadata(path), partial(file_rows, files)
+    )
 
 
 def _open_folder(folder: Path, stem: str | None) -> Tensors:
@@ -37,4 +41,6 @@ def _open_folder(folder: Path, stem: str | None) -> Tensors:
     files = open_weights(folder, stem)
     entries = {name: entry for shard in files.shards.values() for name, entry in shard.items()}
     metadata = {key: value for shard in files.shards for key, value in read_metadata(shard).items()}
-    return Tensors(folder, "safetensors", tuple(files.shards), entries, files.arrays, metadata)
+    return Tensors(
+        folder, "safetensors", tuple(files.shards), entries, files.arrays, metadata, partial(file_rows, files)
+    )

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from klein_mlx.convert.tensors import Tensors
 from klein_mlx.errors import CheckpointError
+from klein_mlx.rows import ReadRows, read_bytes_of_rows
 from klein_mlx.weights import Deferred, Entry, Weight, one_line
 
 _VERSIONS = (2, 3)
@@ -195,7 +196,25 @@ def open_gguf(path: Path) -> Tensors:
             _library(path)
         return {name: _deferred(path, block, shapes[name]) for name, block in blocks.items()}
 
-    return Tensors(path, f"GGUF: {told}", (path,), entries, arrays, metadata)
+    def rows(name: str) -> ReadRows | None:
+        block = blocks[name]
+        return _rows(path, block) if len(block.shape) == 2 and block.shape == shapes[name] else None
+
+    return Tensors(path, f"GGUF: {told}", (path,), entries, arrays, metadata, rows)
+
+
+def _rows(path: Path, block: Block) -> ReadRows:
+    """Each row is a whole number of blocks."""
+    columns = block.shape[1]
+    take = read_bytes_of_rows(path, block.start, columns // block.type.block * block.type.size)
+    dtype = _PLAIN.get(block.type.name, mx.bfloat16)
+
+    def read(indices: Sequence[int]) -> mx.array:
+        import numpy as np
+
+        return _decode(path, block, np.frombuffer(take(indices), np.uint8), dtype).reshape(len(indices), columns)
+
+    return read
 
 
 def _shape(path: Path, name: str, block: Block, values: dict[str, Any]) -> tuple[int, ...]:
@@ -232,13 +251,20 @@ def _load(path: Path, block: Block, dtype: mx.Dtype) -> mx.array:
         data = np.memmap(path, np.uint8, "r", block.start, (block.size,))
     except (OSError, ValueError) as error:  # it has been cut short meanwhile
         raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from None
+    return _decode(path, block, data, dtype)
+
+
+def _decode(path: Path, block: Block, data: Any, dtype: mx.Dtype) -> mx.array:
+    """Some of a tensor's bytes, whole blocks, as numbers in one row."""
+    import numpy as np
+
     if block.type.name in _PLAIN:
         kinds = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
         return mx.array(np.frombuffer(data, kinds[dtype])).view(dtype)
     decode = _library(path)
     step = _DECODED_AT_ONCE // block.type.block * block.type.size
     pieces = []
-    for start in range(0, block.size, step):
+    for start in range(0, len(data), step):
         piece = mx.array(decode(data[start : start + step], block.type.name).reshape(-1)).astype(dtype)
         mx.eval(piece)
         pieces.append(piece)

@@ -9,6 +9,7 @@ from klein_mlx.config import PARTS, ModelConfig, default_taps
 from klein_mlx.convert.part import PartFile, open_part
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import Quantization
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Weight, require_file
 
 _TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -34,6 +35,9 @@ class MfluxFolder:
 
     def weights(self, part: str) -> dict[str, Weight]:
         return self.parts[part].weights(self.config)
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return self.parts[part].rows(self.config, name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         return [self.tokenizer_file, *(path for part in parts for path in self.parts[part].tensors.files)]

@@ -11,6 +11,7 @@ from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.convert.part import PartFile, open_part
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.quantize import Quantization
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Weight
 
 
@@ -34,6 +35,9 @@ class Mixed:
 
     def weights(self, part: str) -> Mapping[str, Weight]:
         return self.parts[part].weights(self.config) if part in self.parts else self.base.weights(part)
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return self.parts[part].rows(self.config, name) if part in self.parts else self.base.rows(part, name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         own = [path for part in parts if part in self.parts for path in self.parts[part].tensors.files]

@@ -17,6 +17,7 @@ from klein_mlx.convert.layouts import BY_ROWS, their_shape, to_ours
 from klein_mlx.convert.tensors import Tensors
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import Quantization, find_settings
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Deferred, Weight, read_json
 
 _WANTED = "klein_mlx reads the parts of FLUX.2 [klein]"
@@ -90,6 +91,11 @@ class PartFile:
         )
         arrays = self.tensors.arrays()
         return {o: _to_ours(layout, arrays[theirs], shapes[o]) for o, (theirs, layout) in places.items()}
+
+    def rows(self, config: ModelConfig, name: str) -> ReadRows | None:
+        """As `Source.rows`."""
+        theirs, layout = self._place(config, name)
+        return self.tensors.rows(theirs) if layout == SAME else None
 
     def _place(self, config: ModelConfig, ours: str) -> tuple[str, str]:
         return _place(self.tensors, self.found, len(config.vae.block_out_channels), ours)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Entry, Weight, WeightFiles, load_now
 
 REMEDY = "take the bf16, the FP8 (e4m3), the NVFP4 of BFL's or ComfyUI's, or a GGUF file of this model"
@@ -36,7 +37,8 @@ class Scaled:
 class Tensors:
     """Named tensors: what each is (`entries`), and all of them, lazily (`arrays`).
 
-    kind: the files' format. metadata: what the file says of itself, as text.
+    kind: the files' format. metadata: what the file says of itself, as text. rows: a reader of some rows of a matrix,
+    or None.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Tensors:
     entries: Mapping[str, Entry]
     arrays: Callable[[], Mapping[str, Weight]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    rows: Callable[[str], ReadRows | None] = lambda name: None
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """Only the tensors that are values of `names`, under its keys."""
@@ -54,7 +57,7 @@ class Tensors:
             found = self.arrays()
             return {new: found[old] for new, old in names.items()}
 
-        return replace(self, entries=entries, arrays=arrays)
+        return replace(self, entries=entries, arrays=arrays, rows=lambda name: self.rows(names.get(name, name)))
 
     def check(
         self,

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import QUANTIZED_PARTS, Quantization, check_shapes, prepare, quantize_weights
+from klein_mlx.rows import ReadRows, file_rows
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Transformer
 from klein_mlx.vae import VAE
@@ -39,6 +40,7 @@ CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderC
 
 _ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
 _MAX_LAYERS = 1024
+_CHECKED_AT_ONCE = 1 << 22  # numbers
 
 
 class Source(Protocol):
@@ -68,6 +70,10 @@ class Source(Protocol):
         """Every file that the model is read from; of the weights, only those of these parts."""
         ...
 
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        """A reader of some rows of one of the part's matrices; None where it can only be read whole."""
+        ...
+
 
 # ---- our format ----
 
@@ -91,6 +97,9 @@ class Checkpoint:
         shapes = expected(part, self.config, quantization)
         files.check(shapes, packed_dtypes(part, shapes, quantization))
         return files.arrays()
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return file_rows(open_weights(self.path, part), name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         weights = [path for part in parts for path in open_weights(self.path, part).shards]
@@ -256,8 +265,15 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
     return module
 
 
-def find_damaged(module: nn.Module) -> str | None:
-    """The name of a weight that holds NaN or infinity, if one does. Reads all weights."""
-    checks = {name: is_finite(array) for name, array in tree_flatten(module.parameters())}  # type: ignore[arg-type]
-    mx.eval(list(checks.values()))
-    return next((name for name, check in checks.items() if not check.item()), None)
+def read_weights(module: nn.Module) -> str | None:
+    """Read all of a module's weights, one after the other: beside them, only what one is made of is ever in memory.
+
+    Returns the name of one that holds NaN or infinity, if there is one.
+    """
+    for name, array in tree_flatten(module.parameters()):
+        mx.eval(array)
+        flat = array.reshape(-1)  # type: ignore[union-attr]
+        checks = (is_finite(flat[at : at + _CHECKED_AT_ONCE]) for at in range(0, flat.size, _CHECKED_AT_ONCE))
+        if not all(check.item() for check in checks):
+            return name
+    return None

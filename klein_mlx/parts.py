@@ -9,11 +9,13 @@ from weakref import WeakSet
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.checkpoint import Source, find_damaged, load_part, part_bytes
+from klein_mlx.checkpoint import Source, load_part, part_bytes, read_weights
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import Run
 from klein_mlx.quantize import Quantization
+from klein_mlx.rows import token_rows
+from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Transformer
 
 # No float16: the residual stream reaches 1e5, beyond its range.
@@ -46,19 +48,22 @@ class Parts:
         self._holders[name].add(run)
         if name not in self.loaded:
             with run.timed("load"):
-                module = load_part(name, self.source, self.dtype, self.quantization.get(name))
-                if isinstance(module, Transformer):
-                    module.arrange()
-                try:
-                    mx.eval(module.parameters())
-                except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
-                    raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
-                if damaged := find_damaged(module):
-                    raise CheckpointError(
-                        f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again"
-                    )
-            self.loaded[name] = module
+                self.loaded[name] = self._load(name)
         return self.loaded[name]
+
+    def _load(self, name: str) -> nn.Module:
+        module = load_part(name, self.source, self.dtype, self.quantization.get(name))
+        if isinstance(module, Transformer):
+            module.arrange()
+        if isinstance(module, TextEncoder):
+            module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype)
+        try:
+            damaged = read_weights(module)
+        except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
+            raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
+        if damaged:
+            raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
+        return module
 
     def release(self, run: Run, *names: str) -> None:
         """Free these parts' weights, except those that are kept or held by another run. Nothing else of this run may

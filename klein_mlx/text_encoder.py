@@ -6,6 +6,8 @@ knows ids and masks, not prompts or templates.
 Source: transformers, models/qwen3/modeling_qwen3.py; diffusers, Flux2KleinPipeline._get_qwen3_prompt_embeds.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -73,12 +75,13 @@ class TextEncoder(nn.Module):
     """Qwen3 up to its last tapped layer.
 
     taps: rising layer counts; tap k is the residual stream after k layers (transformers' hidden_states[k]).
+    embed_tokens: an nn.Embedding, or whatever else gives the rows of token ids.
     """
 
     def __init__(self, config: TextEncoderConfig, taps: tuple[int, ...]):
         super().__init__()
         self.taps = taps
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(taps[-1])]
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array, done: Done | None = None) -> mx.array:

@@ -21,6 +21,7 @@ ROWS = [
     {"fetch"},
     {"hub"},
     {"checkpoint", "quantize", "bits", "bit_options", "conditioning", "weights", "opening", "cost", "chips"},
+    {"checkpoint", "quantize", "conditioning", "weights", "opening", "cost", "chips", "rows"},
     {"text_encoder", "transformer", "vae"},
     {"convolution"},
     {"group_norm"},
@@ -41,7 +42,8 @@ ROWS = [
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
-    "checkpoint": {"quantize", "weights"},
+    "checkpoint": {"quantize", "weights", "rows"},
+    "rows": {"weights"},
     "quantize": {"weights"},
     "bits": {"checkpoint", "quantize"},
     "bit_options": {"bits"},
