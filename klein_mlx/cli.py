@@ -43,9 +43,16 @@ INFO_EXAMPLES = """examples:
   klein-mlx info klein-4bit --verify
   klein-mlx info flux-2-klein-4b-Q4_K_M.gguf --json
 """
+MODELS_EXAMPLES = """examples:
+  klein-mlx models
+  klein-mlx models pull 4b-q4
+  klein-mlx models rm black-forest-labs/FLUX.2-klein-4B
+  klein-mlx info "$(klein-mlx models path 4b)"
+"""
 
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.generate", GENERATE_EXAMPLES),
+    "models": Command("which models are on disk; pull, rm, path", "klein_mlx.models", MODELS_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.benchmark", BENCH_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command", INFO_EXAMPLES),
@@ -65,6 +72,7 @@ examples:
   klein-mlx "a red fox in the snow"
   klein-mlx "make it autumn" -i fox.png -o autumn.png
   klein-mlx "a red circle left of a blue square" --model tiny -o out.png
+  klein-mlx models pull 4b-q4
   klein-mlx info tiny
 
 options:

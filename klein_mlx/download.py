@@ -5,11 +5,13 @@ The command's side of `hub` and `fetch`: it prints and asks. What is whole on di
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klein_mlx.aliases import ALIASES, resolve
 from klein_mlx.config import PARTS, VARIANTS
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.places import own_model
 
 if TYPE_CHECKING:
     from klein_mlx.hub import Plan
@@ -34,6 +36,8 @@ def obtain(
     from klein_mlx.hub import wanted
 
     name = resolve(model, own) if own else model
+    if not Path(name).exists() and (folder := own_model(name)):
+        return str(folder)
     hub_id = hub_id_of(name)
     if hub_id is None or offline:
         return hub_id or name

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"convert.__main__"},
     {"cli"},
-    {"generate", "benchmark", "convert.command", "convert.info_command"},
+    {"generate", "benchmark", "convert.command", "convert.info_command", "models"},
     {"naming", "progress", "asked", "measuring", "peers"},
     {"download"},
     {"pipeline", "options"},
@@ -38,7 +38,7 @@ ROWS = [
         "linear",
         "rounding",
     },
-    {"aliases", "config", "errors", "request", "edits", "checks", "arguments", "given"},
+    {"aliases", "places", "config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
