@@ -1,6 +1,7 @@
 """What KleinPipeline's calls take: the one list of names, types, ranges and defaults."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 
@@ -60,3 +61,18 @@ class Arguments(TypedDict, total=False):
     sigmas: Sequence[float] | None
     output_type: str
     max_sequence_length: int | None
+
+
+class LoraOptions(TypedDict, total=False):
+    """What `load_lora` takes besides path, scale and name.
+
+    partial: leave out keys that belong to nothing in this model, instead of refusing the file.
+    folder: where LoRAs are looked up by name; by default $KLEIN_MLX_LORAS, or ~/.config/klein-mlx/loras.
+    revision, token, local_files_only: as in huggingface_hub.
+    """
+
+    partial: bool
+    folder: str | Path | None
+    revision: str | None
+    token: str | None
+    local_files_only: bool

@@ -87,6 +87,16 @@ def download(
     return Path(folder)
 
 
+def list_files(hub_id: str, *, revision: str | None = None, token: str | None = None) -> list[str]:
+    """The names of a repository's files, as the Hub says. Errors as in `download`."""
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi(token=token).list_repo_files(hub_id, revision=revision))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{hub_id}: {reason(error, revision)}") from error
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a download would bring. sizes: bytes of every wanted file. missing: those that are not on disk yet.

@@ -86,6 +86,14 @@ def _multiply(x: mx.array, weight: mx.array) -> mx.array:
     return (x.astype(mx.float32) @ weight.T).astype(x.dtype)
 
 
+def multiply(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+    """x @ weight.T, on top of `added`, in x's dtype: one kernel where the device multiplies that itself."""
+    if not _widens(x):
+        return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
+    out = x.astype(mx.float32) @ weight.astype(mx.float32).T
+    return (out if added is None else added + out).astype(x.dtype)
+
+
 def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array:
     """The output channels `rows` of layer(x)."""
     weight = _plain_weight(layer, x, rows)

@@ -3,20 +3,24 @@
 import gc
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from klein_mlx.applied import Applied
 from klein_mlx.checkpoint import Source, load_part, part_bytes, read_weights
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import Run
+from klein_mlx.lora import LoraStack
 from klein_mlx.quantize import Quantization
 from klein_mlx.rows import token_rows
 from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Transformer
+from klein_mlx.weights import load_now
 
 # No float16: the residual stream reaches 1e5, beyond its range.
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -39,6 +43,8 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.keep = keep or _default_keep(source, dtype, quantization)
         self.loaded: dict[str, nn.Module] = {}
+        self.loras = LoraStack()
+        self._applied: dict[str, Applied] = {}
         self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
         for part in PARTS:
             source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
@@ -63,6 +69,8 @@ class Parts:
             raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
         if damaged:
             raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
+        self._applied[name] = Applied(module, partial(self._original, name), self.dtype)
+        self._applied[name].update(self.loras.changes(name))
         return module
 
     def release(self, run: Run, *names: str) -> None:
@@ -72,10 +80,36 @@ class Parts:
             self._holders[name].discard(run)
         leaving = [n for n in names if n in self.loaded and n not in KEPT[self.keep] and not self._holders[n]]
         for name in leaving:
-            del self.loaded[name]
+            del self.loaded[name], self._applied[name]
         if leaving:
             gc.collect()
             mx.clear_cache()
+
+    def check_idle(self, *names: str) -> None:
+        """Raise RequestError while a run works with one of these parts: its pictures would change half-way."""
+        if busy := [name for name in names if self._holders[name]]:
+            raise RequestError(f"a run is using the {busy[0]}; LoRAs can change when it has finished or is closed")
+
+    def apply_loras(self, *names: str) -> None:
+        """Make these parts, as far as they are loaded, what `loras` says."""
+        for name in names:
+            if name in self.loaded:
+                try:
+                    self._applied[name].update(self.loras.changes(name))
+                except RuntimeError as error:
+                    raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
+        mx.clear_cache()
+
+    def _original(self, part: str, path: str) -> mx.array:
+        """A module's weight as it was loaded, from its file."""
+        weights, stored = self.source.weights(part), self.source.quantization.get(part)
+        weight = load_now(weights[f"{path}.weight"])
+        if stored and (own := stored.of(part, path)):
+            kinds = (weights.get(f"{path}.{kind}") for kind in ("scales", "biases"))
+            scales, biases = (None if kind is None else load_now(kind) for kind in kinds)
+            assert scales is not None
+            weight = mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode)
+        return weight.astype(self.dtype)
 
 
 def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:

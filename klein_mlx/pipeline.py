@@ -12,7 +12,7 @@ from typing import Self, Unpack
 import mlx.core as mx
 from PIL import Image
 
-from klein_mlx.arguments import Arguments
+from klein_mlx.arguments import Arguments, LoraOptions
 from klein_mlx.bits import Quantize, parse, settle
 from klein_mlx.checkpoint import Source
 from klein_mlx.conditioning import References, join_references
@@ -23,6 +23,8 @@ from klein_mlx.events import KleinOutput, Picture, Run, Step
 from klein_mlx.fusion import CompiledBlocks
 from klein_mlx.given import to_array
 from klein_mlx.latents import from_channels_first, noise
+from klein_mlx.lora import LoadedLora
+from klein_mlx.loras import Loras
 from klein_mlx.masks import Canvas
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
@@ -53,6 +55,7 @@ class KleinPipeline:
         self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
         self.encodings = Encodings(self.parts)
         self._blocks = CompiledBlocks()
+        self._loras = Loras(self.parts, self.encodings)
 
     @classmethod
     def from_pretrained(
@@ -88,6 +91,32 @@ class KleinPipeline:
             parts["vae"] = find_vae(vae, token=token, local_files_only=local_files_only)
         source = open_model(model, revision=revision, token=token, local_files_only=local_files_only, parts=parts)
         return cls(source, quantize=quantize, dtype=dtype, keep=keep)
+
+    def load_lora(
+        self, path: str | Path, scale: float = 1.0, name: str | None = None, **options: Unpack[LoraOptions]
+    ) -> LoadedLora:
+        """Put a LoRA on the model, besides those that are there. Its order among them does not matter.
+
+        path: a file, a folder with one, a name in the LoRA folder, or a Hub id (owner/name, owner/name/file).
+        scale: -100..100, how much of it; 0 is nothing, exactly. name: by which it is unloaded; the file's by default.
+        options: see `klein_mlx.arguments.LoraOptions`.
+        Returns what was loaded. Raises CheckpointError for a file that is not whole, that was made for another model,
+        or of which a key would not be used; RequestError for a bad scale, a taken name, or while a run is working.
+        """
+        return self._loras.load(path, scale, name, **options)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA off again, or all: the weights are, bit for bit, what they were. Raises RequestError."""
+        self._loras.unload(name)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change a loaded LoRA's scale. Raises RequestError."""
+        self._loras.set_scale(name, scale)
+
+    @property
+    def loras(self) -> list[LoadedLora]:
+        """The LoRAs in use: name, file, sha256 and scale of each."""
+        return self._loras.loaded
 
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> KleinOutput:
         """Make pictures; the arguments are those of `stream`.
