@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
     files = []
     from klein_mlx.progress import pictures
     from klein_mlx.saving import save_image, save_image_free
+    from klein_mlx.viewing import viewer
 
-    for image, path in zip(pictures(run, args.quiet), paths, strict=True):
+    for image, path in zip(pictures(run, args.quiet, viewer(args, pipe)), paths, strict=True):
         if args.output is None:
             path = save_image_free(image, path)
         else:

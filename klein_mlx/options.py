@@ -111,6 +111,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("-y", "--yes", action="store_true", help="download what is missing without asking")
     add("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp (default: a name from prompt and seed)")
     add("--force", action="store_true", help="overwrite the output file")
+    add("--show", action="store_true", help="draw the pictures in the terminal, where it can")
+    add("--show-steps", action="store_true", help="draw a sketch after each step too")
     add("--json", action="store_true", help="one JSON object on the last line of stdout")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
 

@@ -6,6 +6,7 @@ embeddings are evaluated, the transformer before the pictures are decoded, unles
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self, Unpack
 
@@ -30,6 +31,7 @@ from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
 from klein_mlx.request import check
 from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
+from klein_mlx.sketch import Sketcher
 from klein_mlx.tokenizer import Tokenizer
 from klein_mlx.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
 
@@ -53,6 +55,7 @@ class KleinPipeline:
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)
         self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
+        self.sketcher: Sketcher | None = None
         self.encodings = Encodings(self.parts)
         self._blocks = CompiledBlocks()
         self._loras = Loras(self.parts, self.encodings)
@@ -198,8 +201,9 @@ class KleinPipeline:
             with run.timed("steps"):
                 latents = next(walk)
                 mx.eval(latents)
-            preview = self._preview(run, latents - sigmas[index] * steps.velocity, opened.canvas)
-            yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview)
+            clean = latents - sigmas[index] * steps.velocity
+            preview, sketch = self._preview(run, clean, opened.canvas), partial(self.sketch, clean)
+            yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview, sketch)
 
     def _sigmas(self, run: Run, opened: Opened) -> list[float]:
         h, w = self._grid(opened)
@@ -245,6 +249,8 @@ class KleinPipeline:
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None
         with run.timed("decode"):
             image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas, run.part_done)
+        if self.sketcher and canvas is None and run.request.output_type == "pil":
+            self.sketcher.learn(latents, image)
         return Picture(number, len(run.request.pictures), prompt, seed, image)
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
@@ -254,6 +260,12 @@ class KleinPipeline:
             return image
 
         return preview
+
+    def sketch(self, latents: mx.array) -> Image.Image | None:
+        """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.sketch. `sketcher` draws it, by
+        default one that keeps nothing on disk: it knows tiny's colours, and others' once it has seen a picture."""
+        self.sketcher = self.sketcher or Sketcher(self.source, None)
+        return self.sketcher.draw(latents)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -12,11 +12,11 @@ ROWS = [
     {"convert.__main__"},
     {"cli"},
     {"generate", "benchmark", "convert.command", "convert.info_command", "models"},
-    {"naming", "progress", "asked", "measuring", "peers"},
+    {"naming", "progress", "viewing", "asked", "measuring", "peers"},
     {"download"},
     {"pipeline", "options"},
     {"loras"},
-    {"encodings", "decoding"},
+    {"encodings", "decoding", "sketch"},
     {"parts", "velocity", "prediction"},
     {"applied"},
     {"convert"},
@@ -40,7 +40,7 @@ ROWS = [
         "linear",
         "rounding",
     },
-    {"aliases", "places", "config", "errors", "request", "edits", "checks", "arguments", "given"},
+    {"aliases", "places", "terminal", "config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
