@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.bit_options import add_bit_arguments, asked_bits
 from klein_mlx.errors import RequestError
 from klein_mlx.options import DEFAULT_MODEL
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=int, default=3, help="pictures that are measured, after one that is not (default: 3)")
     add("--cold", action="store_true", help="load everything anew for every picture, and leave none out")
     add("--prompt", default="a red fox in the snow", help="what to draw; a number is added, so that none is known yet")
-    add("-q", "--quantize", metavar="BITS", help="4 or 8: quantise the weights while loading")
+    add_bit_arguments(parser, "quantise the weights while loading")
     add("--dtype", help="as in generate")
     add("--keep", help="as in generate")
     add("--offline", action="store_true", help="use only what is on disk")
@@ -139,9 +140,9 @@ def _report(
     phases = list(runs[0].seconds)
     seconds = {phase: _spread([r.seconds.get(phase, 0.0) for r in runs]) for phase in phases}
     totals = [sum(r.seconds.values()) for r in runs]
-    bits = pipe.parts.quantization or pipe.source.quantization.get("transformer")
+    quantization = {**pipe.source.quantization, **pipe.parts.quantization}
     passes = 2 if config.variant.guidance > 1 else 1
-    cost = picture_cost(config, *size, steps, pipe.dtype, bits, passes)
+    cost = picture_cost(config, *size, steps, pipe.dtype, quantization, passes)
     flops = {"encode": cost.encode.flops, "step": cost.step.flops, "decode": cost.decode.flops}
     step = statistics.median(t for r in runs for name, t in r.seconds.items() if name.startswith("step "))
     times = {"step": step, **{name: seconds[name]["median"] for name in ("encode", "decode") if name in seconds}}
@@ -152,7 +153,7 @@ def _report(
         "predicted": False,
         "model": str(args.model or DEFAULT_MODEL),
         "variant": config.variant.name,
-        "bits": bits.bits if bits else None,
+        "bits": {part: own.bits for part, own in quantization.items()},
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "keep": pipe.parts.keep,
         "device": device_name(),
@@ -176,7 +177,7 @@ def _report(
 
 def _measured_table(report: dict[str, Any]) -> str:
     """The report, for a person."""
-    bits = f"{report['bits']}-bit" if report["bits"] else "unquantised"
+    bits = _bits(report["bits"])
     lines = [
         f"{report['model']} ({report['variant']}, {bits}), {report['width']} x {report['height']}, "
         f"{report['steps']} steps, {report['dtype']}, keep {report['keep']}",
@@ -215,6 +216,13 @@ def _compared(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _bits(bits: dict[str, int]) -> str:
+    """As "4-bit"; a part whose bits differ is named."""
+    if len(set(bits.values())) <= 1:
+        return f"{next(iter(bits.values()))}-bit" if bits else "unquantised"
+    return ", ".join(f"{part.replace('_', ' ')} {number}-bit" for part, number in bits.items())
+
+
 def _memory(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
@@ -248,33 +256,37 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureCost, Any]":
     """(what is asked for, its cost, dtype); the model is one of the published sizes, or on disk."""
+    from types import SimpleNamespace
+
     import mlx.core as mx
 
+    from klein_mlx.bits import settle
     from klein_mlx.config import VARIANTS
     from klein_mlx.parts import compute_dtype
     from klein_mlx.prediction import klein, picture_cost
-    from klein_mlx.quantize import parse
     from klein_mlx.request import check
 
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
-    quantization = parse(args.quantize)
+    source: Any = None
     known = {hub_id: v for v in VARIANTS for hub_id in (v.name, v.hub_id)}
     variant = known.get(args.model or DEFAULT_MODEL)
     if variant is not None:
         config, steps, guidance = klein(PREDICTED_SIZES[variant.name]), variant.steps, variant.guidance
         name = variant.name
+        source = SimpleNamespace(path=name, config=config, quantization={})  # all that is asked of a model's files
     else:
         from klein_mlx.convert import open_model
 
         source = open_model(args.model, local_files_only=True)
         config, steps, guidance = source.config, source.config.variant.steps, source.config.variant.guidance
-        quantization = quantization or source.quantization.get("transformer")
         name = config.variant.name
+    quantization = {**source.quantization, **settle(asked_bits(args), source)}
     width, height = _size(args, config.default_size)
     request = check(config, prompt="", width=width, height=height, num_inference_steps=args.steps or steps, seed=0)
     passes = 2 if guidance > 1 else 1
     cost = picture_cost(config, width, height, request.steps, dtype, quantization, passes)
-    asked = {"model": name, "bits": quantization.bits if quantization else None, "width": width, "height": height}
+    bits = {part: own.bits for part, own in quantization.items()}
+    asked = {"model": name, "bits": bits, "width": width, "height": height}
     return asked, cost, dtype
 
 
@@ -292,7 +304,7 @@ def _row(row: "Prediction") -> dict[str, Any]:
 
 
 def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
-    bits = f"{report['bits']}-bit" if report["bits"] else "unquantised"
+    bits = _bits(report["bits"])
     lines = [
         f"FLUX.2 [klein] {report['model']} ({bits}), {report['width']} x {report['height']}, {report['steps']} steps, "
         f"{report['dtype']}",

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from klein_mlx.bit_options import asked_bits
 from klein_mlx.chips import find_chip
 from klein_mlx.events import Picture, Step
 from klein_mlx.options import DEFAULT_MODEL
@@ -118,7 +119,7 @@ class Bench:
         args = self.args
         return KleinPipeline.from_pretrained(
             args.model or DEFAULT_MODEL,
-            quantize=args.quantize,
+            quantize=asked_bits(args),
             dtype=args.dtype,
             keep=args.keep,
             local_files_only=args.offline,

@@ -102,7 +102,8 @@ def mflux(args: argparse.Namespace, pipe: KleinPipeline) -> Iterator[Mflux]:
     if pipe.source.info.get("format") == "klein_mlx":
         raise RequestError("mflux reads no checkpoint of ours: give the folder or hub id in diffusers' layout")
     model = pipe.source.path if pipe.source.path.is_dir() else args.model
-    quantize = pipe.parts.quantization.bits if pipe.parts.quantization else None
+    ours = pipe.parts.quantization.get("transformer")
+    quantize = ours.bits if ours else None
     one_picture = args.cold or pipe.parts.keep != "all"
     process = Mflux(python, str(model), variant if variant in VARIANTS else "4b", quantize, one_picture)
     try:

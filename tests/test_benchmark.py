@@ -16,7 +16,7 @@ from klein_mlx.cost import Kernel
 from klein_mlx.errors import RequestError
 from klein_mlx.measuring import Phases, limit, peak_rss, reset_peak_rss
 from klein_mlx.prediction import EFFICIENCY, PictureCost, klein, picture_cost, predict, seconds
-from klein_mlx.quantize import Quantization
+from klein_mlx.quantize import QUANTIZED_PARTS, Quantization
 
 
 def bench(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dict[str, Any]]:
@@ -158,7 +158,7 @@ def test_predictions_are_monotone(cost: PictureCost) -> None:
         times = [predict(cost, c).picture for c in CHIPS if c.generation == generation]
         assert times == sorted(times, reverse=True)
     m3 = chip("M3 Max")
-    quantised = picture_cost(klein("4b"), 1024, 1024, 4, quantization=Quantization(4))
+    quantised = picture_cost(klein("4b"), 1024, 1024, 4, quantization=dict.fromkeys(QUANTIZED_PARTS, Quantization(4)))
     assert predict(cost, m3).picture < predict(quantised, m3).picture < 1.2 * predict(cost, m3).picture
     assert predict(picture_cost(klein("4b"), 512, 512, 4), m3).picture < predict(cost, m3).picture / 3
     guided = picture_cost(klein("4b"), 1024, 1024, 4, passes=2)
@@ -177,7 +177,8 @@ def test_predict_prints_every_chip_and_says_that_it_predicts(capsys: pytest.Capt
     assert (report["width"], report["steps"]) == (1024, 4)
     _, base = bench(capsys, "--predict", "m3 max", "--model", "base-4b", "--size", "512x512", "--quantize", "8")
     assert list(base["chips"]) == ["M3 Max"]
-    assert (base["steps"], base["bits"], base["height"]) == (50, 8, 512)
+    assert (base["steps"], base["height"]) == (50, 512)
+    assert base["bits"] == {"transformer": 8, "text_encoder": 8}
     _, tiny = bench(capsys, "--predict", "M1", "--model", "tiny")
     assert (tiny["model"], tiny["width"]) == ("tiny", 128)
 
