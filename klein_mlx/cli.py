@@ -60,8 +60,8 @@ COMMANDS = {
 
 
 HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture; as klein-mlx generate
-       klein-mlx COMMAND [OPTIONS]
-       klein-mlx COMMAND --help
+       klein-mlx [OPTIONS]              a session: prompt after prompt
+       klein-mlx COMMAND [OPTIONS]      or --help
 
 FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.
 
@@ -134,8 +134,13 @@ def _run(given: Sequence[str]) -> int:
         return 0
     name, words = choose(given)
     args = command_parser(name).parse_args(words)
-    if name == "generate" and given[:1] != ["generate"] and args.prompt:
-        refuse_slip(args.prompt)
+    if name == "generate" and given[:1] != ["generate"]:
+        if args.prompt:
+            refuse_slip(args.prompt)
+        elif getattr(args, "prompt_file", None) is None and sys.stdin.isatty() and sys.stdout.isatty():
+            from klein_mlx import repl
+
+            return repl.run(args)
     return importlib.import_module(COMMANDS[name].module).run(args)
 
 

@@ -18,20 +18,26 @@ def viewer(args: argparse.Namespace, pipe: KleinPipeline) -> View | None:
         return None
     import os
 
-    from klein_mlx.terminal import protocol, show
+    from klein_mlx.terminal import protocol
 
     if not sys.stdout.isatty() or protocol(os.environ) is None:
         return None
     if args.show_steps:
         keep_sketches(pipe)
+    return view_of(True, args.show_steps)
+
+
+def view_of(pictures: bool, steps: bool) -> View | None:
+    """Draws finished pictures, or sketches after each step but the last too; None if neither."""
+    from klein_mlx.terminal import show
 
     def view(event: Step | Picture) -> None:
         if isinstance(event, Picture):
             show(event.image, sys.stdout)
-        elif args.show_steps and event.index < event.of and (sketch := event.sketch()):
+        elif steps and event.index < event.of and (sketch := event.sketch()):
             show(sketch, sys.stdout, _SKETCH_COLUMNS)
 
-    return view
+    return view if pictures else None
 
 
 def keep_sketches(pipe: KleinPipeline) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"convert.__main__"},
     {"cli"},
-    {"generate", "benchmark", "convert.command", "convert.info_command", "models"},
+    {"generate", "repl", "benchmark", "convert.command", "convert.info_command", "models"},
     {"naming", "progress", "viewing", "asked", "measuring", "peers"},
     {"download"},
     {"pipeline", "options"},
