@@ -56,12 +56,15 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0
+    odd: list[str] = []
     with _progress(args.quiet) as show:
         if args.to == "diffusers":
             path = export_diffusers(source, args.destination, force=args.force, progress=show)
         else:
             options = {"quantize": asked, "force": args.force, "variant": args.variant, "verify": args.verify}
-            path = convert_checkpoint(source, args.destination, **options, progress=show)
+            warn = lambda line: odd.append(f"warning: {line}")  # noqa: E731
+            path = convert_checkpoint(source, args.destination, **options, progress=show, warn=warn)
+    print(*odd, sep="\n", end="\n" * bool(odd), file=sys.stderr)
     print(path)
     if args.upload:
         print(upload(path, args.upload))

@@ -24,10 +24,10 @@ from klein_mlx.config import PARTS, TINY, ModelConfig
 from klein_mlx.convert.card import write_card
 from klein_mlx.convert.destination import checked_destination, publish, require_space, workspace, write_failure
 from klein_mlx.convert.detect import open_model
-from klein_mlx.convert.writer import Advance, digest_file, flush, write_json, write_weights
+from klein_mlx.convert.writer import Advance, Warn, digest_file, flush, write_json, write_weights
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import Quantization, quantize_weights
-from klein_mlx.weights import Weight, is_finite, load_now, read_json
+from klein_mlx.weights import Weight, condition, load_now, read_json
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _MARGIN = 16 << 20  # for headers, klein.json and the file system itself
@@ -76,6 +76,7 @@ def convert_checkpoint(
     variant: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    warn: Warn = lambda line: None,
 ) -> Path:
     """Write a model in our own format; loading the result gives the same weights, bit for bit, as loading the source.
 
@@ -84,6 +85,7 @@ def convert_checkpoint(
     force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint.
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
     progress: called with (bytes done, bytes in all), hashing the source and writing the result counted alike.
+    warn: called with a line about what is odd, but no fault: a matrix of zeros.
     At most one tensor and its quantised form are in memory at a time. Returns the destination.
     Raises CheckpointError, and leaves nothing behind, if anything is wrong; NaN or infinity in a weight is.
     """
@@ -102,8 +104,8 @@ def convert_checkpoint(
             digests = {_told_name(path, model.path): digest_file(path, advance) for path in sources}
             stored: dict[str, str] = {}
             for part in PARTS:
-                weights, finite = parts.pop(part)
-                stored |= write_weights(folder, part, weights, advance, finite)
+                weights, originals = parts.pop(part)
+                stored |= write_weights(folder, part, weights, advance, originals, warn)
             stored[TOKENIZER_FILE] = _copy(model.tokenizer_file, folder / TOKENIZER_FILE)
             settings = {**_settings(model, quantization, variant, digests), "sha256": stored}
             write_json(folder / CONFIG_FILE, settings)
@@ -150,7 +152,7 @@ def _check(finished: Checkpoint, model: Source, quantization: dict[str, Quantiza
 def _weights(
     source: Source, part: str, quantization: Quantization | None
 ) -> tuple[dict[str, Weight], dict[str, mx.array]]:
-    """What is to be written, lazily; and of what is quantised here, whether the original is finite.
+    """What is to be written, lazily; and of what is quantised here, the original's condition.
 
     Both hang on the same arrays, and nothing else does: evaluated together, an original is read once and then freed.
     """
@@ -159,7 +161,7 @@ def _weights(
         return dict(weights), {}
     quantised = [name for name in weights if name.endswith(".weight") and quantization.of(part, name)]
     arrays = {name: weight for name in quantised if isinstance(weight := weights[name], mx.array)}
-    return quantize_weights(part, weights, quantization), {name: is_finite(a) for name, a in arrays.items()}
+    return quantize_weights(part, weights, quantization), {name: condition(a) for name, a in arrays.items()}
 
 
 def _told_name(path: Path, folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.checkpoint import Source
-from klein_mlx.config import PARTS, VARIANTS, TransformerConfig
+from klein_mlx.config import PARTS
 from klein_mlx.convert.part import PartFile
 from klein_mlx.quantize import Quantization
 from klein_mlx.weights import FLOATS, Weight
@@ -52,12 +52,11 @@ def _describe_part(file: PartFile) -> dict[str, Any]:
     parameters += sum(sizes[f"{path}.weight"] // columns * width for path, (columns, width) in file.widths().items())
     sources = {path.name: path.stat().st_size for path in file.tensors.files}
     config = file.config.to_dict()
-    fitting = [v.name for v in VARIANTS if file.part == "transformer" and v.dimensions == _dimensions(file.config)]
     return {
         "path": str(file.path),
         "part": file.part,
         "format": file.format,
-        "variants": fitting,
+        "variants": file.variants,
         "parameters": parameters,
         "bytes": sum(sources.values()),
         "dtype": " and ".join(sorted({file.tensors.entries[name].dtype for name in floats})),
@@ -65,10 +64,6 @@ def _describe_part(file: PartFile) -> dict[str, Any]:
         "config": config,
         "metadata": {key: value[:200] for key, value in file.tensors.metadata.items() if key != "format"},
     }
-
-
-def _dimensions(config: TransformerConfig) -> tuple[int, int, int]:
-    return config.hidden_size, config.num_layers, config.num_single_layers
 
 
 def _format_part(d: dict[str, Any]) -> str:

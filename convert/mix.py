@@ -60,7 +60,8 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
     try:
         config = replace(base.config, **{part: file.config for part, file in parts.items()})
     except CheckpointError as error:
-        raise CheckpointError(f"{', '.join(str(path) for path in chosen.values())}, in {base.path}: {error}") from None
+        told = ", ".join(f"{file.path}{_known(file)}" for file in parts.values())
+        raise CheckpointError(f"{told}, in {base.path} ({base.config.variant.name}): {error}") from None
     if config.variant != base.config.variant:
         config = replace(config, variant_name=None)
     own = {part: file.quantization(config) for part, file in parts.items()}
@@ -73,3 +74,7 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
     if "transformer" in parts and config.variant.licence != base.config.variant.licence:
         info["licence"] = config.variant.licence
     return Mixed(base, parts, config, quantization, info)
+
+
+def _known(file: PartFile) -> str:
+    return f" (of FLUX.2 [klein] {' or '.join(file.variants)})" if file.variants else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_mlx.checkpoint import CONFIG_CLASSES, CONFIG_FILE, expected, open_checkpoint, packed_dtypes
-from klein_mlx.config import ModelConfig
+from klein_mlx.config import VARIANTS, ModelConfig
 from klein_mlx.convert.dialects import DIFFUSERS, MFLUX, OURS, Found, canonical, find_parts, stranger, their_name
 from klein_mlx.convert.encodings import decode
 from klein_mlx.convert.files import open_tensors
@@ -45,6 +45,14 @@ class PartFile:
     def format(self) -> str:
         """In words: whose names, in which kind of file."""
         return f"{self.found.dialect} names, {self.tensors.kind}"
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants that a transformer of these sizes fits; of another part, none."""
+        if self.part != "transformer":
+            return []
+        c = self.config
+        return [v.name for v in VARIANTS if v.dimensions == (c.hidden_size, c.num_layers, c.num_single_layers)]
 
     @cached_property
     def quantized_layers(self) -> dict[str, tuple[int, int, bool]]:

@@ -15,13 +15,14 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
-from klein_mlx.weights import Weight, is_finite, load_now, one_line
+from klein_mlx.weights import BROKEN, ZEROS, Weight, condition, load_now, one_line
 
 MAX_SHARD_BYTES = 4 * 10**9
 _CHUNK = 16 << 20
 _NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32", mx.uint8: "U8", mx.int64: "I64"}
 
 Advance = Callable[[int], None]  # told how many bytes were just written
+Warn = Callable[[str], None]  # told a line about what is odd, but no fault
 
 
 def write_weights(
@@ -29,27 +30,28 @@ def write_weights(
     stem: str,
     weights: dict[str, Weight],
     advance: Advance,
-    finite: dict[str, mx.array] | None = None,
+    originals: dict[str, mx.array] | None = None,
+    warn: Warn = lambda line: None,
 ) -> dict[str, str]:
     """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json` above MAX_SHARD_BYTES.
 
     weights: lazy arrays; EMPTIED as they are written, so that each is freed. All files are flushed to the disk.
-    finite: of what is quantised, whether the original is free of NaN and infinity, lazily; EMPTIED as well. What is
-    written is looked through here. A CheckpointError names a weight that holds one.
+    originals: of what is quantised, the original's `condition`, lazily; EMPTIED as well. What is written is looked
+    through here. A CheckpointError names a weight that holds NaN or infinity; a matrix of zeros is warned of.
     Returns the files' names with their sha256.
     """
-    finite = {} if finite is None else finite
+    originals = {} if originals is None else originals
     digests: dict[str, str] = {}
     shards = _split(weights, MAX_SHARD_BYTES)
     if len(shards) == 1:
         name = f"{stem}.safetensors"
-        return {name: _write_file(folder / name, shards[0], weights, advance, finite)}
+        return {name: _write_file(folder / name, shards[0], weights, advance, originals, warn)}
     total = sum(array.nbytes for array in weights.values())
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, path.name)
-        digests[path.name] = _write_file(path, names, weights, advance, finite)
+        digests[path.name] = _write_file(path, names, weights, advance, originals, warn)
     index = folder / f"{stem}.safetensors.index.json"
     write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return {**digests, index.name: digest_file(index)}
@@ -94,7 +96,12 @@ def _split(weights: dict[str, Weight], max_bytes: int) -> list[list[str]]:
 
 
 def _write_file(
-    path: Path, names: list[str], weights: dict[str, Weight], advance: Advance, finite: dict[str, mx.array]
+    path: Path,
+    names: list[str],
+    weights: dict[str, Weight],
+    advance: Advance,
+    originals: dict[str, mx.array],
+    warn: Warn,
 ) -> str:
     """Header first, from shapes and dtypes that lazy arrays know; then each tensor's bytes. Returns the sha256."""
     # What is no multiple of 8 bytes comes last, wider dtypes first: so every tensor is aligned, without holes.
@@ -114,7 +121,7 @@ def _write_file(
         digest = hashlib.sha256(start)
         file.write(start)
         for name in names:
-            _write_array(file, name, weights.pop(name), advance, digest, finite.pop(_weight_of(name), None))
+            _write_array(file, name, weights.pop(name), advance, digest, originals.pop(_weight_of(name), None), warn)
             mx.clear_cache()
         flush(file)
     return digest.hexdigest()
@@ -126,21 +133,23 @@ def _weight_of(name: str) -> str:
 
 
 def _write_array(
-    file: BinaryIO, name: str, weight: Weight, advance: Advance, digest: Any, original: mx.array | None
+    file: BinaryIO, name: str, weight: Weight, advance: Advance, digest: Any, original: mx.array | None, warn: Warn
 ) -> None:
-    """original: whether what the weight was quantised from is finite; the weight itself is looked at here."""
+    """original: the condition of what the weight was quantised from; that of the weight itself is looked at here."""
     if weight.size == 0:
         return
     array = mx.contiguous(load_now(weight))
-    checks = [is_finite(array), *([] if original is None else [original])]
+    found = [condition(array), *([] if original is None else [original])]
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)  # Python's buffers have no bfloat16
     try:
-        mx.eval(array, *checks)
+        mx.eval(array, *found)
     except RuntimeError as error:
         raise CheckpointError(f"{name}: cannot be read from the source ({one_line(error)})") from None
-    if not all(check.item() for check in checks):
+    if any(each.item() == BROKEN for each in found):
         raise CheckpointError(f"{_weight_of(name)}: holds NaN or infinity: the source is damaged; get it again")
+    if found[-1].item() == ZEROS and len(weight.shape) > 1 and not name.endswith((".scales", ".biases")):
+        warn(f"{_weight_of(name)} is all zeros: is the source whole?")
     data = memoryview(array).cast("B")  # type: ignore[arg-type]
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]

@@ -134,7 +134,11 @@ def is_quantized_path(part: str, name: str) -> bool:
 
 
 def check_shapes(part: str, shapes: Mapping[str, tuple[int, ...]], quantization: Quantization) -> None:
-    """A CheckpointError if some quantised layer's input width is not a multiple of the group size."""
+    """A CheckpointError if some quantised layer's input width is not a multiple of the group size, or if a layer that
+    is named is not there."""
+    for path in quantization.layers or ():
+        if f"{path}.weight" not in shapes:
+            raise CheckpointError(f"{part}: the quantized layers hold {path!r:.100}, which the {part} does not have")
     for name, shape in shapes.items():
         own = quantization.of(part, name) if name.endswith(".weight") else None
         if own and shape[-1] % own.group_size:

@@ -58,12 +58,23 @@ def load_now(weight: Weight) -> mx.array:
 _EXPONENTS = {mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00), mx.float32: (mx.uint32, 0x7F800000)}
 
 
+ZEROS, SOUND, BROKEN = 0, 1, 3
+
+
+def condition(array: mx.array) -> mx.array:
+    """A lazy integer: ZEROS if all numbers are (or too small to be normal), BROKEN if one is NaN or infinite, else
+    SOUND. Integers are sound, and so is an array without numbers.
+    """
+    if array.dtype not in _EXPONENTS or not array.size:
+        return mx.array(SOUND)
+    bits, exponent = _EXPONENTS[array.dtype]
+    largest = (mx.contiguous(array).view(bits) & exponent).max()
+    return (largest > 0).astype(mx.int32) + 2 * (largest == exponent).astype(mx.int32)
+
+
 def is_finite(array: mx.array) -> mx.array:
     """Whether no number is NaN or infinite, as a lazy bool; True for integers."""
-    if array.dtype not in _EXPONENTS or not array.size:
-        return mx.array(True)
-    bits, exponent = _EXPONENTS[array.dtype]
-    return (mx.contiguous(array).view(bits) & exponent).max() != exponent
+    return condition(array) != BROKEN
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             return {name: Entry(str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         reason = _shortfall(path) or _usual_mistake(path) or f"is damaged: {one_line(error)}"
-        raise CheckpointError(f"{path}: {reason}") from None
+    except MemoryError:  # a limit on the process, rather than the machine's memory: the file is only mapped
+        reason = f"cannot be mapped: it has {path.stat().st_size / 1e9:.2f} GB, more than this process may address"
+    raise CheckpointError(f"{path}: {reason}") from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -136,7 +149,7 @@ def _shortfall(path: Path) -> str | None:
             lacking = 8 + length + end - size
         except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
             return None
-    return f"is {lacking} bytes short: an incomplete download or copy" if lacking > 0 else None
+    return f"is {lacking} bytes short: an incomplete download or copy; get it again" if lacking > 0 else None
 
 
 def _usual_mistake(path: Path) -> str | None:
@@ -150,8 +163,12 @@ def _usual_mistake(path: Path) -> str | None:
         return "is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
     if start.lstrip()[:1] == b"<":
         return "is a web page saved under this name, not the weights: download it again"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "is a PyTorch pickle, which can run code when opened; klein_mlx reads safetensors only"
+    if start.startswith(b"SQLite format 3"):
+        return (
+            "is an SQLite file (Draw Things keeps its models so), which klein_mlx does not read: take the safetensors"
+        )
     if start.startswith(b"GGUF"):
         return "is a GGUF file, not safetensors"
     length = int.from_bytes(start[:8], "little")
@@ -245,6 +262,8 @@ def _read_shards(index: Path) -> dict[Path, dict[str, Entry]]:
                 f"{index}: names the shard {name!r}; it must be a .safetensors file in its own folder"
             )
     shards = {index.parent / name: {} for name in sorted(set(weight_map.values()))}
+    for path in shards:
+        require_file(path)
     for path in shards:
         shards[path] = read_header(path)
         promised = {tensor for tensor, name in weight_map.items() if name == path.name}

@@ -87,7 +87,7 @@ def test_a_sound_file_may_begin_as_a_pickle_or_a_web_page_does(tmp_path: Path, l
     assert path.read_bytes()[0] in b"\x80 <"
     assert read_header(path)["a"].shape == (2,)
     os.truncate(path, path.stat().st_size - 3)
-    assert refusal(lambda: read_header(path)).endswith("is 3 bytes short: an incomplete download or copy")
+    assert refusal(lambda: read_header(path)).endswith("is 3 bytes short: an incomplete download or copy; get it again")
 
 
 @pytest.mark.parametrize("name", BROKEN)
