@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from klein_mlx.checkpoint import CONFIG_FILE
@@ -61,38 +61,57 @@ def require_space(parent: Path, needed: int) -> None:
 def workspace(target: Path) -> Iterator[Path]:
     """An empty folder beside the target, ours alone; afterwards gone, unless it was renamed."""
     folder = target.with_name(f".{target.name}{UNFINISHED}")
-    busy = CheckpointError(f"{target}: another conversion is writing it")
-    folder.mkdir(exist_ok=True)
-    foreign = CheckpointError(f"{folder}: is in the way, and no conversion of ours made it; remove it first")
+    handle, others = None, False
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise busy from None
-    except OSError:  # a link, which may lead anywhere
-        raise foreign from None
-    try:
+        folder.mkdir(exist_ok=True)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            pass  # a file system without locks: the rename still lets only a complete folder appear
-        if not _is_same(handle, folder):  # the other run has just renamed it
-            raise busy
+            handle = _lock(folder, target)
+        except CheckpointError:
+            others = True
+            raise
         if any(folder.iterdir()) and not (folder / OURS).exists():
-            raise foreign
+            raise _foreign(folder)
         (folder / OURS).touch()
         for left in folder.iterdir():  # by a conversion that was killed
             if left.name == OURS:
                 continue
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        try:
-            yield folder
-        finally:
-            if _is_same(handle, folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        yield folder
     finally:
+        if handle is not None and _is_same(handle, folder) and (folder / OURS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not others:  # interrupted before anything was in it; a folder with files stays
+            with suppress(OSError):
+                folder.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path, target: Path) -> int:
+    """A handle of the folder, locked for this process. Raises CheckpointError if another has it, or if it is a link."""
+    busy = CheckpointError(f"{target}: another conversion is writing it")
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise busy from None
+    except OSError:  # a link, which may lead anywhere
+        raise _foreign(folder) from None
+    try:
+        with suppress(OSError):  # of a file system without locks: still only a complete folder appears, by its renaming
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy from None
+        if not _is_same(handle, folder):  # the other run has just renamed it
+            raise busy
+    except BaseException:
         os.close(handle)
+        raise
+    return handle
+
+
+def _foreign(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: is in the way, and no conversion of ours made it; remove it first")
 
 
 def _is_same(handle: int, folder: Path) -> bool:

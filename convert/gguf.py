@@ -29,6 +29,7 @@ _MAX_COUNT = 1 << 16  # tensors, and keys
 _MAX_ITEMS = 1 << 21  # strings in arrays, all together: a tokenizer has 300 000
 _MAX_NAME = 1 << 16
 _MAX_DIMS = 4
+_MAX_AXIS = (1 << 31) - 1  # MLX's
 _DECODED_AT_ONCE = 1 << 22  # weights; gguf-py needs some 20 bytes for each
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -172,13 +173,15 @@ def _claim(walk: _Walk) -> tuple[str, Type, tuple[int, ...], int, int]:
     if dims > _MAX_DIMS:
         raise ValueError(f"{name[:80]} has {dims} axes")
     shape = tuple(walk.take("Q") for _ in range(dims))[::-1]
+    if max(shape, default=0) > _MAX_AXIS:
+        raise ValueError(f"{name[:80]} has the shape {shape}")
     number, offset = walk.take("I"), walk.take("Q")
     if number not in TYPES:
         known = ", ".join(kind.name for kind in TYPES.values())
         raise ValueError(f"{name[:80]} has the type {number}, which klein_mlx does not read (it reads {known})")
     kind = TYPES[number]
-    if shape and shape[-1] % kind.block:
-        raise ValueError(f"{name[:80]} has rows of {shape[-1]}, in blocks of {kind.block}")
+    if (*shape, 1)[dims - 1] % kind.block:  # a single number is a row of one
+        raise ValueError(f"{name[:80]} has rows of {(*shape, 1)[dims - 1]}, in blocks of {kind.block}")
     return name, kind, shape, offset, math.prod(shape) // kind.block * kind.size
 
 
@@ -265,7 +268,8 @@ def _decode(path: Path, block: Block, data: Any, dtype: mx.Dtype) -> mx.array:
     step = _DECODED_AT_ONCE // block.type.block * block.type.size
     pieces = []
     for start in range(0, len(data), step):
-        piece = mx.array(decode(data[start : start + step], block.type.name).reshape(-1)).astype(dtype)
+        with np.errstate(all="ignore"):  # a scale may be NaN or infinite: told where weights are looked through
+            piece = mx.array(decode(data[start : start + step], block.type.name).reshape(-1)).astype(dtype)
         mx.eval(piece)
         pieces.append(piece)
     return mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]

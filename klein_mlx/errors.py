@@ -6,9 +6,20 @@ it after `error:` and exits with 2; a library user catches `KleinError`. Anythin
 
 from collections.abc import Iterable
 
+_LONGEST = 1000
+
 
 class KleinError(Exception):
-    """The parent of every error that a user can cause or mend."""
+    """The parent of every error that a user can cause or mend.
+
+    Its text is one printable line whatever names and values it quotes: a file may hold any bytes, and a terminal obeys
+    some of them.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().split())
+        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+        return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 class RequestError(KleinError):

@@ -92,10 +92,9 @@ def quantise(folder: Path) -> float:
     import mlx.core as mx
 
     from klein_mlx.convert import open_model
-    from klein_mlx.quantize import QUANTIZED_PARTS, parse
+    from klein_mlx.quantize import QUANTIZED_PARTS, Quantization
 
-    quantization, taken = parse("4"), 0.0
-    assert quantization
+    quantization, taken = Quantization(4), 0.0
     source = open_model(folder)
     for part in QUANTIZED_PARTS:
         weights = source.weights(part)
@@ -114,7 +113,9 @@ def quantise(folder: Path) -> float:
 def forget(folder: Path) -> None:
     """Drop a folder's files from the page cache."""
     advise = getattr(os, "posix_fadvise", None)
-    for path in folder.rglob("*.safetensors") if advise else ():
+    if advise is None:
+        return
+    for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

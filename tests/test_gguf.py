@@ -232,7 +232,15 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "an unknown kind of key": (lambda: crafted(keys=[key("k", 77, b"")]), "the unknown type 77"),
     "a key twice": (lambda: crafted(keys=[key("k", 0, b"1")] * 2), "the key k stands there twice"),
     "2^31 axes": (lambda: crafted(tensors=[text("a") + struct.pack("<I", 1 << 31)]), "a has 2147483648 axes"),
-    "2^64 numbers": (lambda: crafted(tensors=[tensor(shape=(1 << 33, 1 << 33))]), "lies outside of the file"),
+    "2^64 numbers": (
+        lambda: crafted(tensors=[tensor(shape=(1 << 31, 1 << 33))]),
+        "a has the shape (8589934592, 2147483648)",
+    ),
+    "2^60 numbers": (lambda: crafted(tensors=[tensor(shape=(1 << 30, 1 << 30))]), "lies outside of the file"),
+    "an empty row of 2^55": (
+        lambda: crafted(tensors=[tensor(shape=(1 << 55, 0))]),
+        "a has the shape (0, 36028797018963968)",
+    ),
     "an offset past the end": (lambda: crafted(tensors=[tensor(offset=1 << 40)]), "lies outside of the file"),
     "an odd offset": (lambda: crafted(tensors=[tensor(offset=1)]), "lies outside of the file"),
     "overlap": (lambda: crafted(tensors=[tensor(shape=(12,)), tensor("b", offset=32)]), "a overlaps its neighbour"),
@@ -241,6 +249,7 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "alignment 3": (lambda: crafted(keys=[key("general.alignment", 4, b"\3\0\0\0")]), "its alignment is 3"),
     "a type unknown": (lambda: crafted(tensors=[tensor(kind=39)]), "a has the type 39, which klein_mlx does not read"),
     "half a block": (lambda: crafted(tensors=[tensor(shape=(8,), kind=12)]), "rows of 8, in blocks of 256"),
+    "a block in a single number": (lambda: crafted(tensors=[tensor(shape=(), kind=8)]), "rows of 1, in blocks of 32"),
     "cut short": (lambda: crafted()[:-40], "an incomplete download or copy"),
     "only a magic": (lambda: b"GGUF", "past the end"),
 }
