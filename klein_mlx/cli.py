@@ -49,6 +49,11 @@ MODELS_EXAMPLES = """examples:
   klein-mlx models rm black-forest-labs/FLUX.2-klein-4B
   klein-mlx info "$(klein-mlx models path 4b)"
 """
+COMPLETION_EXAMPLES = """examples:
+  klein-mlx completion zsh > ~/.zsh/completions/_klein-mlx     (a folder of $fpath)
+  source <(klein-mlx completion bash)
+  klein-mlx completion fish > ~/.config/fish/completions/klein-mlx.fish
+"""
 
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.generate", GENERATE_EXAMPLES),
@@ -56,6 +61,7 @@ COMMANDS = {
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.benchmark", BENCH_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command", INFO_EXAMPLES),
+    "completion": Command("a script that completes options in a shell", "klein_mlx.completion", COMPLETION_EXAMPLES),
 }
 
 

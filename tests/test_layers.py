@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the top. A name stands for klein_mlx.<name>; "convert" for everything in that folder.
 ROWS = [
-    {"convert.__main__"},
+    {"convert.__main__", "completion"},
     {"cli"},
     {"generate", "repl", "benchmark", "convert.command", "convert.info_command", "models"},
     {"naming", "progress", "viewing", "asked", "measuring", "peers"},
@@ -40,7 +40,7 @@ ROWS = [
         "linear",
         "rounding",
     },
-    {"aliases", "places", "terminal", "config", "errors", "request", "edits", "checks", "arguments", "given"},
+    {"aliases", "places", "shells", "terminal", "config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
 PURE = {"text_encoder", "transformer", "vae"}  # arrays and their config: no paths, no pictures
 SAME_ROW = {  # allowed within a row, because it goes one way only
