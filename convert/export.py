@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from klein_mlx.checkpoint import Source
 from klein_mlx.config import PARTS, ModelConfig, default_taps
+from klein_mlx.convert.behind import Counter
 from klein_mlx.convert.destination import checked_destination, publish, require_space, workspace, write_failure
 from klein_mlx.convert.diffusers import INDEX_FILE, STEMS, TOKENIZER_FILE, open_diffusers
 from klein_mlx.convert.keys import diffusers_name
@@ -51,19 +52,12 @@ def export_diffusers(
     parts = {part: _their_weights(source, part) for part in PARTS}
     total = sum(array.nbytes for weights in parts.values() for array in weights.values())
     require_space(target.parent, total + _MARGIN)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
+    counter = Counter(total, progress)
     try:
         with workspace(target) as folder:
             for part in PARTS:
                 (folder / part).mkdir()
-                write_weights(folder / part, STEMS[part], parts.pop(part), advance)
+                write_weights(folder / part, STEMS[part], parts.pop(part), counter)
                 write_json(folder / part / "config.json", _config(source.config, part))
             _write_rest(folder, source)
             finished = open_diffusers(folder)

@@ -21,10 +21,11 @@ from klein_mlx.checkpoint import (
     open_checkpoint,
 )
 from klein_mlx.config import PARTS, TINY, ModelConfig
+from klein_mlx.convert.behind import Counter, Hashing
 from klein_mlx.convert.card import write_card
 from klein_mlx.convert.destination import checked_destination, publish, require_space, workspace, write_failure
 from klein_mlx.convert.detect import open_model
-from klein_mlx.convert.writer import Advance, Warn, digest_file, flush, write_json, write_weights
+from klein_mlx.convert.writer import Warn, flush, write_json, write_weights
 from klein_mlx.errors import CheckpointError
 from klein_mlx.quantize import Quantization, quantize_weights
 from klein_mlx.weights import Weight, condition, load_now, read_json
@@ -86,7 +87,7 @@ def convert_checkpoint(
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
     progress: called with (bytes done, bytes in all), hashing the source and writing the result counted alike.
     warn: called with a line about what is odd, but no fault: a matrix of zeros.
-    At most one tensor and its quantised form are in memory at a time. Returns the destination.
+    At most two tensors and their quantised forms are in memory at a time. Returns the destination.
     Raises CheckpointError, and leaves nothing behind, if anything is wrong; NaN or infinity in a weight is.
     """
     if not hasattr(source, "weights"):
@@ -98,14 +99,15 @@ def convert_checkpoint(
         )
     target, parts, quantization, written = _prepare(model, destination, quantize, force)
     sources = model.files()
-    advance = _counter(progress, written + sum(path.stat().st_size for path in sources))
+    counter = Counter(written + sum(path.stat().st_size for path in sources), progress)
     try:
-        with workspace(target) as folder:
-            digests = {_told_name(path, model.path): digest_file(path, advance) for path in sources}
+        with workspace(target) as folder, Hashing(sources, counter) as hashing:
             stored: dict[str, str] = {}
             for part in PARTS:
                 weights, originals = parts.pop(part)
-                stored |= write_weights(folder, part, weights, advance, originals, warn)
+                stored |= write_weights(folder, part, weights, counter, originals, warn)
+            digests = {_told_name(path, model.path): digest for path, digest in hashing.digests().items()}
+            counter.tell()
             stored[TOKENIZER_FILE] = _copy(model.tokenizer_file, folder / TOKENIZER_FILE)
             settings = {**_settings(model, quantization, variant, digests), "sha256": stored}
             write_json(folder / CONFIG_FILE, settings)
@@ -210,18 +212,6 @@ def _origin(source: Source) -> dict[str, Any]:
 
 
 # ---- bytes ----
-
-
-def _counter(progress: Progress | None, total: int) -> Advance:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
-    return advance
 
 
 def _copy(source: Path, destination: Path) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from klein_mlx.config import ModelConfig
+from klein_mlx.convert.behind import digest_file
 from klein_mlx.convert.dialects import THIRDS, find_parts
 from klein_mlx.convert.lora_base import Base, foreign_base, shapes_of, tell_base, tell_encoder
 from klein_mlx.convert.lora_factors import Group, check_group, make_changes, rank_of, weight_shape
 from klein_mlx.convert.lora_keys import Place, find_module, read_key, refused_kind
 from klein_mlx.convert.lora_metadata import Strengths, read_strengths
-from klein_mlx.convert.writer import digest_file
 from klein_mlx.errors import CheckpointError
 from klein_mlx.lora import Change, Lora
 from klein_mlx.weights import Entry, WeightFiles, is_finite, read_header, read_metadata

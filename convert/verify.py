@@ -1,8 +1,8 @@
 """Whether a checkpoint's files are still what was written: each sha256 against klein.json's record."""
 
 from klein_mlx.checkpoint import CONFIG_FILE, Checkpoint, Source
+from klein_mlx.convert.behind import digest_file
 from klein_mlx.convert.part import PartFile
-from klein_mlx.convert.writer import digest_file
 from klein_mlx.errors import CheckpointError
 from klein_mlx.weights import read_json
 

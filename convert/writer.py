@@ -1,27 +1,25 @@
-"""Weights -> safetensors files, as a stream: one tensor is evaluated, written and dropped at a time.
+"""Weights -> safetensors files, as a stream: one tensor is evaluated while the one before is written and dropped.
 
 MLX's own writer needs all of a file's tensors in memory, and leaves a truncated file behind when the disk is full.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlx.core as mx
 
+from klein_mlx.convert.behind import Counter, Writing, digest_file
 from klein_mlx.errors import CheckpointError
 from klein_mlx.weights import BROKEN, ZEROS, Weight, condition, load_now, one_line
 
 MAX_SHARD_BYTES = 4 * 10**9
-_CHUNK = 16 << 20
 _NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32", mx.uint8: "U8", mx.int64: "I64"}
 
-Advance = Callable[[int], None]  # told how many bytes were just written
 Warn = Callable[[str], None]  # told a line about what is odd, but no fault
 
 
@@ -29,7 +27,7 @@ def write_weights(
     folder: Path,
     stem: str,
     weights: dict[str, Weight],
-    advance: Advance,
+    counter: Counter,
     originals: dict[str, mx.array] | None = None,
     warn: Warn = lambda line: None,
 ) -> dict[str, str]:
@@ -38,6 +36,7 @@ def write_weights(
     weights: lazy arrays; EMPTIED as they are written, so that each is freed. All files are flushed to the disk.
     originals: of what is quantised, the original's `condition`, lazily; EMPTIED as well. What is written is looked
     through here. A CheckpointError names a weight that holds NaN or infinity; a matrix of zeros is warned of.
+    counter: told of every byte of the weights, from the thread that writes them.
     Returns the files' names with their sha256.
     """
     originals = {} if originals is None else originals
@@ -45,13 +44,13 @@ def write_weights(
     shards = _split(weights, MAX_SHARD_BYTES)
     if len(shards) == 1:
         name = f"{stem}.safetensors"
-        return {name: _write_file(folder / name, shards[0], weights, advance, originals, warn)}
+        return {name: _write_file(folder / name, shards[0], weights, counter, originals, warn)}
     total = sum(array.nbytes for array in weights.values())
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, path.name)
-        digests[path.name] = _write_file(path, names, weights, advance, originals, warn)
+        digests[path.name] = _write_file(path, names, weights, counter, originals, warn)
     index = folder / f"{stem}.safetensors.index.json"
     write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return {**digests, index.name: digest_file(index)}
@@ -99,7 +98,7 @@ def _write_file(
     path: Path,
     names: list[str],
     weights: dict[str, Weight],
-    advance: Advance,
+    counter: Counter,
     originals: dict[str, mx.array],
     warn: Warn,
 ) -> str:
@@ -116,15 +115,17 @@ def _write_file(
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        start = len(text).to_bytes(8, "little") + text
-        digest = hashlib.sha256(start)
-        file.write(start)
+    with path.open("wb") as file, Writing(file, counter) as writing:
+        writing.put(len(text).to_bytes(8, "little") + text, counted=False)
         for name in names:
-            _write_array(file, name, weights.pop(name), advance, digest, originals.pop(_weight_of(name), None), warn)
+            array = _made(name, weights.pop(name), originals.pop(_weight_of(name), None), warn)
+            if array is not None:
+                writing.put(memoryview(array).cast("B"))  # type: ignore[arg-type]
+            del array
             mx.clear_cache()
+        digest = writing.finish()
         flush(file)
-    return digest.hexdigest()
+    return digest
 
 
 def _weight_of(name: str) -> str:
@@ -132,16 +133,17 @@ def _weight_of(name: str) -> str:
     return re.sub(r"\.(scales|biases)$", ".weight", name)
 
 
-def _write_array(
-    file: BinaryIO, name: str, weight: Weight, advance: Advance, digest: Any, original: mx.array | None, warn: Warn
-) -> None:
-    """original: the condition of what the weight was quantised from; that of the weight itself is looked at here."""
+def _made(name: str, weight: Weight, original: mx.array | None, warn: Warn) -> mx.array | None:
+    """A weight, evaluated, in a dtype that Python's buffers have; None if it has no numbers.
+
+    original: the condition of what it was quantised from; that of the weight itself is looked at here.
+    """
     if weight.size == 0:
-        return
+        return None
     array = mx.contiguous(load_now(weight))
     found = [condition(array), *([] if original is None else [original])]
     if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)  # Python's buffers have no bfloat16
+        array = array.view(mx.uint16)
     try:
         mx.eval(array, *found)
     except RuntimeError as error:
@@ -150,22 +152,4 @@ def _write_array(
         raise CheckpointError(f"{_weight_of(name)}: holds NaN or infinity: the source is damaged; get it again")
     if found[-1].item() == ZEROS and len(weight.shape) > 1 and not name.endswith((".scales", ".biases")):
         warn(f"{_weight_of(name)} is all zeros: is the source whole?")
-    data = memoryview(array).cast("B")  # type: ignore[arg-type]
-    for start in range(0, len(data), _CHUNK):
-        chunk = data[start : start + _CHUNK]
-        digest.update(chunk)
-        file.write(chunk)
-        advance(len(chunk))
-
-
-def digest_file(path: Path, advance: Advance = lambda count: None) -> str:
-    """A file's sha256, in hexadecimal. Raises CheckpointError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                advance(len(chunk))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
+    return array

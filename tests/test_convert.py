@@ -27,6 +27,7 @@ from klein_mlx.checkpoint import expected
 from klein_mlx.config import PARTS
 from klein_mlx.convert import convert_checkpoint, open_model, writer
 from klein_mlx.convert.__main__ import main
+from klein_mlx.convert.behind import Counter
 from klein_mlx.convert.keys import CONV, HALVES, POINTWISE, SAME, TABLES, diffusers_name, is_left_out
 from klein_mlx.convert.layouts import their_shape, to_ours, to_theirs
 from klein_mlx.errors import CheckpointError
@@ -153,7 +154,7 @@ def test_what_is_written_is_sound_safetensors(tmp_path: Path) -> None:
 def test_every_tensor_is_aligned_whatever_its_size(tmp_path: Path) -> None:
     weights = {"a": mx.ones(3, mx.bfloat16), "b": mx.ones(2), "c": mx.ones((1, 5), mx.float16), "d": mx.array(1.0)}
     weights |= {"e": mx.ones(8, mx.uint32), "f": mx.ones((0, 4)), "g": mx.ones(1, mx.bfloat16)}
-    writer.write_weights(tmp_path, "x", dict(weights), lambda count: None)
+    writer.write_weights(tmp_path, "x", dict(weights), Counter())
     content = (tmp_path / "x.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     for name, array in weights.items():

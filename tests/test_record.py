@@ -136,11 +136,9 @@ def test_a_record_that_is_no_record_is_told(tmp_path: Path) -> None:
 def test_verifying_finds_what_was_not_written_as_it_was_read(tmp_path: Path, monkeypatch: Any) -> None:
     from klein_mlx.convert import writer
 
-    honest = writer._write_array
+    honest = writer._made
     monkeypatch.setattr(
-        writer,
-        "_write_array",
-        lambda file, name, weight, *rest: honest(file, name, mx.zeros(weight.shape, weight.dtype), *rest),
+        writer, "_made", lambda name, weight, *rest: honest(name, mx.zeros(weight.shape, weight.dtype), *rest)
     )
     told = refusal(lambda: convert_checkpoint(GOLDEN, tmp_path / "ours", verify=True))
     assert "was not written as it was read" in told
