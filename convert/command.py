@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from klein_mlx.bit_options import add_bit_arguments, asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
+from klein_mlx.terminal import has_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr with bytes, rate and time left, where stderr is a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not has_bar(sys.stderr):
         yield None
         return
     from tqdm import tqdm

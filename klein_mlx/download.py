@@ -12,6 +12,7 @@ from klein_mlx.aliases import ALIASES, resolve
 from klein_mlx.config import PARTS, VARIANTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.places import own_model
+from klein_mlx.terminal import has_bar
 
 if TYPE_CHECKING:
     from klein_mlx.hub import Plan
@@ -78,7 +79,7 @@ def bring(
     plan = plan_download(hub_id, revision=revision, patterns=patterns)
     if not plan.missing:
         return
-    plan.check_space()
+    plan.check_disk()
     asked = sys.stdin.isatty() and sys.stderr.isatty()
     if not yes and not asked:
         raise RequestError(
@@ -124,7 +125,7 @@ def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], 
     from tqdm import tqdm
 
     options = {"unit": "B", "unit_scale": True, "desc": plan.hub_id.split("/")[-1], "leave": False}
-    hidden = quiet or not sys.stderr.isatty()
+    hidden = quiet or not has_bar(sys.stderr)
     with tqdm(total=plan.bytes, file=sys.stderr, disable=hidden, dynamic_ncols=True, **options) as bar:
 
         def show(done: int) -> None:
@@ -144,6 +145,6 @@ def _gb(size: float) -> str:
 
 
 def _host() -> str:
-    from huggingface_hub import constants
+    from klein_mlx.hub import endpoint
 
-    return constants.ENDPOINT
+    return endpoint()

@@ -6,8 +6,10 @@ imported when it is first needed.
 
 import errno
 import logging
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +118,18 @@ class Plan:
         """What is still to come."""
         return sum(self.sizes[name] for name in self.missing)
 
-    def check_space(self) -> None:
-        """CheckpointError if the disk is too small; `huggingface_hub` itself would only warn."""
+    def check_disk(self) -> None:
+        """CheckpointError if the folder cannot be written to, or its disk is too small; `huggingface_hub` itself would
+        tell the one late, and only warn of the other."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.hub_id}: {self.folder} is not writable for you ({error.strerror}); set HF_HOME to a folder of "
+                "your own"
+            ) from None
         if self.bytes + MARGIN > self.free:
             raise CheckpointError(
                 f"{self.hub_id}: {(self.bytes + MARGIN) / 1e9:.1f} GB are needed in {self.folder}, and "
@@ -234,9 +246,16 @@ def _disk_reason(cause: BaseException) -> str | None:
     code = cause.errno if isinstance(cause, OSError) else None
     if code == errno.ENOSPC:
         return f"the disk of {cache_folder()} is full; free some space, or set HF_HOME to a larger disk"
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"{cache_folder()} is not writable for you; set HF_HOME to a folder of your own"
     return None
+
+
+def endpoint() -> str:
+    """The Hub's address (HF_ENDPOINT)."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
 
 
 def _network_reason(cause: BaseException, text: str) -> str:
@@ -248,7 +267,11 @@ def _network_reason(cause: BaseException, text: str) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return "the connection is not what it says (TLS certificate): check the clock, the proxy, SSL_CERT_FILE"
     if kinds & {"ConnectError", "TimeoutException", "ConnectionError", "ConnectTimeout", "ReadTimeout"}:
-        return f"the Hub was not reached ({told or type(cause).__name__}): check the network, or give a folder"
+        proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
+        also = f" and {proxy}" if proxy else ""
+        return f"the Hub was not reached ({told or type(cause).__name__}): check the network{also}, or give a folder"
+    if kinds & {"UnsupportedProtocol", "InvalidURL"}:
+        return f"HF_ENDPOINT is {endpoint()!r}; it must be a URL, as https://huggingface.co"
     if "Consistency check failed" in text or kinds & {"RemoteProtocolError", "ReadError", "IncompleteRead"}:
         return "the connection broke in the middle of a file: run it again (files that are whole are kept)"
     if kinds & {"JSONDecodeError", "FileMetadataError"} or "X-Repo-Commit" in text:

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from klein_mlx.events import Picture, Run, Step
+from klein_mlx.terminal import has_bar
 
 
 def pictures(run: Run, quiet: bool, view: Callable[[Step | Picture], None] | None = None) -> Iterator[Any]:
@@ -16,7 +17,7 @@ def pictures(run: Run, quiet: bool, view: Callable[[Step | Picture], None] | Non
     """
     total = run.request.steps * len(run.request.pictures)
     told = 0
-    with tqdm(total=total, desc="steps", disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False) as bar:
         for event in run:
             for note in run.notes[told:]:
                 bar.write(note, file=sys.stderr) if not quiet else None

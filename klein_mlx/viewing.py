@@ -14,7 +14,7 @@ _SKETCH_COLUMNS = 24
 def viewer(args: argparse.Namespace, pipe: KleinPipeline) -> View | None:
     """What draws a run's events on stdout; None if nothing is to be shown, or nothing can be: stdout is no terminal,
     or one without pictures and colours."""
-    if not (args.show or args.show_steps) or args.quiet or args.json:
+    if not (args.show or args.show_steps) or args.quiet or args.json or str(args.output) == "-":
         return None
     import os
 

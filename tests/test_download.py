@@ -169,6 +169,21 @@ def test_no_network(served: Hub, tmp_path: Path) -> None:
     assert "owner/name: the Hub was not reached" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT is 'nonsense'; it must be a URL, as https://huggingface.co"),
+        ({"HF_ENDPOINT": "https://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}, "the network and HTTPS_PROXY"),
+        ({"HF_HOME": "/dev/null/x"}, "/dev/null/x/hub is not writable for you; set HF_HOME"),
+        ({"HF_HUB_CACHE": "/dev/null/x"}, "/dev/null/x is not writable for you (Not a directory); set HF_HOME"),
+    ],
+)
+def test_a_wrong_environment(served: Hub, tmp_path: Path, environment: dict[str, str], words: str) -> None:
+    done = klein(served, tmp_path, *ASK, "--yes", **environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert words in done.stderr
+
+
 def test_a_connection_that_breaks_in_the_middle_of_a_file(served: Hub, tmp_path: Path) -> None:
     """The library tries again; what never comes whole is told, and what came whole stays."""
     served.faults.append(("GET /owner/name/resolve/" + COMMIT + "/vae", "drop", {}))
