@@ -2,13 +2,19 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from klein_mlx.bit_options import add_bit_arguments, asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 from klein_mlx.terminal import has_bar
+
+if TYPE_CHECKING:
+    from klein_mlx.bits import Asked
+    from klein_mlx.checkpoint import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
     add("destination", metavar="DESTINATION", help="the folder to make; its parent must exist")
     add_bit_arguments(parser, "quantise the weights (default: keep dtypes)")
+    add("--calibrate", action="store_true", help="choose the codes on a few pictures: closer, in minutes to an hour")
+    add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
         add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
@@ -45,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(
             "--to diffusers writes whole weights; it takes no --quantize, --variant, --verify, --dry-run"
         )
+    prompts = _prompts(args)
     if args.upload and not args.dry_run:
         check_upload(args.upload)
     parts = {part: getattr(args, part) for part in PARTS}
@@ -57,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0
+    if prompts:
+        source = _calibrated(source, asked, prompts, args.quiet)
+        asked = None
     odd: list[str] = []
     with _progress(args.quiet) as show:
         if args.to == "diffusers":
@@ -70,6 +82,40 @@ def run(args: argparse.Namespace) -> int:
     if args.upload:
         print(upload(path, args.upload))
     return 0
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    """What to calibrate on; nothing if that is not asked for."""
+    if not args.calibrate:
+        if args.calibrate_prompts:
+            raise RequestError("--calibrate-prompts needs --calibrate")
+        return ()
+    if asked_bits(args) is None:
+        raise RequestError("--calibrate needs --quantize, as in --quantize mixed-4")
+    if args.calibrate_prompts is None:
+        from klein_mlx.convert.calibrate import PROMPTS
+
+        return PROMPTS
+    try:
+        lines = Path(args.calibrate_prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{args.calibrate_prompts}: cannot be read as text ({error})") from None
+    if not any(line.strip() for line in lines):
+        raise RequestError(f"{args.calibrate_prompts}: holds no prompt; it must have one a line")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _calibrated(source: "Source", asked: "Asked | None", prompts: Sequence[str], quiet: bool) -> "Source":
+    from tqdm import tqdm
+
+    from klein_mlx.bits import settle
+    from klein_mlx.convert.calibrate import calibrate
+
+    layers = sum(len(settings.layers or ()) for settings in settle(asked, source).values())
+    with tqdm(
+        total=layers, desc="calibrating", unit="layer", leave=False, disable=quiet or not sys.stderr.isatty()
+    ) as bar:
+        return calibrate(source, asked, prompts=prompts, done=lambda path: (bar.update(), None)[1])
 
 
 @contextmanager

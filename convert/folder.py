@@ -189,6 +189,7 @@ def _settings(
         "quantization": {part: _by_layer(part, config, q).to_dict() for part, q in stored.items()},
         "licence": TINY.licence if forced else source.info.get("licence", config.variant.licence),
         "made_by": f"klein-mlx {__version__}",
+        **({"calibration": source.info["calibration"]} if "calibration" in source.info else {}),
         "source": {**_origin(source), "sha256": digests},
         "transformer": config.transformer.to_dict(),
         "text_encoder": config.text_encoder.to_dict(),

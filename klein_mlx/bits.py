@@ -20,9 +20,9 @@ WORDS = f"{', '.join(str(b) for b in BITS)}, {', '.join(sorted(FLOAT_MODES))}"
 # blocks read at once, embedders and modulations, costs the picture most per byte.
 PRESETS: dict[str, tuple[tuple[str, str], ...]] = {
     "mixed-4": (
-        ("mod_*", "6"),
-        ("final_mod", "6"),
-        ("txt_in", "6"),
+        ("mod_*", "8"),
+        ("final_mod", "8"),
+        ("txt_in", "8"),
         ("img_in", "8"),
         ("time_in.*", "8"),
         ("final_out", "8"),

@@ -39,6 +39,7 @@ ROWS = [
         "fusion",
         "linear",
         "rounding",
+        "feedback",
     },
     {"aliases", "places", "shells", "terminal", "config", "errors", "request", "edits", "checks", "arguments", "given"},
 ]
@@ -49,6 +50,7 @@ SAME_ROW = {  # allowed within a row, because it goes one way only
     "quantize": {"weights"},
     "bits": {"checkpoint", "quantize"},
     "bit_options": {"bits"},
+    "feedback": {"rounding"},
     "request": {"config", "errors", "edits", "checks"},
     "edits": {"errors", "checks"},
     "checks": {"errors"},

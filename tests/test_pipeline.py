@@ -227,7 +227,7 @@ def test_usable_from_a_thread() -> None:
     [
         ({"dtype": "float8"}, "dtype is 'float8'; it must be one of bfloat16, float32"),
         ({"keep": "most"}, "keep is 'most'; it must be one of all, transformer, nothing"),
-        ({"quantize": 5}, "quantize is 5; it must be 4, 8 or none"),
+        ({"quantize": 7}, "quantize is 7; it must be 3, 4, 5, 6, 8"),
     ],
 )
 def test_options_that_are_refused(arguments: dict[str, Any], message: str) -> None:

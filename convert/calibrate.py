@@ -1,0 +1,194 @@
+"""Codes that know the model: a Source whose weights are quantised on the inputs that they will really have.
+
+A few prompts are run through the unquantised model; then layer after layer is coded, each on what the coded layers
+before it hand on (klein_mlx.feedback), so that it makes up for their errors as well as for its own. The result is in
+MLX's ordinary formats. Needs the unquantised transformer and text encoder in memory, one after the other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from klein_mlx.bits import Quantize, parse, settle
+from klein_mlx.checkpoint import Source, build, load_part
+from klein_mlx.conditioning import all_ids, encode_prompt
+from klein_mlx.config import PARTS, ModelConfig
+from klein_mlx.convert.coding import Coded, code_part
+from klein_mlx.convert.stages import Look, Sample, encoder_stages, transformer_stages
+from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.latents import latents_to_tokens, noise, tokens_to_latents
+from klein_mlx.quantize import Quantization
+from klein_mlx.rows import ReadRows
+from klein_mlx.sampler import Predict, euler_steps, make_sigmas
+from klein_mlx.tokenizer import Tokenizer, Tokens
+from klein_mlx.transformer import Transformer, rope_tables
+from klein_mlx.weights import Deferred, Weight
+
+PROMPTS = (
+    "a red fox in the snow at dawn, photograph",
+    "portrait of an old sailor, oil painting",
+    "a blue square left of a red circle on a green background",
+    "a city street at night with neon signs in the rain",
+    "make it autumn",
+    "a bowl of oranges on a wooden table, soft light from a window",
+    "minimal poster with the word HELLO in bold letters",
+    "a castle on a hill, detailed fantasy illustration, wide shot of the valley with a river and a small village",
+)
+STEPS = 4
+_LEVELS = 64  # noise levels on which the modulations are coded
+_MAX_SIDE = 512
+
+Done = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CalibratedSource:
+    """Another Source with some layers coded already; to whoever reads it, a quantised model."""
+
+    original: Source
+    quantization: Mapping[str, Quantization]
+    coded: Mapping[str, Coded]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.original.path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.original.config
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.original.tokenizer_file
+
+    def weights(self, part: str) -> dict[str, Weight]:
+        weights = dict(self.original.weights(part))
+        for path, arrays in self.coded.get(part, {}).items():
+            del weights[f"{path}.weight"]
+            weights |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
+        return weights
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return None if name.rpartition(".")[0] in self.coded.get(part, {}) else self.original.rows(part, name)
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        return self.original.files(parts)
+
+
+def calibrate(
+    source: Source,
+    quantize: Quantize,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    steps: int = STEPS,
+    seed: int = 0,
+    done: Done = lambda path: None,
+) -> CalibratedSource:
+    """Code the layers that `quantize` names (klein_mlx.bits), on these prompts.
+
+    steps: denoising steps of the calibration's pictures, which have half the model's default sides. done: told each
+    layer's path. Raises RequestError if there is nothing to quantise or no prompt, CheckpointError for stored parts.
+    """
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise RequestError("prompts is empty or holds an empty line; calibration needs at least one prompt")
+    settled = settle(asked := parse(quantize), source)
+    if asked is None:
+        raise RequestError("calibrate needs bits to calibrate for: give quantize as well, as in mixed-4")
+    if source.quantization:
+        stored = " and ".join(source.quantization)
+        raise CheckpointError(f"{source.path}: its {stored} is quantised already; calibration starts from the original")
+    tokenizer = Tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+    tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
+    coded: dict[str, Coded] = {}
+    right, now = _code_encoder(source, tokens, settled.get("text_encoder"), coded, done)
+    if "transformer" in settled:
+        runs = looks(source, right, steps, seed)
+        coded["transformer"] = _code_transformer(source, runs, now, settled["transformer"], done)
+    info = {**source.info, "calibration": {"prompts": len(prompts), "steps": steps, "seed": seed}}
+    return CalibratedSource(source, settled, coded, info)
+
+
+def _code_encoder(
+    source: Source, tokens: Sequence[Tokens], quantization: Quantization | None, coded: dict[str, Coded], done: Done
+) -> tuple[list[mx.array], list[mx.array]]:
+    """The prompts' embeddings as they should be, and as the coded encoder gives them."""
+    whole: Any = load_part("text_encoder", source, mx.float32)
+    right = [encode_prompt(whole, prompt, 0) for prompt in tokens]
+    if quantization is None:
+        return right, right
+    copy: Any = _copy("text_encoder", whole, source.config)
+    samples = [(Sample(prompt), Sample(prompt)) for prompt in tokens]
+    dtype = _dtype(source, "text_encoder")
+    stages = encoder_stages(source.config)
+    coded["text_encoder"] = code_part(whole, copy, stages, samples, quantization, dtype, done)
+    return right, [encode_prompt(copy, prompt, 0) for prompt in tokens]
+
+
+def looks(source: Source, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
+    """Per prompt, the latents that the unquantised model passes through."""
+    transformer: Any = load_part("transformer", source, mx.float32)
+    side = min(source.config.default_size // 2, _MAX_SIDE) // source.config.pixels_per_token
+    runs = []
+    for number, given in enumerate(embeds):
+        latents = noise(mx.random.key(seed + number), side, side, source.config.transformer.in_channels)
+        sigmas = make_sigmas(side * side, steps)
+        rope = _rope(source.config, given.shape[1], side)
+        first = Look(latents, sigmas[0], given, rope)
+        run, walk = [first], euler_steps(predict(transformer, given, first), latents, sigmas)
+        for sigma in sigmas[1:-1]:
+            run.append(replace(first, latents=next(walk), sigma=sigma))
+            mx.eval(run[-1].latents)
+        runs.append(run)
+    return runs
+
+
+def predict(transformer: Transformer, embeds: mx.array, look: Look) -> Predict:
+    """The velocity as a function of latents and sigma, for latents of this look's size."""
+    h, w = look.latents.shape[1:3]
+    txt = transformer.embed_text(embeds)
+
+    def at(latents: mx.array, sigma: float) -> mx.array:
+        modulations = transformer.modulations(sigma, latents.dtype)
+        return tokens_to_latents(transformer(latents_to_tokens(latents), txt, modulations, look.rope, h * w), h, w)
+
+    return at
+
+
+def _code_transformer(
+    source: Source, runs: Sequence[Sequence[Look]], now: Sequence[mx.array], quantization: Quantization, done: Done
+) -> Coded:
+    whole = load_part("transformer", source, mx.float32)
+    copy = _copy("transformer", whole, source.config)
+    samples = [
+        (Sample(look), Sample(replace(look, embeds=embeds)))
+        for run, embeds in zip(runs, now, strict=True)
+        for look in run
+    ]
+    levels = [(index + 0.5) / _LEVELS for index in range(_LEVELS)]
+    stages = transformer_stages(source.config, levels)
+    return code_part(whole, copy, stages, samples, quantization, _dtype(source, "transformer"), done)
+
+
+def _copy(part: str, module: nn.Module, config: ModelConfig) -> nn.Module:
+    """Another module with the same arrays."""
+    copy = build(part, config)
+    copy.load_weights(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+    copy.eval()
+    return copy
+
+
+def _dtype(source: Source, part: str) -> mx.Dtype:
+    """In which a part's matrices are stored."""
+    matrices: list[mx.array | Deferred] = [w for w in source.weights(part).values() if len(w.shape) == 2]
+    return matrices[0].dtype
+
+
+def _rope(config: ModelConfig, length: int, side: int) -> Any:
+    ids = all_ids(length, side, side, None)
+    return rope_tables(ids, config.transformer.axes_dims_rope, config.transformer.rope_theta)
