@@ -36,7 +36,7 @@ class Encodings:
         """Embeddings (1, L, D) of every prompt, evaluated, and the negative prompt's where guidance needs it."""
         request = run.request
         if request.prompt_embeds is not None:
-            given = to_array("prompt_embeds", request.prompt_embeds).astype(self.parts.dtype)
+            given = to_array("prompt_embeds", request.prompt_embeds).astype(self.parts.dtype_of("text_encoder"))
             embeds = [given[i : i + 1] for i in range(given.shape[0])]
         else:
             with run.timed("encode"):
@@ -64,7 +64,8 @@ class Encodings:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
         if key not in self.references:
             vae = self.parts.get("vae", run)
-            _remember(self.references, key, encode_reference(vae, image, self.parts.dtype, run.part_done))
+            latents = encode_reference(vae, image, self.parts.dtype_of("vae"), run.part_done)
+            _remember(self.references, key, latents.astype(self.parts.dtype))
         return self.references[key]
 
 

@@ -116,15 +116,3 @@ def _kind(block: nn.Module) -> Hashable:
 def swiglu(gate: mx.array, value: mx.array) -> mx.array:
     """silu(gate) * value."""
     return gate * mx.sigmoid(gate) * value
-
-
-@fused
-def gated_sum(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
-    """x + gate * branch, in the dtype of x."""
-    return x + gate * branch
-
-
-@fused
-def gated_sum_of_two(x: mx.array, gate: mx.array, first: mx.array, second: mx.array) -> mx.array:
-    """x + gate * (first + second), in the dtype of x."""
-    return x + gate * (first + second)

@@ -22,8 +22,7 @@ from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Transformer
 from klein_mlx.weights import load_now
 
-# No float16: the residual stream reaches 1e5, beyond its range.
-DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 
 
@@ -49,6 +48,11 @@ class Parts:
         for part in PARTS:
             source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
 
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """What a part computes in. Only the transformer is made for float16, with a wider residual stream; the others
+        would leave its range, and take bfloat16 beside it."""
+        return mx.bfloat16 if self.dtype == mx.float16 and name != "transformer" else self.dtype
+
     def get(self, name: str, run: Run) -> Any:
         """A part with its weights in memory, held for this run until it is released; reading it counts as `load`."""
         self._holders[name].add(run)
@@ -58,11 +62,11 @@ class Parts:
         return self.loaded[name]
 
     def _load(self, name: str) -> nn.Module:
-        module = load_part(name, self.source, self.dtype, self.quantization.get(name))
+        module = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
         if isinstance(module, Transformer):
             module.arrange()
         if isinstance(module, TextEncoder):
-            module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype)
+            module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
         try:
             damaged = read_weights(module)
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone

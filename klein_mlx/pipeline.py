@@ -248,6 +248,7 @@ class KleinPipeline:
             seed = None  # no seed made this noise
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None
         with run.timed("decode"):
+            latents = latents.astype(self.parts.dtype_of("vae"))
             image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas, run.part_done)
         if self.sketcher and canvas is None and run.request.output_type == "pil":
             self.sketcher.learn(latents, image)
@@ -255,7 +256,8 @@ class KleinPipeline:
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:
-            image = decode(self.parts.get("vae", run), clean, "pil", canvas, run.part_done)
+            latents = clean.astype(self.parts.dtype_of("vae"))
+            image = decode(self.parts.get("vae", run), latents, "pil", canvas, run.part_done)
             self.parts.release(run, "vae")
             return image
 

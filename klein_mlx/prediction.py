@@ -18,6 +18,7 @@ from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.quantize import Quantization, prepare
 from klein_mlx.text_encoder import TextEncoder
+from klein_mlx.residual import wide
 from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
 from klein_mlx.vae import VAE
 
@@ -107,14 +108,14 @@ def _step(config: ModelConfig, h: int, w: int, dtype: mx.Dtype, quantization: Qu
     transformer.arrange()
     length = config.max_sequence_length
     rope = rope_tables(mx.concatenate([text_ids(length), image_ids(h, w)]), t.axes_dims_rope, t.rope_theta)
-    modulations = _modulations(t.hidden_size, dtype)
+    modulations = _modulations(t.hidden_size, wide(dtype))
     mx.eval(rope, modulations)
 
     def velocity(tokens: mx.array, txt: mx.array) -> mx.array:
         return transformer(tokens, txt, modulations, rope, h * w)
 
     tokens = mx.zeros((passes, h * w, t.in_channels), dtype)
-    return trace(transformer, velocity, tokens, mx.zeros((passes, length, t.hidden_size), dtype))
+    return trace(transformer, velocity, tokens, mx.zeros((passes, length, t.hidden_size), wide(dtype)))
 
 
 def _modulations(hidden: int, dtype: mx.Dtype) -> Modulations:

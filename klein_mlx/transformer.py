@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.fusion import fused, gated_sum, gated_sum_of_two, swiglu
-from klein_mlx.linear import cut, linear, linear_split, linear_terms
+from klein_mlx.fusion import fused
+from klein_mlx.linear import cut, linear, linear_split
+from klein_mlx.residual import add_branch, modulated, wide
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
@@ -175,16 +176,16 @@ class Stream(nn.Module):
 
     def qkv(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array, mx.array]:
         """q, k, v of the modulated stream, each (B, S, heads, head_dim); q and k normalised per head."""
-        x = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
+        x = modulated(x, mod.shift, mod.scale, self.eps, self.norm_q.weight.dtype)
         q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
         mod_attention, mod_mlp = mods
-        x = gated_sum(x, mod_attention.gate, linear(self.to_out, attention))
-        h = linear(self.mlp_in, mx.fast.layer_norm(x, mod_mlp.scale, mod_mlp.shift, self.eps))
-        return gated_sum(x, mod_mlp.gate, linear(self.mlp_out, swiglu(*mx.split(h, 2, axis=-1))))
+        x = add_branch(x, mod_attention.gate, self.to_out, attention)
+        h = linear(self.mlp_in, modulated(x, mod_mlp.shift, mod_mlp.scale, self.eps, attention.dtype))
+        return add_branch(x, mod_mlp.gate, self.mlp_out, None, *mx.split(h, 2, axis=-1))
 
 
 class DoubleBlock(nn.Module):
@@ -229,6 +230,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         hidden, mlp = config.hidden_size, config.mlp_size
         self.hidden, self.mlp, self.head_dim, self.eps = hidden, mlp, config.attention_head_dim, config.eps
+        self.dtype: mx.Dtype | None = None  # what the layers compute in, once `arrange` has taken the norms away
         self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
         self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
         self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
@@ -238,6 +240,7 @@ class SingleBlock(nn.Module):
         """Bring the weights into the layout that is fastest to use: linear_out cut for its two inputs, and norm_qk
         (2, head_dim) float32 in place of the weights of both norms."""
         self.linear_out = cut(self.linear_out, self.hidden)
+        self.dtype = self.norm_q.weight.dtype
         self.norm_qk = self._scale()
         del self.norm_q, self.norm_k
 
@@ -251,15 +254,14 @@ class SingleBlock(nn.Module):
         self, x: mx.array, mod: Modulation, rope: Rope, extra: KeysValues | None = None, note: Note | None = None
     ) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`. Returns x's shape."""
-        h = mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps)
+        h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype or self.norm_q.weight.dtype)
         qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
         qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
         # Normalised together; the two weights follow with the rotation.
         qk = apply_scaled_rope(mx.fast.rms_norm(qk, None, self.eps), self._scale(), rope)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
         attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)), extra, note)
-        terms = linear_terms(self.linear_out, attention, swiglu(gate, value))
-        return gated_sum(x, mod.gate, *terms) if len(terms) == 1 else gated_sum_of_two(x, mod.gate, *terms)
+        return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
 
 
 def call_block(block: nn.Module, *args: Any) -> Any:
@@ -295,18 +297,22 @@ class Transformer(nn.Module):
         return self.all_modulations([sigma], dtype)[0]
 
     def all_modulations(self, sigmas: Sequence[float], dtype: mx.Dtype) -> list[Modulations]:
-        """The modulations of several noise levels, by one matmul per projection.
+        """The modulations of several noise levels, by one matmul per projection. dtype: that of the layers.
 
         The reference rounds the timestep to the compute dtype, divides by 1000 and multiplies again: in bfloat16 that
-        moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact.
+        moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact, and so it is kept beside
+        float16 layers.
         """
-        timesteps = mx.array([1000.0 * sigma for sigma in sigmas]).astype(dtype) / 1000 * 1000
+        timesteps = mx.array([1000.0 * sigma for sigma in sigmas]).astype(wide(dtype)) / 1000 * 1000
         vec = _silu(self.time_in(timesteps))
         projections = (self.mod_txt, self.mod_img, self.mod_single, self.final_mod)
         return [_modulations(*rows) for rows in zip(*(list(layer(vec)) for layer in projections), strict=True)]
 
     def embed_text(self, prompt_embeds: mx.array) -> mx.array:
-        """prompt_embeds (B, L, joint dim) as the text stream's start, (B, L, hidden): the same in all steps."""
+        """prompt_embeds (B, L, joint dim) as the text stream's start, (B, L, hidden): the same in all steps.
+
+        prompt_embeds: `wide` of the layers' dtype; some are so large that float16 could not hold them.
+        """
         return linear(self.txt_in, prompt_embeds)
 
     def __call__(
@@ -325,12 +331,12 @@ class Transformer(nn.Module):
         tokens: (B, N, in_channels), the image's tokens, then the references'. txt: (B, L, hidden), from `embed_text`.
         rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. extras, note: for
         every block in turn, as in `attend`. run: calls a block with its arguments; it may compile, evaluate, or stop.
-        Returns (B, num_img, in_channels), in the dtype of `tokens`, which all arrays share.
+        Returns (B, num_img, in_channels), in the dtype of `tokens`, which is the layers'; all else is `wide` of it.
         """
         blocks = len(self.double_blocks) + len(self.single_blocks)
         later = iter([None] * blocks if extras is None else extras)
         told = () if note is None else (note,)
-        img = linear(self.img_in, tokens)
+        img = linear(self.img_in, tokens).astype(wide(tokens.dtype))
         for block in self.double_blocks:
             txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
         x = mx.concatenate([txt, img], axis=1)
@@ -338,7 +344,7 @@ class Transformer(nn.Module):
             x = run(block, x, modulations.single, rope, next(later), *told)
         shift, scale = modulations.final
         x = x[:, txt.shape[1] : txt.shape[1] + num_img]
-        return linear(self.final_out, mx.fast.layer_norm(x, scale, shift, self.config.eps))
+        return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
 
     def remember(self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note) -> None:
         """Run references alone, as 9b-kv wants them: they see each other only, at the modulations of sigma 0.
@@ -347,7 +353,7 @@ class Transformer(nn.Module):
         Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
         Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
         """
-        x = linear(self.img_in, tokens)
+        x = linear(self.img_in, tokens).astype(wide(tokens.dtype))
         for block in self.double_blocks:
             x = block.alone(x, modulations.img, rope, note)
         for block in self.single_blocks:

@@ -10,7 +10,7 @@ from klein_mlx.conditioning import References, all_ids
 from klein_mlx.fusion import CompiledBlocks
 from klein_mlx.latents import latents_to_tokens, tokens_to_latents
 from klein_mlx.sampler import Predict, guide, with_cfg
-from klein_mlx.transformer import KeysValues, Modulations, Rope, RunBlock, Transformer, call_block, rope_tables
+from klein_mlx.transformer import KeysValues, Modulations, Rope, RunBlock, Transformer, call_block, rope_tables, wide
 
 Reuse = Literal["alone", "first step"]
 
@@ -63,7 +63,7 @@ class Tables:
         dtype: mx.Dtype,
         still: bool = False,
     ):
-        self.references, self.grid = references, grid
+        self.references, self.grid, self.dtype = references, grid, dtype
         self._config = transformer.config
         self._ropes: dict[int, Rope] = {}
         levels = [*sigmas, 0.0] if still else [*sigmas]
@@ -111,7 +111,7 @@ def velocity(
     (h, w), references = tables.grid, tables.references
     batch, length = prompt_embeds.shape[:2]
     rope = tables.rope(length)
-    txt = transformer.embed_text(prompt_embeds)
+    txt = transformer.embed_text(prompt_embeds.astype(wide(tables.dtype)))
     mx.eval(txt)
     memory = None if reuse is None or references is None else ReferenceMemory(references.ids.shape[0])
 

@@ -25,7 +25,7 @@ ROWS = [
     {"checkpoint", "quantize", "bits", "bit_options", "conditioning", "weights", "opening", "cost", "chips", "rows"},
     {"branch", "lora"},
     {"text_encoder", "transformer", "vae"},
-    {"convolution"},
+    {"convolution", "residual"},
     {"group_norm"},
     {
         "strips",
@@ -117,7 +117,15 @@ def test_models_know_only_arrays(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
     assert roots <= {"mlx", "klein_mlx", "math", "typing", "numpy", "collections"}, roots
-    assert imported(modules()[name]) <= {"config", "fusion", "linear", "convolution", "group_norm", "strips"}
+    assert imported(modules()[name]) <= {
+        "config",
+        "fusion",
+        "linear",
+        "residual",
+        "convolution",
+        "group_norm",
+        "strips",
+    }
 
 
 def test_convert_is_the_top_level_folder() -> None:
