@@ -103,7 +103,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-encoder", metavar="FILE", help="likewise (ComfyUI's, GGUF, mlx-lm's, ...)")
     add("--vae", metavar="VAE", help="a file, folder or hub id in place of the model's own VAE")
     add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
-    add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--dtype", help="bfloat16, float32, or float16, for an M1 or M2 (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--keep", help="what stays in memory between phases: all, transformer or nothing")
     add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
     add("--revision", help="the model's revision on the hub")

@@ -80,6 +80,8 @@ class KleinPipeline:
         quantize: bits for weights that are not quantised yet: None, 3, 4, 5, 6, 8, a word ("4-g32", "mxfp4",
             "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.bits.
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
+            float16 is for chips without bfloat16 of their own (M1, M2): the transformer's layers compute in it beside
+            a float32 residual stream, encoder and VAE in bfloat16.
         keep: what stays in memory between calls: "all", "transformer" or "nothing"; by default as the machine allows.
         revision, token, local_files_only: as in huggingface_hub.
         vae: a file, folder or hub id that takes the place of the model's own; "black-forest-labs/FLUX.2-small-decoder"

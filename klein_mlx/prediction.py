@@ -17,8 +17,8 @@ from klein_mlx.cost import MATH, Cost, Kernel, trace
 from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.quantize import Quantization, prepare
-from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.residual import wide
+from klein_mlx.text_encoder import TextEncoder
 from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
 from klein_mlx.vae import VAE
 

@@ -92,3 +92,24 @@ def test_the_policy_ends_with_its_block() -> None:
     from klein_mlx import linear as module
 
     assert module._policy.get() == "auto"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("4", mx.float32), ("8", mx.bfloat16), ("plain", mx.float16)])
+def test_one_expanded_weight_at_a_time(kind: str, dtype: mx.Dtype) -> None:
+    """Of ten layers in a row, computed in one go: an expanded weight is 4 MB, and a second one would show."""
+    size, layers, x = 1024, [], mx.ones((1, 16, 1024), dtype)
+    for _ in range(10):
+        plain = nn.Linear(size, size, bias=False)
+        plain.set_dtype(dtype)
+        whole = plain if kind == "plain" else nn.QuantizedLinear.from_linear(plain, group_size=64, bits=int(kind))
+        layers.append(whole if len(layers) % 2 else cut(whole, 512))
+    mx.eval(x, [module.parameters() for module in layers])
+    del plain, whole
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with matmul_policy("expand"):
+        for module in layers:
+            x = linear(module, x)
+        mx.eval(x)
+    # One weight, the float32 copies of its scales and biases (an eighth each at most), and activations.
+    assert mx.get_peak_memory() - before < 1.5 * 4 * size * size

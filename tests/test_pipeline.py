@@ -225,7 +225,7 @@ def test_usable_from_a_thread() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "float8"}, "dtype is 'float8'; it must be one of bfloat16, float32"),
+        ({"dtype": "float8"}, "dtype is 'float8'; it must be one of bfloat16, float16, float32"),
         ({"keep": "most"}, "keep is 'most'; it must be one of all, transformer, nothing"),
         ({"quantize": 7}, "quantize is 7; it must be 3, 4, 5, 6, 8"),
     ],
