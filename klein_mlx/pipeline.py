@@ -6,6 +6,7 @@ embeddings are evaluated, the transformer before the pictures are decoded, unles
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Self, Unpack
@@ -21,9 +22,10 @@ from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.decoding import decode
 from klein_mlx.encodings import Encodings
 from klein_mlx.events import KleinOutput, Picture, Run, Step
-from klein_mlx.fusion import CompiledBlocks
+from klein_mlx.fusion import CompiledBlocks, compiles
 from klein_mlx.given import to_array
 from klein_mlx.latents import from_channels_first, noise
+from klein_mlx.linear import one_weight_at_a_time
 from klein_mlx.lora import LoadedLora
 from klein_mlx.loras import Loras
 from klein_mlx.masks import Canvas
@@ -153,7 +155,7 @@ class KleinPipeline:
         run.notes += opened.notes
         if run.request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
-        run.start(self._events(run, opened))
+        run.start(self._events(run, opened), nullcontext if compiles() else one_weight_at_a_time)
         return run
 
     def _events(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:

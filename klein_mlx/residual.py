@@ -34,12 +34,13 @@ def add_branch(
     mlp_value: mx.array | None = None,
 ) -> mx.array:
     """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
-    inputs, is_narrow = [], False
+    inputs = []
+    of_layers = attention if attention is not None else mlp_gate
+    # What is added to a result would not be smaller with it.
+    is_narrow = of_layers is not None and of_layers.dtype == mx.float16 and "bias" not in layer
     if attention is not None:
-        is_narrow = attention.dtype == mx.float16
         inputs.append(attention * SHRINK if is_narrow else attention)
     if mlp_gate is not None and mlp_value is not None:
-        is_narrow = mlp_gate.dtype == mx.float16
         inputs.append((_small_swiglu if is_narrow else swiglu)(mlp_gate, mlp_value))
     terms = linear_terms(layer, *inputs) if len(inputs) == 2 else (linear(layer, *inputs),)
     if is_narrow:
