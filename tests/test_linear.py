@@ -8,6 +8,7 @@ import pytest
 
 from klein_mlx.linear import (
     Cut,
+    _dequantized,
     cut,
     expands,
     linear,
