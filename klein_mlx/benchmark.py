@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="as in generate")
     add("--keep", help="as in generate")
     add("--offline", action="store_true", help="use only what is on disk")
+    add("-y", "--yes", action="store_true", help="download what is missing without asking")
     add("--compare", metavar="PROGRAM", help="mflux: run it on the same model, alternating with ours")
     add("--compare-python", metavar="PYTHON", help="the Python that has it (default: this one)")
     add(

@@ -1,12 +1,10 @@
 """`klein-mlx completion bash|zsh|fish`: a script that completes every option, made from the parsers themselves."""
 
 import argparse
-import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from klein_mlx.aliases import ALIASES
-from klein_mlx.places import own_models
+from klein_mlx.places import cached_models, own_models
 from klein_mlx.shells import SHELLS, Given, Option
 
 _FILES = {"FILE", "FOLDER", "SOURCE", "DESTINATION", "VAE"}  # metavars of paths
@@ -70,15 +68,6 @@ def _one_line(action: argparse.Action) -> str:
 # ---- names of models ----
 
 
-def model_names(environment: Mapping[str, str] | None = None) -> list[str]:
+def model_names() -> list[str]:
     """Every name that --model knows without a path: tiny, short names, one's own, klein models of the Hub's cache."""
-    own = [path.name for path in own_models()]
-    return list(dict.fromkeys(["tiny", *ALIASES, *own, *_cached(os.environ if environment is None else environment)]))
-
-
-def _cached(environment: Mapping[str, str]) -> Iterable[str]:
-    """Without the library, which takes longer to import than one waits for a completion."""
-    home = environment.get("HF_HOME") or "~/.cache/huggingface"
-    folder = Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
-    for path in sorted(folder.glob("models--*--*klein*")) + sorted(folder.glob("models--*--*Klein*")):
-        yield path.name.removeprefix("models--").replace("--", "/", 1)
+    return list(dict.fromkeys(["tiny", *ALIASES, *(path.name for path in own_models()), *cached_models()]))

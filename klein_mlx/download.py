@@ -3,15 +3,17 @@
 The command's side of `hub` and `fetch`: it prints and asks. What is whole on disk is used without a network call.
 """
 
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klein_mlx.aliases import ALIASES, resolve
 from klein_mlx.config import PARTS, VARIANTS
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.places import own_model
+from klein_mlx.places import cached_models, own_model, own_models
 from klein_mlx.terminal import has_bar
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def bring(
     if not yes and not asked:
         raise RequestError(
             f"{hub_id} is not on this machine: {_gb(plan.bytes)} from {_host()}; add --yes to download it, or first: "
-            f"klein-mlx models pull {short or hub_id}"
+            f"klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         )
     if not quiet or not yes:
         print("\n".join(facts(plan)), file=sys.stderr)
@@ -110,14 +112,31 @@ def facts(plan: "Plan") -> list[str]:
     ]
     if memory := _memory(plan):
         lines.append(f"  memory   {memory}")
+    if here := _here():
+        lines.append(here)
     return lines
 
 
 def _memory(plan: "Plan") -> str | None:
-    """What the weights will take, told from the parts' files."""
+    """What the weights will take, told from the parts' files, and what there is."""
     sizes = {part: sum(size for name, size in plan.sizes.items() if name.startswith(part)) for part in PARTS}
-    told = [f"{part.replace('_', ' ')} {_gb(size)}" for part, size in sizes.items() if size > 1e6]
-    return f"{', '.join(told)} of weights, one after the other; -q 4 takes less" if len(told) > 1 else None
+    told = ", ".join(f"{part.replace('_', ' ')} {_gb(size)}" for part, size in sizes.items() if size)
+    if not sizes["transformer"] or not sizes["text_encoder"]:
+        return None
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"up to {_gb(max(sizes.values()))} of weights at a time ({told}), of {_gb(here)} here; -q 4 takes a third"
+
+
+def _here() -> str | None:
+    """Other models that are on this machine already, and whole."""
+    from klein_mlx.convert.detect import open_cached, open_model
+
+    names = []
+    for name in (*own_models(), *cached_models()):
+        with suppress(CheckpointError):
+            (open_model(name) if isinstance(name, Path) else open_cached(name)).files()
+            names.append(name.name if isinstance(name, Path) else name)
+    return f"  or take  --model {' or --model '.join(names[:3])}: on this machine already" if names else None
 
 
 def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], object]) -> None:

@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from klein_mlx.bit_options import asked_bits
 from klein_mlx.chips import find_chip
+from klein_mlx.download import obtain
 from klein_mlx.events import Picture, Step
 from klein_mlx.options import DEFAULT_MODEL
 from klein_mlx.pipeline import KleinPipeline
@@ -113,12 +114,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.model = obtain(args.model or DEFAULT_MODEL, offline=args.offline, yes=args.yes)
         self.pipe = self._open()
 
     def _open(self) -> KleinPipeline:
         args = self.args
         return KleinPipeline.from_pretrained(
-            args.model or DEFAULT_MODEL,
+            self.model,
             quantize=asked_bits(args),
             dtype=args.dtype,
             keep=args.keep,

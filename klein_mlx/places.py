@@ -48,3 +48,13 @@ def own_models() -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def cached_models() -> list[str]:
+    """Repositories in the Hub's cache whose names say klein, whole or not; told by their folders' names alone."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    folder = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir() if path.name.startswith("models--"))
+    return [name.removeprefix("models--").replace("--", "/", 1) for name in names if "klein" in name.lower()]

@@ -73,7 +73,7 @@ def test_a_download_then_no_network_at_all(served: Hub, tmp_path: Path) -> None:
         f"{total / 1e6:.1f} MB in 5 files",
         str(tmp_path / "home"),
         "licence  apache-2.0",
-        "memory   transformer 7.4 MB, text encoder 1.0 MB, vae 1.5 MB",
+        "memory   up to 7.4 MB of weights at a time (transformer 7.4 MB, text encoder 1.0 MB, vae 1.5 MB), of ",
     ):
         assert words in first.stderr
     got = [path.split(f"/{COMMIT}/")[1] for path in served.asked if path.startswith("GET /owner/name/resolve")]
@@ -83,6 +83,17 @@ def test_a_download_then_no_network_at_all(served: Hub, tmp_path: Path) -> None:
     assert (again.returncode, again.stderr) == (0, "seed 1\n")
     assert served.asked == []
     assert klein(served, tmp_path, "info", "owner/name", "--json", code=NO_SOCKETS).returncode == 0
+
+
+def test_what_is_here_already_is_offered(served: Hub, tmp_path: Path) -> None:
+    """Models that are whole; not the pieces of one."""
+    (tmp_path / "own" / "models").mkdir(parents=True)
+    (tmp_path / "own" / "models" / "mine").symlink_to(TINY)
+    (tmp_path / "own" / "models" / "nothing").mkdir()
+    (tmp_path / "home" / "hub" / "models--someone--klein").mkdir(parents=True)
+    done = klein(served, tmp_path, "info", "owner/name", "--yes", KLEIN_MLX_HOME=str(tmp_path / "own"))
+    assert done.returncode == 0, done.stderr
+    assert "  or take  --model mine: on this machine already\n" in done.stderr
 
 
 def test_only_what_is_missing_is_fetched(served: Hub, tmp_path: Path) -> None:
