@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from klein_mlx.bit_options import add_bit_arguments, asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
+from klein_mlx.lora_options import add_lora_arguments, asked_loras, lora_options
 from klein_mlx.terminal import has_bar
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
         add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
+    add_lora_arguments(parser, "merge a LoRA into the weights, SCALE times, before they are quantised")
     add("--to", choices=("klein", "diffusers"), default="klein", help="the layout to write (default: our own)")
     add("--verify", action="store_true", help="read what was written again and compare it with the source")
     add("--dry-run", action="store_true", help="print what would be done, with sizes; write nothing")
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.convert import convert_checkpoint, find_vae, open_model
     from klein_mlx.convert.export import export_diffusers
     from klein_mlx.convert.folder import plan_conversion
+    from klein_mlx.convert.lora_merge import merge_loras
     from klein_mlx.convert.upload import check_upload, upload
     from klein_mlx.download import obtain, obtain_vae
 
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     needed = {part for part in PARTS if parts[part] is None}
     model = obtain(args.source, revision=args.revision, parts=needed, **consent)
     source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
+    source = merge_loras(source, asked_loras(args), **lora_options(args))
     if args.dry_run:
         print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mlx.bit_options import asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
+from klein_mlx.lora_options import asked_loras, lora_options
 
 if TYPE_CHECKING:
     from klein_mlx.pipeline import KleinPipeline
@@ -26,7 +27,7 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
     consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
     model = obtain(args.model, revision=args.revision, parts=set(PARTS) - given, **consent)
     vae = SMALL_DECODER if args.small_decoder else args.vae
-    return KleinPipeline.from_pretrained(
+    pipe = KleinPipeline.from_pretrained(
         model,
         quantize=asked_bits(args),
         dtype=args.dtype,
@@ -37,6 +38,9 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
         transformer=args.transformer,
         text_encoder=args.text_encoder,
     )
+    for path, scale in asked_loras(args):
+        pipe.load_lora(path, scale, **lora_options(args))
+    return pipe
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -43,6 +43,11 @@ INFO_EXAMPLES = """examples:
   klein-mlx info klein-4bit --verify
   klein-mlx info flux-2-klein-4b-Q4_K_M.gguf --json
 """
+LORA_EXAMPLES = """examples:
+  klein-mlx lora info style.safetensors
+  klein-mlx generate "a red fox" --lora style.safetensors:0.8
+  klein-mlx convert black-forest-labs/FLUX.2-klein-4B merged --lora style.safetensors
+"""
 MODELS_EXAMPLES = """examples:
   klein-mlx models
   klein-mlx models pull 4b-q4
@@ -60,6 +65,7 @@ COMMANDS = {
     "models": Command("which models are on disk; pull, rm, path", "klein_mlx.models", MODELS_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.benchmark", BENCH_EXAMPLES),
+    "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.convert.lora_command", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.convert.info_command", INFO_EXAMPLES),
     "completion": Command("a script that completes options in a shell", "klein_mlx.completion", COMPLETION_EXAMPLES),
 }

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def _report(pipe: "KleinPipeline", run: "Run", files: list[str]) -> dict[str, An
         "model": pipe.config.variant.name,
         "steps": run.request.steps,
         "keep": pipe.parts.keep,
+        "loras": [asdict(lora) for lora in pipe.loras],
         "notes": run.notes,
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
         "peak_memory": mx.get_peak_memory(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from klein_mlx.bit_options import add_bit_arguments
 from klein_mlx.errors import KleinError, RequestError, nearest
+from klein_mlx.lora_options import add_lora_arguments
 
 DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
 
@@ -103,6 +104,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-encoder", metavar="FILE", help="likewise (ComfyUI's, GGUF, mlx-lm's, ...)")
     add("--vae", metavar="VAE", help="a file, folder or hub id in place of the model's own VAE")
     add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
+    add_lora_arguments(parser, "put a LoRA on the model, SCALE times (default: 1)")
     add("--dtype", help="bfloat16, float32, or float16, for an M1 or M2 (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--keep", help="what stays in memory between phases: all, transformer or nothing")
     add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
