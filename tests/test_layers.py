@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"convert.__main__", "completion"},
     {"cli"},
-    {"generate", "repl", "benchmark", "convert.command", "convert.info_command", "models"},
+    {"generate", "repl", "benchmark", "convert.command", "convert.info_command", "convert.lora_command", "models"},
     {"naming", "progress", "viewing", "asked", "measuring", "peers"},
     {"download"},
     {"pipeline", "options"},
@@ -23,6 +23,7 @@ ROWS = [
     {"fetch"},
     {"hub"},
     {"checkpoint", "quantize", "bits", "bit_options", "conditioning", "weights", "opening", "cost", "chips", "rows"},
+    {"lora_options"},
     {"branch", "lora"},
     {"text_encoder", "transformer", "vae"},
     {"convolution", "residual"},
