@@ -18,7 +18,8 @@ from klein_mlx.bits import Quantize, parse, settle
 from klein_mlx.checkpoint import Source, build, load_part
 from klein_mlx.conditioning import all_ids, encode_prompt
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.convert.coding import Coded, code_part
+from klein_mlx.convert.coding import Coded, code_part, layer_at
+from klein_mlx.convert.ranking import BASE, Unit, rank, share_out, unit_of
 from klein_mlx.convert.stages import Look, Sample, encoder_stages, transformer_stages
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.latents import latents_to_tokens, noise, tokens_to_latents
@@ -42,6 +43,7 @@ PROMPTS = (
 STEPS = 4
 _LEVELS = 64  # noise levels on which the modulations are coded
 _MAX_SIDE = 512
+_RANKED_PROMPTS = 2
 
 Done = Callable[[str], None]
 
@@ -90,7 +92,8 @@ def calibrate(
     seed: int = 0,
     done: Done = lambda path: None,
 ) -> CalibratedSource:
-    """Code the layers that `quantize` names (klein_mlx.bits), on these prompts.
+    """Code the layers that `quantize` names (klein_mlx.bits), on these prompts. A preset's bits are shared out anew, by
+    the error that each layer causes in this model's velocity.
 
     steps: denoising steps of the calibration's pictures, which have half the model's default sides. done: told each
     layer's path. Raises RequestError if there is nothing to quantise or no prompt, CheckpointError for stored parts.
@@ -105,29 +108,83 @@ def calibrate(
         raise CheckpointError(f"{source.path}: its {stored} is quantised already; calibration starts from the original")
     tokenizer = Tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
     tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
+    whole = {part: load_part(part, source, mx.float32) for part in ("text_encoder", "transformer")}
+    encoder: Any = whole["text_encoder"]
+    right = [encode_prompt(encoder, prompt, 0) for prompt in tokens]
+    runs = looks(source, right, steps, seed)
+    told: dict[str, Any] = {"prompts": len(prompts), "steps": steps, "seed": seed}
+    if asked.name is not None:
+        errors, settled = _share_out(source, whole, settled, tokens, runs, done)
+        told["velocity_errors"] = {f"{part}.{path}": float(f"{error:.3g}") for (part, path), error in errors.items()}
     coded: dict[str, Coded] = {}
-    right, now = _code_encoder(source, tokens, settled.get("text_encoder"), coded, done)
+    if "text_encoder" in settled:
+        samples = [(Sample(prompt), Sample(prompt)) for prompt in tokens]
+        coded["text_encoder"], encoder = _code(source, whole, "text_encoder", samples, settled, done)
     if "transformer" in settled:
-        runs = looks(source, right, steps, seed)
-        coded["transformer"] = _code_transformer(source, runs, now, settled["transformer"], done)
-    info = {**source.info, "calibration": {"prompts": len(prompts), "steps": steps, "seed": seed}}
-    return CalibratedSource(source, settled, coded, info)
+        now = [encode_prompt(encoder, prompt, 0) for prompt in tokens]
+        pairs = [(look, replace(look, embeds=e)) for run, e in zip(runs, now, strict=True) for look in run]
+        coded["transformer"], _ = _code(
+            source, whole, "transformer", [(Sample(a), Sample(b)) for a, b in pairs], settled, done
+        )
+    return CalibratedSource(source, settled, coded, {**source.info, "calibration": told})
 
 
-def _code_encoder(
-    source: Source, tokens: Sequence[Tokens], quantization: Quantization | None, coded: dict[str, Coded], done: Done
-) -> tuple[list[mx.array], list[mx.array]]:
-    """The prompts' embeddings as they should be, and as the coded encoder gives them."""
-    whole: Any = load_part("text_encoder", source, mx.float32)
-    right = [encode_prompt(whole, prompt, 0) for prompt in tokens]
-    if quantization is None:
-        return right, right
-    copy: Any = _copy("text_encoder", whole, source.config)
-    samples = [(Sample(prompt), Sample(prompt)) for prompt in tokens]
-    dtype = _dtype(source, "text_encoder")
-    stages = encoder_stages(source.config)
-    coded["text_encoder"] = code_part(whole, copy, stages, samples, quantization, dtype, done)
-    return right, [encode_prompt(copy, prompt, 0) for prompt in tokens]
+def _code(
+    source: Source,
+    whole: Mapping[str, nn.Module],
+    part: str,
+    samples: Sequence[tuple[Sample, Sample]],
+    settled: Mapping[str, Quantization],
+    done: Done,
+    alone: bool = False,
+) -> tuple[Coded, Any]:
+    """A part's layers, coded, and the module that holds them."""
+    copy = _copy(part, whole[part], source.config)
+    if part == "text_encoder":
+        stages = encoder_stages(source.config)
+    else:
+        stages = transformer_stages(source.config, [(index + 0.5) / _LEVELS for index in range(_LEVELS)])
+    return code_part(whole[part], copy, stages, samples, settled[part], _dtype(source, part), done, alone), copy
+
+
+def _share_out(
+    source: Source,
+    whole: Mapping[str, nn.Module],
+    settled: Mapping[str, Quantization],
+    tokens: Sequence[Tokens],
+    runs: Sequence[Sequence[Look]],
+    done: Done,
+) -> tuple[dict[Unit, float], dict[str, Quantization]]:
+    """What each layer alone does to the velocity, and the bits that follow from it, for the preset's layers."""
+    base = {
+        part: Quantization.of_layers({path: replace(BASE, searched=True) for path in own.layers or ()})
+        for part, own in settled.items()
+    }
+    given = {"text_encoder": list(tokens), "transformer": [look for run in runs for look in run]}
+    coded = {
+        part: _code(source, whole, part, [(Sample(x), Sample(x)) for x in given[part]], base, lambda path: None, True)[
+            0
+        ]
+        for part in base
+    }
+    few = slice(_RANKED_PROMPTS)
+    errors = rank(whole, coded, tokens[few], [run[:: max(1, len(run) // 2)] for run in runs[few]], velocity)
+    weights: dict[Unit, int] = {}
+    for part, layers in coded.items():
+        for path in layers:
+            count = layer_at(whole[part], path).weight.size
+            weights[unit_of(part, path)] = weights.get(unit_of(part, path), 0) + count
+    bits = share_out(errors, weights)
+    shared = {
+        part: Quantization.of_layers({p: Quantization(bits[unit_of(part, p)], searched=True) for p in layers})
+        for part, layers in coded.items()
+    }
+    return errors, shared
+
+
+def velocity(transformer: Transformer, embeds: mx.array, look: Look) -> mx.array:
+    """At a look's latents and noise level, given these embeddings."""
+    return predict(transformer, embeds, look)(look.latents, look.sigma)
 
 
 def looks(source: Source, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
@@ -158,21 +215,6 @@ def predict(transformer: Transformer, embeds: mx.array, look: Look) -> Predict:
         return tokens_to_latents(transformer(latents_to_tokens(latents), txt, modulations, look.rope, h * w), h, w)
 
     return at
-
-
-def _code_transformer(
-    source: Source, runs: Sequence[Sequence[Look]], now: Sequence[mx.array], quantization: Quantization, done: Done
-) -> Coded:
-    whole = load_part("transformer", source, mx.float32)
-    copy = _copy("transformer", whole, source.config)
-    samples = [
-        (Sample(look), Sample(replace(look, embeds=embeds)))
-        for run, embeds in zip(runs, now, strict=True)
-        for look in run
-    ]
-    levels = [(index + 0.5) / _LEVELS for index in range(_LEVELS)]
-    stages = transformer_stages(source.config, levels)
-    return code_part(whole, copy, stages, samples, quantization, _dtype(source, "transformer"), done)
 
 
 def _copy(part: str, module: nn.Module, config: ModelConfig) -> nn.Module:

@@ -40,8 +40,9 @@ def code_part(
     quantization: Quantization,
     dtype: mx.Dtype,
     done: Callable[[str], None] = lambda path: None,
+    alone: bool = False,
 ) -> Coded:
-    """Code every layer that `quantization` names; `coded`'s layers become the coded ones.
+    """Code every layer that `quantization` names; `coded`'s layers become the coded ones, unless each is coded `alone`.
 
     samples: (whole's, coded's); their states are moved on. dtype: of scales and biases. done: told each layer's path.
     """
@@ -51,7 +52,8 @@ def code_part(
     def put(path: str, inputs: "_Inputs | None") -> None:
         own = layers[path]
         result[path] = _code(layer_at(whole, path).weight, own, inputs, dtype)
-        set_layer(coded, path, _quantized(layer_at(whole, path), own, result[path]))
+        if not alone:
+            set_layer(coded, path, quantized_layer(layer_at(whole, path), own, result[path]))
         done(path)
 
     for path in [p for p in layers if isinstance(layer_at(whole, p), nn.Embedding)]:
@@ -157,7 +159,8 @@ def _code(weight: mx.array, own: Quantization, inputs: _Inputs | None, dtype: mx
     return round_with_feedback(wanted, inputs.mixture, inputs.importance, own.group_size, own.bits, dtype)
 
 
-def _quantized(layer: Any, own: Quantization, arrays: tuple[mx.array, ...]) -> nn.Module:
+def quantized_layer(layer: Any, own: Quantization, arrays: tuple[mx.array, ...]) -> nn.Module:
+    """A quantised layer of these arrays in the place of an nn.Linear or nn.Embedding, in its dtype."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
     result: Any = kind.__new__(kind)
     nn.Module.__init__(result)

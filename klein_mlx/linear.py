@@ -205,7 +205,8 @@ def _columns(layer: nn.Linear | nn.QuantizedLinear, at: int, left: bool) -> nn.M
     if isinstance(layer, nn.Linear):
         part, edges = nn.Linear(1, 1, bias=False), {"weight": at}
     else:
-        part = nn.QuantizedLinear(layer.group_size, 1, False, layer.group_size, layer.bits, layer.mode)
+        # 32 inputs: MLX cannot quantise fewer, even where its groups are smaller (nvfp4's).
+        part = nn.QuantizedLinear(max(32, layer.group_size), 1, False, layer.group_size, layer.bits, layer.mode)
         groups = at // layer.group_size
         edges = {"weight": at * layer.bits // 32, "scales": groups, "biases": groups}
     for name, edge in edges.items():

@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace) -> None:
     tiny = options.model == "tiny"
     drawn_prompts = world.held_out_prompts(options.prompts, 3)
     unseen = [words for words, _ in world.held_out_prompts(8, 11)] if tiny else list(UNSEEN)[: options.unseen]
-    calibration = _captions(options.calibration) if tiny else None
+    calibration = captions(options.calibration) if tiny else None
     if calibration is None:
         from klein_mlx.convert.calibrate import PROMPTS
 
@@ -252,7 +252,7 @@ def _judged(drawn: Drawn, right: Drawn, prompts: Sequence[tuple[str, world.Scene
     }
 
 
-def _captions(count: int) -> list[str]:
+def captions(count: int) -> list[str]:
     """Captions such as training saw, none of the held-out combinations."""
     rng = np.random.default_rng(99)
     found = []
