@@ -87,10 +87,10 @@ class LoraFile:
             return "unknown names"
         name, place = next(iter(self.places.items()))
         dialects = " and ".join(dict.fromkeys(p.dialect for p in self.places.values()))
-        joined = "_" if "." not in place.name and "_" in place.name else "."
+        flat = all("." not in other.name for other in self.places.values())
         spelled = next(key for role, key in self.groups[name].items() if role != "alpha").removeprefix(name)
         prefix = f" behind {place.prefix}" if place.prefix else ""
-        words = " with underscores" if joined == "_" else ""
+        words = " with underscores" if flat and any("_blocks_" in n or "layers_" in n for n in self.places) else ""
         return f"{dialects} names{words}{prefix}, as in {spelled.lstrip('._')}"
 
     @property

@@ -73,7 +73,7 @@ class Parts:
             raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
         if damaged:
             raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
-        self._applied[name] = Applied(module, partial(self._original, name), self.dtype)
+        self._applied[name] = Applied(module, partial(self._original, name), self.dtype_of(name))
         self._applied[name].update(self.loras.changes(name))
         return module
 
@@ -113,7 +113,7 @@ class Parts:
             scales, biases = (None if kind is None else load_now(kind) for kind in kinds)
             assert scales is not None
             weight = mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode)
-        return weight.astype(self.dtype)
+        return weight.astype(self.dtype_of(part))
 
 
 def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
