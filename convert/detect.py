@@ -11,7 +11,7 @@ from klein_mlx.aliases import resolve, suggestion
 from klein_mlx.checkpoint import CONFIG_FILE, Source, open_checkpoint
 from klein_mlx.config import PARTS
 from klein_mlx.convert.destination import UNFINISHED
-from klein_mlx.convert.diffusers import INDEX_FILE, open_diffusers
+from klein_mlx.convert.diffusers import INDEX_FILE, is_encoded, open_diffusers
 from klein_mlx.convert.mflux import open_mflux
 from klein_mlx.convert.mix import mix
 from klein_mlx.convert.part import PartFile, open_part
@@ -96,7 +96,8 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
     if (path / CONFIG_FILE).exists():
         return open_checkpoint(path)
     if (path / INDEX_FILE).exists():
-        return open_diffusers(path, name, revision=path.name if name else None)
+        source = open_diffusers(path, name, revision=path.name if name else None)
+        return mix(source, {part: path / part for part in PARTS if is_encoded(path, part)})
     if path.name in ("transformer", "text_encoder", "vae") and (path.parent / INDEX_FILE).exists():
         raise CheckpointError(f"{path}: is one part of a model; give {path.parent}")
     if all((path / part).is_dir() for part in PARTS):
@@ -106,6 +107,10 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
         raise CheckpointError(
             f"{path}: is a {part} alone; give a whole model, and this folder as --{part.replace('_', '-')}"
         )
+    if inner := sorted(
+        p.name for p in path.glob("*") if any((p / name).exists() for name in (CONFIG_FILE, INDEX_FILE))
+    ):
+        raise CheckpointError(f"{path}: holds the models {', '.join(inner[:5])}; give one of these folders")
     raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}; it must be {_CHOICES}")
 
 

@@ -112,6 +112,18 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
     return DiffusersFolder(folder, config, info)
 
 
+def is_encoded(folder: Path, part: str) -> bool:
+    """Whether a part is quantised: by MLX, with its own names beside each weight, or as floats of few bits with scales.
+    What cannot be opened is not: it is told when it is needed.
+    """
+    try:
+        shards = open_weights(folder / part, STEMS[part]).shards.values()
+    except CheckpointError:
+        return False
+    stored = [(name, entry.dtype) for entries in shards for name, entry in entries.items()]
+    return any(name.endswith((".scales", ".weight_scale")) or dtype.startswith("F8") for name, dtype in stored)
+
+
 def _read_config(path: Path, part: str) -> Any:
     """A part's config.json as a dataclass, once it has said that it is klein's kind of part."""
     values = read_json(path)
