@@ -30,7 +30,7 @@ def model_card(settings: dict[str, Any]) -> str:
     name, licence = str(origin.get("name", "an unnamed model")), settings["licence"]
     revision = f" at revision {origin['revision']}" if origin.get("revision") else ""
     stored = {part: Quantization.from_dict(values) for part, values in settings["quantization"].items()}
-    bits = [f"the {part.replace('_', ' ')} is {q.bits}-bit ({q.mode}, {q.group_size})" for part, q in stored.items()]
+    bits = [f"the {part.replace('_', ' ')} is {q.told()}" for part, q in stored.items()]
     changes = ["converted to MLX", *([f"quantised: {', '.join(bits)}"] if bits else [])]
     known = licence == _APACHE
     header = [

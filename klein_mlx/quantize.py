@@ -92,8 +92,8 @@ class Quantization:
             words = f"{self.mode} in groups of {self.group_size}"
         others = Counter(own.word() for own in (self.layers or {}).values())
         del others[self.word()]
-        odd = ", ".join(f"{count} layers {word}" for word, count in sorted(others.items()))
-        return f"{words} ({odd})" if odd else words
+        odd = [f"{n} layer{'s' * (n > 1)} {word}{'-bit' * word.isdigit()}" for word, n in sorted(others.items())]
+        return f"{words} ({', '.join(odd)})" if odd else words
 
     def word(self) -> str:
         """As a user writes it: "4", "4-g32", "mxfp4"."""

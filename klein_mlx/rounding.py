@@ -6,6 +6,8 @@ that computes with the result knows of it. Knows arrays; no names, no files.
 
 import mlx.core as mx
 
+from klein_mlx.fusion import fused
+
 Arrays = tuple[mx.array, mx.array, mx.array]  # packed codes (uint32), scales, biases
 
 _SHRINKS = 10  # ranges that are tried for each group, from _LEAST of its own upwards
@@ -63,6 +65,7 @@ def to_codes(groups: mx.array, scales: mx.array, biases: mx.array, bits: int) ->
     return _codes(groups, scales[..., None], biases[..., None], bits)
 
 
+@fused
 def _codes(x: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
     safe = mx.where(mx.abs(scale) < _TINY, 1.0, scale)
     return mx.clip(mx.round((x - bias) / safe), 0, 2**bits - 1)
@@ -75,8 +78,12 @@ def _whole_range(groups: mx.array, weights: mx.array, bits: int) -> tuple[mx.arr
 
 
 def _error(groups: mx.array, weights: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
-    restored = scale[..., None] * _codes(groups, scale[..., None], bias[..., None], bits) + bias[..., None]
-    return (weights * (groups - restored) ** 2).sum(-1)
+    return _squares(groups, weights, scale[..., None], bias[..., None], bits).sum(-1)
+
+
+@fused
+def _squares(groups: mx.array, weights: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
+    return weights * (groups - (scale * _codes(groups, scale, bias, bits) + bias)) ** 2
 
 
 def _fitted(groups: mx.array, weights: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:

@@ -52,6 +52,7 @@ SAME_ROW = {  # allowed within a row, because it goes one way only
     "bits": {"checkpoint", "quantize"},
     "bit_options": {"bits"},
     "feedback": {"rounding"},
+    "rounding": {"fusion"},
     "request": {"config", "errors", "edits", "checks"},
     "edits": {"errors", "checks"},
     "checks": {"errors"},

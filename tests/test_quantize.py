@@ -15,6 +15,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.convert import convert_checkpoint, describe, format_description, open_model
 from klein_mlx.convert.export import export_diffusers
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.fusion import compiling
 from klein_mlx.linear import linear, matmul_policy
 from klein_mlx.quantize import Quantization, is_quantized_path, quantize_weights
 from klein_mlx.rounding import pack, search
@@ -160,6 +161,15 @@ def test_searched_scales_are_closer(bits: int) -> None:
     assert mx.mean(searched <= 1.001 * plain).item() > 0.85
     # Gaussian weights: 8 % less error, so 15 % less of its square, at 4 bits; more below, and at 8 by the rounding.
     assert searched.sum().item() < 0.87 * plain.sum().item()
+
+
+def test_the_search_is_the_same_in_kernels() -> None:
+    weight = mx.random.normal((8, 128), key=mx.random.key(1))
+    plain = search(weight, 64, 4)
+    with compiling("always"):
+        fused = search(weight, 64, 4)
+    for one, two in zip(plain[1:], fused[1:], strict=True):
+        assert mx.allclose(one, two, rtol=1e-3, atol=1e-4).item()  # a kernel may multiply and add at once
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
