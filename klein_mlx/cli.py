@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from klein_mlx.errors import KleinError, RequestError, nearest
+from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 from klein_mlx.options import GENERATE_EXAMPLES, Parser, in_options
 
 
@@ -173,7 +173,7 @@ def _stopped_gently(stopped: list[int]) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         stopped.append(number)
-        raise KeyboardInterrupt
+        raise Stopped
 
     numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}

@@ -11,7 +11,7 @@ _FILES = {"FILE", "FOLDER", "SOURCE", "DESTINATION", "VAE"}  # metavars of paths
 _MODELS = {"MODEL", "SOURCE"}  # metavars of models
 VALUES = {  # of options whose values are checked later, in the words of the request
     "keep": ("all", "transformer", "nothing"),
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("bfloat16", "float16", "float32"),
     "quantize": ("4", "8", "3", "5", "6", "mxfp4", "nvfp4", "mxfp8", "mixed-4"),
 }
 

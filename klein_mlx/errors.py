@@ -22,6 +22,10 @@ class KleinError(Exception):
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
+class Stopped(KeyboardInterrupt):
+    """The process is to end (kill, a closed terminal), not only what it is doing, as Ctrl-C may mean."""
+
+
 class RequestError(KleinError):
     """What was asked cannot be done: a size, a number of steps, a prompt, a picture, an output path."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.errors import KleinError, RequestError, nearest
+from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 from klein_mlx.options import in_options
 
 if TYPE_CHECKING:
@@ -221,12 +221,16 @@ def run(args: argparse.Namespace) -> int:
             except EOFError:
                 print()
                 return 0
+            except Stopped:
+                raise
             except KeyboardInterrupt:
                 print("\n(!quit or Ctrl-D ends the session)")
                 continue
             try:
                 if not session.line(line):
                     return 0
+            except Stopped:
+                raise
             except KeyboardInterrupt:
                 print("\ncancelled")
             except KleinError as error:

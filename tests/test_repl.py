@@ -195,6 +195,15 @@ def test_a_session_in_a_terminal(tmp_path: Path) -> None:
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
+def test_kill_ends_a_session(tmp_path: Path) -> None:
+    """At the prompt too, where Ctrl-C does not."""
+    terminal = Terminal(tmp_path, "-m", "tiny")
+    terminal.until("klein> ")
+    terminal.process.send_signal(signal.SIGTERM)
+    terminal.until("interrupted")
+    assert terminal.end() == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_a_plain_terminal_gets_no_pictures(tmp_path: Path, environment: dict[str, str]) -> None:
     terminal = Terminal(tmp_path, "-m", "tiny", "--seed", "7", "--steps", "1", "--show", **environment)
