@@ -9,9 +9,10 @@ from klein_mlx.errors import CheckpointError, KleinError, RequestError
 
 if TYPE_CHECKING:
     from klein_mlx.pipeline import KleinPipeline
+    from klein_mlx.saving import save_image as save
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "KleinError", "KleinPipeline", "RequestError", "__version__"]
+__all__ = ["CheckpointError", "KleinError", "KleinPipeline", "RequestError", "__version__", "save"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from klein_mlx.pipeline import KleinPipeline
 
         return KleinPipeline
+    if name == "save":
+        from klein_mlx.saving import save_image
+
+        return save_image
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

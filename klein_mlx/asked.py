@@ -8,8 +8,10 @@ from klein_mlx.bit_options import asked_bits
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 from klein_mlx.lora_options import asked_loras, lora_options
+from klein_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
+    from klein_mlx.config import ModelConfig
     from klein_mlx.pipeline import KleinPipeline
 
 
@@ -25,7 +27,7 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
         logging.getLogger("klein_mlx").setLevel(logging.ERROR)
     given = {part for part in PARTS if getattr(args, part) or (part == "vae" and args.small_decoder)}
     consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
-    model = obtain(args.model, revision=args.revision, parts=set(PARTS) - given, **consent)
+    model = obtain(args.model, revision=args.revision, parts=set(PARTS) - given, own=args.settings.models, **consent)
     vae = SMALL_DECODER if args.small_decoder else args.vae
     pipe = KleinPipeline.from_pretrained(
         model,
@@ -43,8 +45,13 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
     return pipe
 
 
-def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What `KleinPipeline.stream` takes besides the prompt."""
+def call_arguments(args: argparse.Namespace, config: "ModelConfig") -> dict[str, Any]:
+    """What `KleinPipeline.stream` takes besides the prompt. config: of the model, which decides what a size is."""
+    width, height = args.width, args.height
+    if args.size is not None:
+        if width is not None or height is not None:
+            raise RequestError("--size and --width or --height are given; give one of them")
+        width, height = parse_size(args.size, config.pixels_per_token, config.default_size)
     return {
         "image": args.image,
         "large_reference": args.large_reference,
@@ -57,9 +64,10 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "padding_mask_crop": args.mask_crop,
         "extend": args.extend,
         "init_reference": args.init_reference,
-        "width": args.width,
-        "height": args.height,
+        "width": width,
+        "height": height,
         "num_inference_steps": args.steps,
+        "sigmas": _sigmas(args.sigmas),
         "guidance_scale": args.guidance,
         "negative_prompt": args.negative,
         "batch_guidance": args.batch_guidance,
@@ -67,3 +75,12 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed[0] if args.seed and len(args.seed) == 1 else args.seed,
         "max_sequence_length": args.max_sequence_length,
     }
+
+
+def _sigmas(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--sigmas is {text[:60]!r}; it must be numbers and commas, as 1,0.75,0.5,0.25") from None

@@ -28,5 +28,5 @@ def asked_bits(args: argparse.Namespace) -> "Asked | None":
     from klein_mlx.bits import from_options
 
     return from_options(
-        args.quantize, args.group_size, args.transformer_bits, args.text_encoder_bits, args.quantize_layer
+        args.quantize, args.group_size, args.transformer_bits, args.text_encoder_bits, args.quantize_layer or []
     )

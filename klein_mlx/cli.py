@@ -38,6 +38,15 @@ BENCH_EXAMPLES = """examples:
   klein-mlx bench --model klein-4bit --size 512x512 --cold
   klein-mlx bench --predict "M3 Max" --quantize 4
 """
+AGAIN_EXAMPLES = """examples:
+  klein-mlx again fox.png -o same.png
+  klein-mlx again fox.png --seed 8 --steps 8
+  klein-mlx again autumn.png -i fox.png --prompt "make it winter"
+"""
+SHOW_EXAMPLES = """examples:
+  klein-mlx show fox.png
+  klein-mlx show *.png --json
+"""
 INFO_EXAMPLES = """examples:
   klein-mlx info tiny
   klein-mlx info klein-4bit --verify
@@ -62,6 +71,8 @@ COMPLETION_EXAMPLES = """examples:
 
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.generate", GENERATE_EXAMPLES),
+    "again": Command("make a picture again from its recipe, with changes", "klein_mlx.again", AGAIN_EXAMPLES),
+    "show": Command("how a picture was made, as its file says", "klein_mlx.show", SHOW_EXAMPLES),
     "models": Command("which models are on disk; pull, rm, path", "klein_mlx.models", MODELS_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.convert.command", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.benchmark", BENCH_EXAMPLES),

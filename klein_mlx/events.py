@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
 from PIL import Image
 
+from klein_mlx.errors import RequestError
 from klein_mlx.request import Request
+from klein_mlx.saving import check_output, save_image
 
 PIECE_SECONDS = 0.25
 
@@ -41,6 +44,7 @@ class Picture:
 
     image: a PIL image; with output_type "np" a (H, W, 3) float32 array in 0..1; with "latent" the denormalised VAE
     latents, an mx.array (latent channels, H/8, W/8) as in diffusers. seed: None if initial latents were given.
+    recipe: how it was made, JSON values (see klein_mlx.recipe).
     """
 
     index: int
@@ -48,6 +52,7 @@ class Picture:
     prompt: str | None
     seed: int | None
     image: Any
+    recipe: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,31 @@ class KleinOutput:
 
     images: a list of PIL images; or, by output_type, a (B, H, W, 3) float32 array in 0..1, or an mx.array
     (B, latent channels, H/8, W/8). seeds: of each. notes: what was cut or resized, a line each. seconds: per phase.
+    recipes: how each was made, JSON values (see klein_mlx.recipe).
     """
 
     images: Any
     seeds: list[int | None]
     notes: list[str]
     seconds: dict[str, float]
+    recipes: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> list[Path]:
+        """Write the pictures, each with its recipe inside; returns their paths.
+
+        path: ending in .png, .jpg, .jpeg or .webp; of several pictures each gets its number before the suffix.
+        Raises RequestError if a file exists and `overwrite` is false, for arrays, and for what the disk refuses.
+        """
+        if not isinstance(self.images, list):
+            raise RequestError("the pictures are arrays; they can be saved with output_type 'pil'")
+        path = Path(path)
+        numbered = [path.with_name(f"{path.stem}-{number + 1}{path.suffix}") for number in range(len(self.images))]
+        paths = [path] if len(self.images) == 1 else numbered
+        for one in paths:
+            check_output(one, overwrite)
+        for one, image, recipe in zip(paths, self.images, self.recipes, strict=True):
+            save_image(image, one, overwrite, recipe)
+        return paths
 
 
 class _Closed(BaseException):
@@ -79,6 +103,9 @@ class Run:
     def __init__(self, request: Request):
         self.request = request
         self.notes: list[str] = []
+        self.recipe: dict[str, Any] = {}  # what the pictures' recipes share
+        self.opened: Any = None  # the request's pictures, as the pipeline opened them
+        self.on_phase: Callable[[str], None] = lambda phase: None  # called where a phase begins
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
@@ -135,6 +162,7 @@ class Run:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to a phase, less what `load` took meanwhile."""
+        self.on_phase(phase)
         start, loading = time.perf_counter(), self.seconds["load"]
         with self.watch(phase):
             yield

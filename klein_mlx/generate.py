@@ -1,4 +1,4 @@
-"""`klein-mlx generate`: a request from the options, its pictures into files, their paths on stdout."""
+"""`klein-mlx generate`: requests from the options, their pictures into files, their paths on stdout."""
 
 import argparse
 import json
@@ -7,80 +7,117 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.asked import call_arguments, open_pipeline
+from klein_mlx.asked import open_pipeline
 from klein_mlx.errors import RequestError
 from klein_mlx.options import add_generate_arguments as add_arguments
+from klein_mlx.settings import complete
 
 if TYPE_CHECKING:
-    from klein_mlx.events import Run
-    from klein_mlx.pipeline import KleinPipeline
+    from klein_mlx.batch import Batch, Made
+    from klein_mlx.prompts import Job
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "make", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the pictures that the parsed options ask for. Returns the exit code; raises KleinError."""
-    if args.prompt is None:
+    return make(complete(args))
+
+
+def make(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> int:
+    """The same with options that are complete (`settings.complete`). extra: what recipes say besides."""
+    if args.prompt is None and args.prompt_file is None:
         raise RequestError('no prompt is given; for example: klein-mlx generate "a red fox in the snow"')
-    if args.output is not None:
-        from klein_mlx.saving import check_output
+    grid = _check_outputs(args)
+    from klein_mlx.prompts import Job, read_jobs
 
-        check_output(args.output, args.force or args.count > 1 or len(args.seed or ()) > 1)
+    jobs = read_jobs(args)
+    for job in jobs:
+        if isinstance(job, Job):
+            job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(args)
-    run = pipe.stream(args.prompt, **call_arguments(args))
-    paths = _paths(args, run)
-    _tell(args, run, paths)
-    files = []
-    from klein_mlx.progress import pictures
-    from klein_mlx.saving import save_image, save_image_free
-    from klein_mlx.viewing import viewer
+    from klein_mlx.batch import Batch
 
-    for image, path in zip(pictures(run, args.quiet, viewer(args, pipe)), paths, strict=True):
-        if args.output is None:
-            path = save_image_free(image, path)
-        else:
-            save_image(image, path, args.force)
-        files.append(str(path))
+    batch = Batch(pipe, args, jobs)
+    _tell(args, batch)
+    made = batch.run()
+    if grid is not None and made.thumbnails:
+        from klein_mlx.saving import save_image, save_image_free
+        from klein_mlx.sheet import contact_sheet
+
+        sheet = contact_sheet(made.thumbnails)
+        made.files.append(str(save_image_free(sheet, grid) if args.grid == "" else grid))
+        if args.grid != "":
+            save_image(sheet, grid, args.force)
         if not args.json:
-            print(path, flush=True)
+            print(made.files[-1], flush=True)
     if args.json:
-        print(json.dumps(_report(pipe, run, files)), flush=True)
-    return 0
+        print(json.dumps(_report(batch, made)), flush=True)
+    return 2 if made.failed else 0
 
 
-def _paths(args: argparse.Namespace, run: "Run") -> list[Path]:
-    from klein_mlx.naming import free_names, output_paths
+def _check_outputs(args: argparse.Namespace) -> Path | None:
+    """Refuse what could not be written before a model is looked for; returns where the contact sheet goes, or None."""
+    from klein_mlx.naming import check_template, is_template
+    from klein_mlx.saving import check_output
 
-    seeds = [seed for _, seed in run.request.pictures]
-    if args.output is None:
-        return free_names(args.prompt, seeds)
-    return output_paths(args.output, seeds, args.force)
+    output = args.output
+    if output is not None and is_template(output):
+        check_template(output)
+    elif output is not None and str(output) == "-":
+        if args.json or args.grid is not None:
+            other = "--json" if args.json else "--grid"
+            raise RequestError(f"-o - writes the picture to stdout, which {other} needs too; give one of them")
+    elif output is not None:
+        several = args.count > 1 or len(args.seed or ()) > 1 or args.prompt_file is not None
+        check_output(output, args.force or several)
+    if args.format is not None and output is not None and str(output) != "-":
+        raise RequestError(f"--format is {args.format}, and output {output} has its own suffix; leave --format out")
+    if args.grid is None:
+        return None
+    grid = Path(args.grid or "grid.png")
+    check_output(grid, args.force or args.grid == "")
+    return grid
 
 
-def _tell(args: argparse.Namespace, run: "Run", paths: list[Path]) -> None:
-    """What is worth knowing before the work: the seeds, and that a format loses what an edit keeps."""
-    edit = run.request.edit
-    lossy = [path.suffix for path in paths if path.suffix.lower() != ".png"]
-    if edit and (edit.mask_image is not None or edit.extends) and lossy and not args.quiet:
-        words = f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly"
-        print(words, file=sys.stderr)
-    seeds = ", ".join(str(seed) for seed in run.request.seeds)
+def _tell(args: argparse.Namespace, batch: "Batch") -> None:
+    """What is worth knowing first: seeds, prompts that were chosen, that a format loses what an edit keeps."""
+
+    def say(line: str) -> None:
+        if args.progress != "json" and not args.quiet:
+            print(line, file=sys.stderr)
+
+    edits = [one.request.edit for one in batch.planned]
+    lossy = [name.path.suffix for one in batch.planned for name in one.names if name.path.suffix.lower() != ".png"]
+    if lossy and any(edit and (edit.mask_image is not None or edit.extends) for edit in edits):
+        say(f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly")
+    jobs: list[Job] = [one.job for one in batch.planned]
+    for job in jobs:
+        if "template" in job.extra and job.prompt != job.extra["template"]:
+            say(f"prompt: {job.prompt}")
+    if args.prompt_file is not None:
+        return
+    seeds = [seed for one in batch.planned for seed in one.request.seeds]
+    line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
     untold = args.seed is None and args.output is not None and not args.json  # by no name, option or result
-    if not args.quiet or untold:
-        print(f"seed {seeds}" if len(run.request.seeds) == 1 else f"seeds {seeds}", file=sys.stderr)
+    if args.quiet and untold and args.progress != "json":
+        print(line, file=sys.stderr)
+    say(line)
 
 
-def _report(pipe: "KleinPipeline", run: "Run", files: list[str]) -> dict[str, Any]:
+def _report(batch: "Batch", made: "Made") -> dict[str, Any]:
     import mlx.core as mx
 
     return {
-        "files": files,
-        "seeds": [seed for _, seed in run.request.pictures],
-        "model": pipe.config.variant.name,
-        "steps": run.request.steps,
-        "keep": pipe.parts.keep,
-        "loras": [asdict(lora) for lora in pipe.loras],
-        "notes": run.notes,
-        "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
+        "files": made.files,
+        "seeds": made.seeds,
+        "prompts": made.prompts,
+        "model": batch.pipe.config.variant.name,
+        "steps": batch.planned[0].request.steps if batch.planned else None,
+        "keep": batch.pipe.parts.keep,
+        "loras": [asdict(lora) for lora in batch.pipe.loras],
+        "notes": made.notes,
+        "failed": made.failed,
+        "seconds": {phase: round(seconds, 3) for phase, seconds in made.seconds.items()},
         "peak_memory": mx.get_peak_memory(),
     }

@@ -75,18 +75,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that can be asked of one picture or several."""
+    """Everything that can be asked of one picture or several. None: not given; `settings.complete` fills it in."""
     add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw, or how to change the reference")
-    add("-m", "--model", default=DEFAULT_MODEL, help='a hub id, a folder, a short name ("klein-mlx models"), "tiny"')
+    add("prompt", nargs="?", help="what to draw, or how to change the reference; {red|blue} and __name__ vary it")
+    add_request_arguments(parser)
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default = None
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options without the prompt, in their groups."""
+    add = parser.add_argument
+    add("-m", "--model", help='a hub id, a folder, a short name ("klein-mlx models"), "tiny"')
     add("-i", "--image", action="append", metavar="FILE", help="a reference to edit or to draw from; repeat for more")
     add("--large-reference", action="store_true", help="let a single reference have 4 megapixels instead of 1")
     add("--reuse-references", action="store_true", help="compute references in the first step only (an approximation)")
     _add_edit_arguments(parser.add_argument_group("starting from a picture"))
     add("--width", type=int, help="in pixels, a multiple of 16 (default: the reference's, or 1024; 128 for tiny)")
     add("--height", type=int, help="in pixels, a multiple of 16")
+    add("--size", metavar="SIZE", help="1024x768; 16:9, of the usual number of pixels; 2mp; 16:9,2mp")
     add("--steps", type=int, help="denoising steps (default: the variant's, 4 for distilled ones)")
     add("--guidance", type=float, help="guidance scale (default: the variant's; base variants only)")
+    add("--sigmas", metavar="LIST", help="noise levels before the shift, as 1,0.75,0.5,0.25, in place of --steps")
     add("--negative", metavar="TEXT", help="what to steer away from; needs guidance over 1")
     add(
         "--batch-guidance",
@@ -94,7 +105,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance's two branches in one pass, or one after the other (default: as memory allows)",
     )
     add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
-    add("-n", "--count", type=int, default=1, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
+    add("-n", "--count", type=int, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
     add_bit_arguments(parser, "quantise the weights while loading")
     add(
         "--transformer",
@@ -111,11 +122,36 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="the model's revision on the hub")
     add("--offline", action="store_true", help="use only what is on disk")
     add("-y", "--yes", action="store_true", help="download what is missing without asking")
-    add("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp (default: a name from prompt and seed)")
+    _add_many_arguments(parser.add_argument_group("many at once"))
+    _add_output_arguments(parser.add_argument_group("output"))
+
+
+def _add_many_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt-file", metavar="FILE", help="a prompt a line, # for comments; or JSONL with any options; - is stdin")
+    add("--no-wildcards", action="store_true", help="take {a|b} and __name__ in prompts as they are")
+    add("--grid", nargs="?", const="", metavar="FILE", help="a contact sheet of all pictures too")
+    add("--config", metavar="FILE", help="defaults, presets, models (default: ~/.config/klein-mlx/config.toml)")
+    add("--preset", metavar="NAME", help="options from the config's [presets.NAME]")
+
+
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".png, .jpg or .webp, with {slug} {seed} {index} {date} {time} {model} {steps}; "
+        "- is stdout (default: {slug}-{seed}.png, or the next free name)",
+    )
+    add("--format", choices=("png", "jpg", "webp"), help="of names that are made, and of -o - (default: png)")
     add("--force", action="store_true", help="overwrite the output file")
     add("--show", action="store_true", help="draw the pictures in the terminal, where it can")
     add("--show-steps", action="store_true", help="draw a sketch after each step too")
+    add("--no-metadata", action="store_true", help="keep the recipe out of the picture")
     add("--json", action="store_true", help="one JSON object on the last line of stdout")
+    add("--progress", choices=("bar", "json"), help="json: one object a line on stderr, for programs (default: bar)")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
 
 

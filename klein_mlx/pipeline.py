@@ -5,11 +5,11 @@ picture; the call, the command line and whatever else is built sit on it. The en
 embeddings are evaluated, the transformer before the pictures are decoded, unless `keep` says otherwise.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Self, Unpack
+from typing import NamedTuple, Self, Unpack
 
 import mlx.core as mx
 from PIL import Image
@@ -31,11 +31,26 @@ from klein_mlx.loras import Loras
 from klein_mlx.masks import Canvas
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
+from klein_mlx.recipe import Recorder
 from klein_mlx.request import check
 from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.sketch import Sketcher
 from klein_mlx.tokenizer import Tokenizer
 from klein_mlx.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
+
+MAX_WAITING = 8  # pictures that wait for the decoder where the transformer has to leave for it
+
+
+class Conditions(NamedTuple):
+    """What a run's pictures attend to, and the latents of the picture that they start from, or None.
+
+    embeds: (1, L, D) of every prompt; negative: of the negative prompt, or None; init: (1, h, w, C).
+    """
+
+    embeds: list[mx.array]
+    negative: mx.array | None
+    references: References | None
+    init: mx.array | None
 
 
 class KleinPipeline:
@@ -59,6 +74,7 @@ class KleinPipeline:
         self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
         self.sketcher: Sketcher | None = None
         self.encodings = Encodings(self.parts)
+        self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype)
         self._blocks = CompiledBlocks()
         self._loras = Loras(self.parts, self.encodings)
 
@@ -140,7 +156,8 @@ class KleinPipeline:
             import numpy as np
 
             results = np.stack(results)
-        return KleinOutput(results, [picture.seed for picture in pictures], run.notes, run.seconds)
+        seeds, recipes = [picture.seed for picture in pictures], [picture.recipe for picture in pictures]
+        return KleinOutput(results, seeds, run.notes, run.seconds, recipes)
 
     def stream(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> Run:
         """Check the request and return its run, an iterator of Steps and Pictures; nothing is computed before it is
@@ -155,50 +172,77 @@ class KleinPipeline:
         run.notes += opened.notes
         if run.request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
-        run.start(self._events(run, opened), nullcontext if compiles() else one_weight_at_a_time)
+        run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened), self.loras)
+        run.opened = opened
+        around = nullcontext if compiles() else one_weight_at_a_time
+        run.start((event for _, event in self.together([run])), around)
         return run
 
-    def _events(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:
-        """The whole run; however it ends, only what is to be kept stays loaded."""
-        try:
-            yield from self._phases(run, opened)
-        finally:
-            self.parts.release(run, *PARTS)
+    def together(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
+        """Several runs of `stream`, not iterated yet, as one: each event with its run, in the runs' order.
 
-    def _phases(self, run: Run, opened: Opened) -> Iterator[Step | Picture]:
+        All are encoded before the first is denoised, so each part is loaded once, and the encoder is freed before the
+        steps. However it ends, only what is to be kept stays loaded.
+        """
+        try:
+            yield from self._phases(runs)
+        finally:
+            self._release(runs, *PARTS)
+
+    def _release(self, runs: Sequence[Run], *parts: str) -> None:
+        for run in runs:
+            self.parts.release(run, *parts)
+
+    def _phases(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
         """Encode, denoise, decode."""
+        encoded = [self._encode(run) for run in runs]
+        self._release(runs, "text_encoder", "vae")
+        waiting: list[tuple[Run, int, mx.array]] = []
+        for run, conditions in zip(runs, encoded, strict=True):
+            tables = self._tables(run, conditions.references, run.opened)
+            for number in range(len(run.request.pictures)):
+                latents = mx.array(0.0)
+                for step in self._denoise(run, number, conditions, tables):
+                    latents = step.latents
+                    yield run, step
+                del step  # it holds the transformer
+                waiting.append((run, number, latents))
+                if self.parts.keep != "nothing" or len(waiting) == MAX_WAITING:
+                    yield from self._finish_all(runs, waiting)
+        yield from self._finish_all(runs, waiting)
+
+    def _encode(self, run: Run) -> Conditions:
+        """What a run's pictures attend to and start from, evaluated."""
+        opened: Opened = run.opened
         with run.timed("encode"):
             references = join_references([self.encodings.of_reference(run, image) for image in opened.references])
             init = None if opened.canvas is None else self.encodings.of_reference(run, opened.canvas.image)
         embeds, negative = self.encodings.of_request(run)
-        self.parts.release(run, "text_encoder", "vae")
-        tables = self._tables(run, references, opened)
-        waiting: list[tuple[int, mx.array]] = []
-        for number, (prompt_index, _) in enumerate(run.request.pictures):
-            with run.timed("steps"):
-                predict = self._predict(run, embeds[prompt_index], negative, tables)
-            latents = mx.array(0.0)
-            for step in self._denoise(run, number, predict, init, opened):
-                latents = step.latents
-                yield step
-            del predict, step  # they hold the transformer
-            waiting.append((number, latents))
-            if self.parts.keep != "nothing":
-                yield self._finish(run, *waiting.pop(), opened.canvas)
-        self.parts.release(run, "transformer")
-        for number, latents in waiting:
-            yield self._finish(run, number, latents, opened.canvas)
+        return Conditions(embeds, negative, references, init)
 
-    def _denoise(
-        self, run: Run, number: int, predict: Predict, init: mx.array | None, opened: Opened
-    ) -> Iterator[Step]:
+    def _finish_all(
+        self, runs: Sequence[Run], waiting: list[tuple[Run, int, mx.array]]
+    ) -> Iterator[tuple[Run, Step | Picture]]:
+        """Decode what waits, the transformer freed before and the VAE after, where they are not kept."""
+        if waiting:
+            self._release(runs, "transformer")
+        while waiting:
+            run, number, latents = waiting.pop(0)
+            yield run, self._finish(run, number, latents, run.opened.canvas)
+            if not waiting:
+                self._release(runs, "vae")
+
+    def _denoise(self, run: Run, number: int, conditions: Conditions, tables: Tables) -> Iterator[Step]:
         """One picture's steps, from its noise, or from the init image's latents with noise added."""
-        request, (h, w), sigmas = run.request, self._grid(opened), self._sigmas(run, opened)
+        request, opened = run.request, run.opened
+        (h, w), sigmas = self._grid(opened), self._sigmas(run, opened)
+        with run.timed("steps"):
+            predict = self._predict(run, request.pictures[number][0], conditions, tables)
         if request.latents is not None:
             latents = from_channels_first(to_array("latents", request.latents))[number : number + 1]
         else:
             latents = noise(mx.random.key(request.pictures[number][1]), h, w, self.config.transformer.in_channels)
-        latents, after = _start(latents.astype(self.dtype), init, opened.canvas, sigmas[0])
+        latents, after = _start(latents.astype(self.dtype), conditions.init, opened.canvas, sigmas[0])
         steps = Tracked(predict)
         walk = euler_steps(steps, latents, sigmas, after)
         for index in range(1, len(sigmas)):
@@ -210,6 +254,7 @@ class KleinPipeline:
             yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview, sketch)
 
     def _sigmas(self, run: Run, opened: Opened) -> list[float]:
+        """The noise levels that the steps go through, 0 included."""
         h, w = self._grid(opened)
         edit = run.request.edit
         strength = 1.0 if edit is None else edit.strength or 1.0
@@ -227,19 +272,14 @@ class KleinPipeline:
         side = self.config.pixels_per_token
         return opened.height // side, opened.width // side
 
-    def _predict(
-        self,
-        run: Run,
-        prompt_embeds: mx.array,
-        negative: mx.array | None,
-        tables: Tables,
-    ) -> Predict:
+    def _predict(self, run: Run, prompt: int, conditions: Conditions, tables: Tables) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
         transformer, request = self.parts.get("transformer", run), run.request
         call = in_parts(self._blocks, run.part_done)
         reuse: Reuse | None = "first step" if request.reuse_references else None
         if self.config.caches_references:
             reuse = "alone"
+        prompt_embeds, negative = conditions.embeds[prompt], conditions.negative
         if negative is None:
             return velocity(transformer, prompt_embeds, tables, reuse, call)
         guidance, batched = request.guidance, request.batch_guidance
@@ -256,7 +296,8 @@ class KleinPipeline:
             image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas, run.part_done)
         if self.sketcher and canvas is None and run.request.output_type == "pil":
             self.sketcher.learn(latents, image)
-        return Picture(number, len(run.request.pictures), prompt, seed, image)
+        recipe = self.recorder.of_picture(run.recipe, prompt, seed, image)
+        return Picture(number, len(run.request.pictures), prompt, seed, image, recipe)
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:

@@ -81,6 +81,7 @@ class Session:
     show: bool = False
     show_steps: bool = False
     pictures: "list[tuple[Image.Image, Path]]" = field(default_factory=list)
+    recipes: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     def line(self, line: str) -> bool:
         """Do what a line says; False if it ends the session. Raises KleinError, and KeyboardInterrupt for Ctrl-C."""
@@ -127,9 +128,10 @@ class Session:
         names = free_names(asked.prompt, seeds)
         try:
             images = pictures(run, quiet=False, view=view_of(self.show, self.show_steps))
-            for image, path, seed in zip(images, names, seeds, strict=True):
-                path = save_image_free(image, path)
-                self.pictures.append((image, path))
+            for picture, path, seed in zip(images, names, seeds, strict=True):
+                path = save_image_free(picture.image, path, picture.recipe)
+                self.pictures.append((picture.image, path))
+                self.recipes[path] = picture.recipe
                 self.say(f"${len(self.pictures)}  {path}  seed {seed}  {sum(run.seconds.values()):.1f} s")
         finally:
             run.close()
@@ -184,8 +186,8 @@ class Session:
         path, _, number = rest.partition(" $")
         if not path.strip():
             raise RequestError("!save needs a name; for example: !save fox.png")
-        image, _ = self.pictures[_number(number.strip(), len(self.pictures)) - 1]
-        save_image(image, Path(os.path.expanduser(path.strip())))
+        image, made = self.pictures[_number(number.strip(), len(self.pictures)) - 1]
+        save_image(image, Path(os.path.expanduser(path.strip())), recipe=self.recipes.get(made))
         self.say(path.strip())
 
     def undo(self, rest: str) -> None:
@@ -207,11 +209,13 @@ def _whole(what: str, text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
     from klein_mlx.asked import call_arguments, open_pipeline
+    from klein_mlx.settings import complete
     from klein_mlx.terminal import protocol
 
+    args = complete(args)
     pipe = open_pipeline(args)
     draws = not args.quiet and protocol(os.environ) is not None
-    session = Session(pipe, call_arguments(args), print, draws, draws and args.show_steps)
+    session = Session(pipe, call_arguments(args, pipe.config), print, draws, draws and args.show_steps)
     if not args.quiet:
         print(WELCOME.format(model=f"{pipe.config.variant.name}: {args.model}"))
     with _history():

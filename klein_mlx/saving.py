@@ -9,9 +9,11 @@ from typing import Any
 from PIL import Image
 
 from klein_mlx.errors import RequestError
+from klein_mlx.metadata import save_options
 
 MAX_NAME = 255  # bytes of a file's name, on every common disk
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -37,21 +39,29 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RequestError(f"output folder {folder} is not writable ({error.strerror}); choose another") from None
 
 
-def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
+def encode_image(image: Image.Image, suffix: str, recipe: dict[str, Any] | None = None) -> bytes:
+    """A picture's file as bytes: suffix as in FORMATS; recipe, JSON values, goes inside."""
+    file = io.BytesIO()
+    kind = FORMATS[suffix]
+    image.save(file, format=kind, **_QUALITY.get(kind, {}), **save_options(image, kind, recipe or {}))
+    return file.getvalue()
+
+
+def save_image(
+    image: Image.Image, path: str | Path, overwrite: bool = False, recipe: dict[str, Any] | None = None
+) -> None:
     """Write beside, flush, then put into place: the path holds a whole picture or what it held before.
 
-    path: ending in .png, .jpg, .jpeg or .webp. Raises RequestError if it exists and `overwrite` is false, or if the
-    disk refuses.
+    path: ending in .png, .jpg, .jpeg or .webp. recipe: JSON values to put inside, as a Picture has them, or None.
+    Raises RequestError if it exists and `overwrite` is false, or if the disk refuses.
     """
+    path = Path(path)
     check_output(path, overwrite)
-    options: dict[str, Any] = {} if path.suffix.lower() == ".png" else {"quality": 95}
     beside = _beside(path)
     try:
         with beside.open("xb") as file:
             # Not straight into the file: Pillow takes a write that a full disk cut short for a whole one.
-            encoded = io.BytesIO()
-            image.save(encoded, format=FORMATS[path.suffix.lower()], **options)
-            file.write(encoded.getbuffer())
+            file.write(encode_image(image, path.suffix.lower(), recipe))
             file.flush()
             os.fsync(file.fileno())
         _put(beside, path, overwrite)
@@ -63,12 +73,12 @@ def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:
         beside.unlink(missing_ok=True)
 
 
-def save_image_free(image: Image.Image, path: Path) -> Path:
+def save_image_free(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
     """As save_image, under this name or, if another program has taken it meanwhile, the next free one; returns it."""
     number, free = 2, path
     while True:
         try:
-            save_image(image, free)
+            save_image(image, free, recipe=recipe)
             return free
         except RequestError:
             if not os.path.lexists(free):

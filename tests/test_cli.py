@@ -219,5 +219,5 @@ def test_convert_then_generate_gives_the_same_picture(tmp_path: Path) -> None:
     done = klein("convert", "tiny", "copy", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for model in ("tiny", "copy"):
-        klein("generate", "--model", model, PROMPT, "--seed", "7", "-o", f"{model}.png", cwd=tmp_path)
+        klein("generate", "--model", model, PROMPT, "--seed", "7", "--no-metadata", "-o", f"{model}.png", cwd=tmp_path)
     assert (tmp_path / "tiny.png").read_bytes() == (tmp_path / "copy.png").read_bytes()

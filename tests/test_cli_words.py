@@ -11,7 +11,7 @@ from klein_mlx.errors import RequestError, nearest
     [
         (["a red fox"], "generate", ["a red fox"]),
         (["fox"], "generate", ["fox"]),
-        (["snow"], "generate", ["snow"]),
+        (["winter"], "generate", ["winter"]),
         (["generate", "info"], "generate", ["info"]),
         (["--seed", "7", "a fox"], "generate", ["--seed", "7", "a fox"]),
         (["-m", "tiny"], "generate", ["-m", "tiny"]),
