@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from klein_mlx.config import VARIANTS
-from klein_mlx.errors import RequestError, nearest
+from klein_mlx.errors import nearest
 
 
 class Alias(NamedTuple):
@@ -31,13 +31,6 @@ def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
     """
     model = (own or {}).get(model, model)
     return ALIASES[model].hub_id if model in ALIASES else model
-
-
-def check_own(own: Mapping[str, str]) -> None:
-    """RequestError for an alias that could be mistaken for something else."""
-    for name in own:
-        if not name or name == "tiny" or name.startswith((".", "~", "-")) or "/" in name or not name.isprintable():
-            raise RequestError(f"alias {name!r} cannot be a model's short name; take letters, digits and dashes")
 
 
 def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:

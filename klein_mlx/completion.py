@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from klein_mlx.aliases import ALIASES
-from klein_mlx.places import cached_models, own_models
+from klein_mlx.places import cached_models, own_models, own_names
 from klein_mlx.shells import SHELLS, Given, Option
 
 _FILES = {"FILE", "FOLDER", "SOURCE", "DESTINATION", "VAE"}  # metavars of paths
@@ -69,5 +69,6 @@ def _one_line(action: argparse.Action) -> str:
 
 
 def model_names() -> list[str]:
-    """Every name that --model knows without a path: tiny, short names, one's own, klein models of the Hub's cache."""
-    return list(dict.fromkeys(["tiny", *ALIASES, *(path.name for path in own_models()), *cached_models()]))
+    """Every name that --model knows: tiny, short names, the config's, one's own, klein models of the Hub's cache."""
+    own = (path.name for path in own_models())
+    return list(dict.fromkeys(["tiny", *ALIASES, *own_names(), *own, *cached_models()]))

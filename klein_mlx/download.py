@@ -5,7 +5,7 @@ The command's side of `hub` and `fetch`: it prints and asks. What is whole on di
 
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from klein_mlx.aliases import ALIASES, resolve
 from klein_mlx.config import PARTS, VARIANTS
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.places import cached_models, own_model, own_models
+from klein_mlx.places import cached_models, own_model, own_models, own_names
 from klein_mlx.terminal import has_bar
 
 if TYPE_CHECKING:
@@ -25,22 +25,23 @@ def obtain(
     *,
     revision: str | None = None,
     parts: Collection[str] = PARTS,
-    own: Mapping[str, str] | None = None,
     offline: bool = False,
     yes: bool = False,
     quiet: bool = False,
 ) -> str:
     """See to it that a model is on disk, as far as it is on the Hub; returns what `open_model` is to be given.
 
-    parts: those whose weights are needed. own: the user's aliases. yes: do not ask. quiet: print nothing, no bar.
+    parts: those whose weights are needed. yes: do not ask. quiet: print nothing, no bar.
     Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
     """
     from klein_mlx.convert.detect import hub_id_of, open_cached
     from klein_mlx.hub import wanted
 
-    name = resolve(model, own) if own else model
-    if not Path(name).exists() and (folder := own_model(name)):
-        return str(folder)
+    name = model
+    if not os.path.lexists(model):
+        name = resolve(model, own_names())
+        if folder := own_model(name):
+            return str(folder)
     hub_id = hub_id_of(name)
     if hub_id is None or offline:
         return hub_id or name

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from klein_mlx.aliases import ALIASES, resolve, suggestion
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.places import models_folder, own_model, own_models
+from klein_mlx.places import models_folder, own_model, own_models, own_names
 
 if TYPE_CHECKING:
     from klein_mlx.checkpoint import Source
@@ -169,11 +170,11 @@ def _ago(seconds: float) -> str:
 def _hub_id(name: str) -> str:
     from klein_mlx.convert.detect import hub_id_of
 
-    hub_id = hub_id_of(name)
+    own = own_names()
+    hub_id = hub_id_of(resolve(name, own))
     if hub_id is None:
-        raise RequestError(
-            f"{name!r} is no model of the Hub{suggestion(name) or '; it must be owner/name or a short name'}"
-        )
+        hint = suggestion(name, own) or "; it must be owner/name or a short name"
+        raise RequestError(f"{name!r} is no model of the Hub{hint}")
     return hub_id
 
 
@@ -196,8 +197,9 @@ def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from klein_mlx.convert import open_model
     from klein_mlx.convert.detect import open_cached
 
+    name = own_names().get(name, name)
     folder = own_model(name)
-    if folder or name == "tiny":
+    if folder or name == "tiny" or os.path.isdir(name):
         source = open_model(folder or name)
     else:
         hub_id = _hub_id(name)

@@ -6,6 +6,7 @@ session remembers: `~/.local/state/klein-mlx` (`$XDG_STATE_HOME`). What can be m
 """
 
 import os
+import tomllib
 from pathlib import Path
 
 
@@ -32,6 +33,18 @@ def _place(variable: str, default: str) -> Path | None:
         return Path(given) / "klein-mlx"
     home = os.path.expanduser("~")
     return Path(home) / default / "klein-mlx" if os.path.isabs(home) else None
+
+
+def own_names() -> dict[str, str]:
+    """The user's short names of models: [models] in ~/.config/klein-mlx/config.toml (`$XDG_CONFIG_HOME`), each for a
+    folder, a hub id or another short name. Of a config that cannot be read, none."""
+    folder = _place("XDG_CONFIG_HOME", ".config")
+    try:
+        text = (folder / "config.toml").read_text() if folder else ""
+        names = tomllib.loads(text).get("models", {}) if "[models" in text else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: os.path.expanduser(model) for name, model in names.items() if isinstance(model, str)}
 
 
 def own_model(name: str) -> Path | None:

@@ -10,7 +10,8 @@ from hub_server import COMMIT, Hub, hub
 from huggingface_hub import constants
 
 from klein_mlx.cli import main
-from klein_mlx.places import cache_folder, models_folder, own_model, own_models, state_folder
+from klein_mlx.completion import model_names
+from klein_mlx.places import cache_folder, models_folder, own_model, own_models, own_names, state_folder
 
 TINY = Path(__file__).parent.parent / "klein_mlx" / "tiny"
 NAMES = ["klein.json", "text_encoder.safetensors", "tokenizer.json", "transformer.safetensors", "vae.safetensors"]
@@ -117,6 +118,24 @@ def test_models_of_ones_own(served: Hub, told: Told, tmp_path: Path) -> None:
     assert sorted(path.name for path in own.iterdir()) == ["link", "notes"]
     assert (TINY / "klein.json").exists()
     assert served.asked == []
+
+
+def test_names_from_the_config(served: Hub, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[models] names folders, hub ids and other short names, for every command; a config that is broken names none."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    config = tmp_path / "klein-mlx" / "config.toml"
+    config.parent.mkdir()
+    config.write_text(f'steps = 4\n[models]\nhome = "{TINY}"\nthere = "owner/name"\nbig = "9b"\n')
+    assert own_names() == {"home": str(TINY), "there": "owner/name", "big": "9b"}
+    assert main(["info", "home", "--json"]) == 0
+    assert json.loads(told.capsys.readouterr().out)["variant"] == "tiny"
+    assert told("pull", "there")[0] == 0
+    assert told("path", "there")[1].endswith(f"{COMMIT}\n")
+    assert "FLUX.2-klein-9B is not whole" in told("path", "big")[2]
+    assert {"home", "there", "big"} <= set(model_names())
+    assert "did you mean there?" in told("path", "theer")[2]
+    config.write_text("[models\n")
+    assert own_names() == {}
 
 
 @pytest.mark.parametrize(
