@@ -85,8 +85,9 @@ class LoraFile:
         """Whose names, in words."""
         if not self.places:
             return "unknown names"
-        name, place = next(iter(self.places.items()))
-        dialects = " and ".join(dict.fromkeys(p.dialect for p in self.places.values()))
+        ordered = sorted(self.places.items(), key=lambda item: item[1].part != _PARTS[0])
+        name, place = ordered[0]
+        dialects = " and ".join(dict.fromkeys(place.dialect for _, place in ordered))
         flat = all("." not in other.name for other in self.places.values())
         spelled = next(key for role, key in self.groups[name].items() if role != "alpha").removeprefix(name)
         prefix = f" behind {place.prefix}" if place.prefix else ""

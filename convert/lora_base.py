@@ -1,6 +1,7 @@
 """Which model a LoRA was made for: told from its shapes and names, never from what it is called."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -99,16 +100,17 @@ def tell_encoder(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
+# Which axis of a weight, by the last word of its path, is as long as the hidden size.
+_HIDDEN_AXIS: dict[str, int] = dict.fromkeys(("to_q", "to_k", "to_v", "to_out", "mlp_in", "linear_in"), 1)
+_HIDDEN_AXIS |= dict.fromkeys(("mod_img", "mod_txt", "mod_single", "final_mod", "final_out"), 1)
+_HIDDEN_AXIS |= dict.fromkeys(("mlp_out", "linear_out", "img_in", "txt_in", "linear_1", "linear_2"), 0)
+
+
 def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    for path, shape in shapes.items():
-        kind = path.rpartition(".")[2]
-        if len(shape) == 2 and kind in ("to_q", "to_k", "to_v", "to_out", "mlp_in", "linear_in"):
-            return shape[1]
-        if len(shape) == 2 and kind in ("mlp_out", "linear_out", "img_in", "txt_in", "linear_1", "linear_2"):
-            return shape[0]
-        if len(shape) == 2 and kind in ("mod_img", "mod_txt", "mod_single", "final_mod", "final_out"):
-            return shape[1]
-    return None
+    """What most of the shapes say."""
+    kinds = ((path.rpartition(".")[2], shape) for path, shape in shapes.items() if len(shape) == 2)
+    said = Counter(shape[_HIDDEN_AXIS[kind]] for kind, shape in kinds if kind in _HIDDEN_AXIS)
+    return max(said, key=said.__getitem__, default=None)
 
 
 def _is_flux1(shapes: Mapping[str, tuple[int, ...]], hidden: int) -> bool:

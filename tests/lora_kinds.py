@@ -77,12 +77,12 @@ def _factor(size: int, wanted: int) -> int:
     return max(f for f in range(1, wanted + 1) if size % f == 0)
 
 
-def lokr(kind: str) -> Made:
+def lokr(kind: str, out_factor: int = 8) -> Made:
     """kind: "full", "factored" (right), "both" (sides factored) or "tucker". Thirds of fused weights cut its blocks."""
     rng, tensors, out = np.random.default_rng(2), {}, {}
     for name, weight in bfl_weights().items():
         (rows, columns), rank, alpha = weight.shape, 2, 3.0
-        a, b = _factor(rows, 8), _factor(columns, 4)
+        a, b = _factor(rows, out_factor), _factor(columns, 4)
         left, scale = 2 * _random(rng, a, b), 1.0 if kind == "full" else alpha / rank
         if kind == "both":
             one, two = _random(rng, a, rank), 2 * _random(rng, rank, b)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -164,7 +164,12 @@ def _adapter_metadata(twin: Twin, by_root: bool) -> tuple[Tensors, Metadata]:
     """diffusers' own: one alpha for all, a pattern for those that differ (here every second)."""
     first = next(iter(twin.values()))
     root = first.rank**0.5 if by_root else first.rank
-    config = {"r": first.rank, "lora_alpha": first.alpha / first.rank * root, "use_rslora": by_root}
+    config: dict[str, Any] = {
+        "r": first.rank,
+        "lora_alpha": first.alpha / first.rank * root,
+        "use_rslora": by_root,
+        "target_modules": list(twin),
+    }
     config["alpha_pattern"] = {path: 2 * config["lora_alpha"] for path in list(twin)[::2]}
     values = {f"transformer.{key}": value for key, value in config.items()}
     tensors: Tensors = {}
