@@ -107,8 +107,7 @@ def _measure(args: argparse.Namespace, import_seconds: float) -> int:
             from klein_mlx import peers
 
             report["mflux"] = peers.summary(other, others)
-            memory, rss = (max(report[name].values()) for name in ("peak_memory", "peak_rss"))
-            report["ratios"] = peers.ratios(report["seconds"], memory, rss, report["mflux"])
+            report["ratios"] = peers.ratios(report, report["mflux"])
     print(_measured_table(report))
     print(json.dumps(report), flush=True)
     return 0
@@ -166,6 +165,7 @@ def _report(
         "steps": steps,
         "tokens": {"text": config.max_sequence_length, "image": size[0] // side * (size[1] // side)},
         "seconds": {**seconds, "total": _spread(totals)},
+        "cpu_seconds": round(min(r.cpu for r in runs), 3),
         "peak_memory": {phase: max(r.memory.get(phase, 0) for r in runs) for phase in phases},
         "peak_rss": {phase: max(r.rss.get(phase, 0) for r in runs) for phase in phases},
         "pictures_per_minute": round(60 / statistics.median(totals), 3),
@@ -211,6 +211,8 @@ def _compared(report: dict[str, Any]) -> list[str]:
             values = [_memory(max(report[key].values())) for key in ("peak_memory", "peak_rss")]
             ours = values[name.startswith("RSS")]
             theirs = _memory(other["peak_rss" if name.startswith("RSS") else "peak_memory"])
+        elif name == "CPU":
+            ours, theirs = (f"{side['cpu_seconds']:.3f} s" for side in (report, other))
         else:
             ours, theirs = (f"{side['seconds'][name]['min']:.3f} s" for side in (report, other))
         lines.append(f"{name:<12}{ours:>12}{theirs:>12}{ratio:>8.2f}")

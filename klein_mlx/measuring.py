@@ -101,9 +101,10 @@ class Phases:
 
 @dataclass(frozen=True)
 class Measured:
-    """One picture's phases, in the order load, encode, step 1, ..., decode, save."""
+    """One picture's phases, in the order load, encode, step 1, ..., decode, save. cpu: seconds of all threads."""
 
     steps: int
+    cpu: float
     seconds: dict[str, float]
     memory: dict[str, int]
     rss: dict[str, int]
@@ -148,7 +149,7 @@ class Bench:
             num_inference_steps=self.args.steps,
             seed=number,
         )
-        step = 1
+        step, start = 1, time.process_time()
 
         def watch(name: str) -> AbstractContextManager[None]:
             return phases.watch(f"step {step}" if name == "steps" else name)
@@ -164,6 +165,7 @@ class Bench:
         order = ["load", "encode", *(f"step {i}" for i in range(1, steps + 1)), "decode", "save"]
         return Measured(
             steps,
+            time.process_time() - start,
             {name: phases.seconds[name] for name in order if name in phases.seconds},
             {name: phases.memory[name] for name in order if name in phases.seconds},
             {name: phases.rss[name] for name in order if name in phases.seconds},

@@ -119,7 +119,7 @@ def _open(asked: dict[str, Any], clock: Clock) -> Any:
 
 
 def _picture(model: Any, clock: Clock, line: dict[str, Any], load: float) -> dict[str, Any]:
-    clock.seconds = {}
+    clock.seconds, start = {}, time.process_time()
     mx.reset_peak_memory()
     image = model.generate_image(
         seed=line["seed"],
@@ -134,7 +134,12 @@ def _picture(model: Any, clock: Clock, line: dict[str, Any], load: float) -> dic
         image.save(path=str(Path(folder) / "picture.png"))
     clock.lap("save")
     clock.seconds.pop("rest", None)
-    return {"seconds": {"load": load, **clock.seconds}, "peak_memory": mx.get_peak_memory(), "peak_rss": peak_rss()}
+    return {
+        "seconds": {"load": load, **clock.seconds},
+        "cpu_seconds": time.process_time() - start,
+        "peak_memory": mx.get_peak_memory(),
+        "peak_rss": peak_rss(),
+    }
 
 
 def main() -> None:
