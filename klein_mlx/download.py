@@ -5,7 +5,7 @@ The command's side of `hub` and `fetch`: it prints and asks. What is whole on di
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +25,15 @@ def obtain(
     *,
     revision: str | None = None,
     parts: Collection[str] = PARTS,
+    own: Mapping[str, str] | None = None,
     offline: bool = False,
     yes: bool = False,
     quiet: bool = False,
 ) -> str:
     """See to it that a model is on disk, as far as it is on the Hub; returns what `open_model` is to be given.
 
-    parts: those whose weights are needed. yes: do not ask. quiet: print nothing, no bar.
+    parts: those whose weights are needed. own: short names of the user's; None: the config's. yes: do not ask.
+    quiet: print nothing, no bar.
     Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
     """
     from klein_mlx.convert.detect import hub_id_of, open_cached
@@ -39,7 +41,7 @@ def obtain(
 
     name = model
     if not os.path.lexists(model):
-        name = resolve(model, own_names())
+        name = resolve(model, own_names() if own is None else own)
         if folder := own_model(name):
             return str(folder)
     hub_id = hub_id_of(name)
