@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.bit_options import asked_bits
@@ -12,6 +13,7 @@ from klein_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from klein_mlx.config import ModelConfig
+    from klein_mlx.loras import described
     from klein_mlx.pipeline import KleinPipeline
 
 
@@ -41,7 +43,9 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
         text_encoder=args.text_encoder,
     )
     for path, scale in asked_loras(args):
-        pipe.load_lora(path, scale, **lora_options(args))
+        loaded = pipe.load_lora(path, scale, **lora_options(args))
+        if not args.quiet:
+            print(described(pipe.parts.loras.get(loaded.name), loaded), file=sys.stderr)
     return pipe
 
 

@@ -75,9 +75,8 @@ class Loras:
         self._parts.apply_loras(*lora.parts)
 
     def _log(self, lora: Lora, loaded: LoadedLora) -> None:
-        log = logging.getLogger("klein_mlx")
-        log.info("%s", described(lora, loaded))
         if lora.unused:
+            log = logging.getLogger("klein_mlx")
             log.warning("LoRA %s: %d keys are not used (%s ...)", loaded.name, len(lora.unused), lora.unused[0])
 
 

@@ -13,7 +13,7 @@ from klein_mlx.transformer import rope_tables
 TEXT, SIDE = 6, 4
 
 
-def pipeline(model: Path = GOLDEN, **options: object) -> KleinPipeline:
+def pipeline(model: Path | str = GOLDEN, **options: object) -> KleinPipeline:
     """A pipeline in float32 that keeps what it has loaded."""
     return KleinPipeline.from_pretrained(model, keep="all", **{"dtype": "float32", **options})  # type: ignore[arg-type]
 

@@ -106,6 +106,22 @@ def test_a_branch_takes_part_in_what_saves_copies(model: Path, tmp_path: Path) -
     assert difference(sum(block.linear_out.terms(wide[..., :64], wide[..., 64:])), block.linear_out(wide)) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_types_do_the_same(dtype: str, bits: int | None, model: Path, tmp_path: Path) -> None:
+    """Merged or beside, in the type that is computed in: the change that it makes in float32, to a tenth."""
+    file = save(tmp_path / "lora.safetensors", LAYOUTS["kohya"](make_twin())[0])
+    moves = []
+    for kind in ("float32", dtype):
+        pipe = pipeline(model, quantize=bits, dtype=kind)
+        before = velocity(pipe)
+        pipe.load_lora(file, 0.5)
+        moves.append(velocity(pipe).astype(mx.float32) - before.astype(mx.float32))
+        pipe.unload_lora()
+        assert mx.array_equal(velocity(pipe), before)
+    assert float(mx.linalg.norm(moves[0] - moves[1]) / mx.linalg.norm(moves[0])) < 0.1
+
+
 def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None:
     """A compiled block is a function of what stands beside its weights too: another scale is no other trace."""
     pipe = pipeline(model, quantize=4)
