@@ -2,7 +2,8 @@
 
 A few prompts are run through the unquantised model; then layer after layer is coded, each on what the coded layers
 before it hand on (klein_mlx.feedback), so that it makes up for their errors as well as for its own. The result is in
-MLX's ordinary formats. Needs the unquantised transformer and text encoder in memory, one after the other.
+MLX's ordinary formats. Needs the unquantised transformer and text encoder in memory, in float32: what one layer changes
+would drown in bfloat16's rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +112,7 @@ def calibrate(
     whole = {part: load_part(part, source, mx.float32) for part in ("text_encoder", "transformer")}
     encoder: Any = whole["text_encoder"]
     right = [encode_prompt(encoder, prompt, 0) for prompt in tokens]
-    runs = looks(source, right, steps, seed)
+    runs = looks(source.config, whole["transformer"], right, steps, seed)
     told: dict[str, Any] = {"prompts": len(prompts), "steps": steps, "seed": seed}
     if asked.name is not None:
         errors, settled = _share_out(source, whole, settled, tokens, runs, done)
@@ -187,15 +188,14 @@ def velocity(transformer: Transformer, embeds: mx.array, look: Look) -> mx.array
     return predict(transformer, embeds, look)(look.latents, look.sigma)
 
 
-def looks(source: Source, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
+def looks(config: ModelConfig, transformer: Any, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
     """Per prompt, the latents that the unquantised model passes through."""
-    transformer: Any = load_part("transformer", source, mx.float32)
-    side = min(source.config.default_size // 2, _MAX_SIDE) // source.config.pixels_per_token
+    side = min(config.default_size // 2, _MAX_SIDE) // config.pixels_per_token
     runs = []
     for number, given in enumerate(embeds):
-        latents = noise(mx.random.key(seed + number), side, side, source.config.transformer.in_channels)
+        latents = noise(mx.random.key(seed + number), side, side, config.transformer.in_channels)
         sigmas = make_sigmas(side * side, steps)
-        rope = _rope(source.config, given.shape[1], side)
+        rope = _rope(config, given.shape[1], side)
         first = Look(latents, sigmas[0], given, rope)
         run, walk = [first], euler_steps(predict(transformer, given, first), latents, sigmas)
         for sigma in sigmas[1:-1]:

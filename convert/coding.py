@@ -160,16 +160,15 @@ def _code(weight: mx.array, own: Quantization, inputs: _Inputs | None, dtype: mx
 
 
 def quantized_layer(layer: Any, own: Quantization, arrays: tuple[mx.array, ...]) -> nn.Module:
-    """A quantised layer of these arrays in the place of an nn.Linear or nn.Embedding, in its dtype."""
+    """A quantised layer of these arrays in the place of an nn.Linear or nn.Embedding, scales in float32."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
     result: Any = kind.__new__(kind)
     nn.Module.__init__(result)
     result.group_size, result.bits, result.mode = own.group_size, own.bits, own.mode
     if isinstance(layer, nn.Embedding):
         result.num_embeddings, result.dims = layer.weight.shape
-    work = layer.weight.dtype
     for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
-        result[name] = array.astype(work) if mx.issubdtype(array.dtype, mx.floating) else array
+        result[name] = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
     return result
 
 

@@ -105,8 +105,8 @@ class Reference:
         self.tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
         encoder: Any = load_part("text_encoder", source, mx.float32)
         self.embeds = [encode_prompt(encoder, tokens, 0) for tokens in self.tokens]
-        self.looks = looks(source, self.embeds, 4, seed)
         transformer: Any = load_part("transformer", source, mx.float32)
+        self.looks = looks(source.config, transformer, self.embeds, 4, seed)
         self.velocities = [
             [predict(transformer, e, look)(look.latents, look.sigma) for look in run]
             for e, run in zip(self.embeds, self.looks, strict=True)
