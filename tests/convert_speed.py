@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 TINY = Path(__file__).parent.parent / "klein_mlx" / "tiny"
 _SHARD = 5 * 10**9
@@ -29,6 +30,7 @@ _SHARD = 5 * 10**9
 def make(folder: Path, share: float) -> None:
     """The model's folder, written tensor by tensor."""
     import mlx.core as mx
+    import numpy as np
 
     from klein_mlx.checkpoint import expected
     from klein_mlx.config import ModelConfig
@@ -37,6 +39,7 @@ def make(folder: Path, share: float) -> None:
     from klein_mlx.convert.keys import diffusers_name
     from klein_mlx.convert.layouts import their_shape
 
+    rng = np.random.default_rng(0)
     transformer, encoder = KLEIN["transformer"], KLEIN["text_encoder"]
     singles = max(1, round(transformer.num_single_layers * share))
     transformer = replace(transformer, num_layers=max(1, round(5 * share)), num_single_layers=singles)
@@ -61,8 +64,7 @@ def make(folder: Path, share: float) -> None:
                 number, shard, size = number + 1, {}, 0
                 mx.clear_cache()
             if name is not None:
-                shard[name] = (mx.random.normal(shapes[name], mx.bfloat16) * 0.02).abs() + 0.001
-                mx.eval(shard[name])
+                shard[name] = _random(rng, shapes[name])
                 size += shard[name].nbytes
         index = folder / part / f"{STEMS[part]}.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -72,6 +74,16 @@ def make(folder: Path, share: float) -> None:
     shutil.copy(TINY / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
     told = {"is_distilled": True, "text_encoder_out_layers": list(config.taps)}
     (folder / "model_index.json").write_text(json.dumps(told))
+
+
+def _random(rng: Any, shape: tuple[int, ...]) -> Any:
+    """bfloat16 numbers with random signs and mantissas, and exponents from 2^-9 to 2^-2 (all positive in vectors)."""
+    import mlx.core as mx
+    import numpy as np
+
+    bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape)
+    bits = bits & (0x807F if len(shape) > 1 else 0x7F) | (118 + (bits >> 7 & 7)) << 7
+    return mx.array(bits.astype(np.uint16)).view(mx.bfloat16)
 
 
 def copy(folder: Path, target: Path) -> float:
@@ -121,9 +133,9 @@ def forget(folder: Path) -> None:
             advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(*words: object) -> tuple[str, float, float]:
-    """A process' last line, its seconds and its peak resident memory in GB. This one stays small, so that the child's
-    figure, which begins with its parent's, is its own."""
+def run(*words: object) -> tuple[str, float, float, float]:
+    """A process' last line, its seconds, those of its processors, and its peak resident memory in GB. This one stays
+    small, so that the child's figure, which begins with its parent's, is its own."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -132,7 +144,8 @@ def run(*words: object) -> tuple[str, float, float]:
     if status:
         raise SystemExit(f"{words} failed")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (told.splitlines() or [""])[-1], time.perf_counter() - begin, peak / 1e9
+    used = usage.ru_utime + usage.ru_stime
+    return (told.splitlines() or [""])[-1], time.perf_counter() - begin, used, peak / 1e9
 
 
 def main() -> None:
@@ -162,7 +175,7 @@ def main() -> None:
         told["quantise_s"] = float(run(*own, "quantise")[0])
         forget(model)
         words = ("-m", "klein_mlx.cli", "convert", model, args.folder / "ours", "-q", "4", "--quiet")
-        _, told["convert_s"], told["convert_peak_gb"] = run(*words)
+        _, told["convert_s"], told["convert_cpu_s"], told["convert_peak_gb"] = run(*words)
         told["written_gb"] = sum(path.stat().st_size for path in (args.folder / "ours").iterdir()) / 1e9
     finally:
         for name in ("model", "copy", "ours"):
