@@ -251,49 +251,68 @@ class Tally:
     bugs: list[tuple[int, str]] = field(default_factory=list)
 
 
+Job = tuple[str, int, int]  # kind, first seed, how many
+
+
 def run(count: int, first: int = 0, kinds: tuple[str, ...] = tuple(KINDS), processes: int = 2) -> dict[str, Tally]:
     """Share `count` mutations among the kinds and processes, and collect how they ended."""
-    whole = sum(KINDS[name].share for name in kinds)
-    jobs: list[tuple[str, int, int]] = []
-    for name in kinds:
-        own = max(1, round(count * KINDS[name].share / whole))
-        jobs += [(name, first + at, min(_CHUNK, own - at)) for at in range(0, own, _CHUNK)]
     tallies = {name: Tally() for name in kinds}
-    running: list[tuple[subprocess.Popen[str], tuple[str, int, int], Path, float]] = []
+    waiting = _bundles(count, first, kinds, processes)
+    running: list[tuple[subprocess.Popen[str], list[Job], Path, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        while jobs or running:
-            while jobs and len(running) < processes:
-                job = jobs.pop(0)
-                mark = Path(folder, f"{job[0].replace('/', '-')}-{job[1]}")
-                words = [sys.executable, __file__, "--work", *map(str, job), str(mark)]
-                running.append(
-                    (subprocess.Popen(words, stdout=subprocess.PIPE, text=True), job, mark, time.monotonic())
-                )
+        while waiting or running:
+            while waiting and len(running) < processes:
+                jobs = waiting.pop(0)
+                mark = Path(folder, f"{jobs[0][0].replace('/', '-')}-{jobs[0][1]}")
+                words = [sys.executable, __file__, "--work", json.dumps(jobs), str(mark)]
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+                running.append((process, jobs, mark, time.monotonic()))
             for each in list(running):
-                process, (name, start, number), mark, begun = each
+                process, jobs, mark, begun = each
                 try:
-                    out, _ = process.communicate(timeout=0.2)
+                    out, _ = process.communicate(timeout=0.1)
                 except subprocess.TimeoutExpired:
-                    if time.monotonic() - begun < SECONDS * 2 + number:
+                    if time.monotonic() - begun < SECONDS * 3 + sum(number for *_, number in jobs):
                         continue
                     process.kill()
                     out, _ = process.communicate()
                 running.remove(each)
-                _collect(tallies[name], out, process.returncode, mark, start + number, name, jobs)
+                if rest := _collect(tallies, out, process.returncode, mark, jobs):
+                    waiting.insert(0, rest)
     return tallies
 
 
-def _collect(tally: Tally, out: str, code: int, mark: Path, end: int, name: str, jobs: list[Any]) -> None:
-    """Add what a process found; after an abort, go on behind the mutation that caused it."""
-    if code == 0:
-        told = json.loads(out.splitlines()[-1])
+def _bundles(count: int, first: int, kinds: tuple[str, ...], processes: int) -> list[list[Job]]:
+    """What each process does: some mutations of one kind, or all of several kinds."""
+    whole = sum(KINDS[name].share for name in kinds)
+    room = min(_CHUNK, -(-count // processes))
+    bundles: list[list[Job]] = [[]]
+    for name in kinds:
+        start, end = first, first + max(1, round(count * KINDS[name].share / whole))
+        while start < end:
+            free = room - sum(number for *_, number in bundles[-1])
+            if free <= 0:
+                bundles.append([])
+                continue
+            bundles[-1].append((name, start, min(free, end - start)))
+            start += free
+    return bundles
+
+
+def _collect(tallies: dict[str, Tally], out: str, code: int, mark: Path, jobs: list[Job]) -> list[Job]:
+    """Add what a process found. Returns what it has left undone: all behind the mutation that ended it."""
+    done = [json.loads(line) for line in out.splitlines()]
+    for told in done:
+        tally = tallies[told["kind"]]
         tally.read, tally.refused = tally.read + told["read"], tally.refused + told["refused"]
         tally.bugs += [(seed, what) for seed, what in told["bugs"]]
-        return
-    seed = int(mark.read_text()) if mark.exists() else -1
-    tally.bugs.append((seed, f"the process ended with {code}"))
-    if 0 <= seed < end - 1:
-        jobs.insert(0, (name, seed + 1, end - seed - 1))  # what it found before is lost, and counts as nothing
+    if code == 0:
+        return []
+    name, start, number = jobs[len(done)]
+    seed = int(mark.read_text()) if mark.exists() else start
+    tallies[name].bugs.append((seed, f"the process ended with {code}"))
+    left = start + number - seed - 1  # what the job found before is lost, and counts as nothing
+    return [*([(name, seed + 1, left)] if left > 0 else []), *jobs[len(done) + 1 :]]
 
 
 def main() -> int:
@@ -302,13 +321,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=tuple(KINDS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-        name, first, count, mark = args.work
-        print(json.dumps(work(name, int(first), int(count), Path(mark))))
+        for name, first, count in json.loads(args.work[0]):
+            Path(args.work[1]).write_text(str(first))
+            print(json.dumps(work(name, first, count, Path(args.work[1]))), flush=True)
         return 0
     tallies = run(args.count, args.first, tuple(args.kind or KINDS), args.processes)
     print(f"{'':<26}{'read':>8}{'refused':>9}{'bugs':>6}")

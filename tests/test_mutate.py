@@ -1,5 +1,7 @@
 """Seeded wrong bytes in every kind of file: refused or read. For more: `python tests/mutate.py --count 100000`."""
 
+from pathlib import Path
+
 import mutate
 import pytest
 from folders import refusal
@@ -8,16 +10,16 @@ from klein_mlx.errors import CheckpointError
 
 
 def test_no_mutation_is_a_bug() -> None:
-    """Each worker process starts once per kind; the mutations themselves take about a millisecond."""
-    tallies = mutate.run(2000, first=1_000_000)
+    """Two worker processes; a mutation takes some milliseconds."""
+    tallies = mutate.run(1500, first=1_000_000)
     assert not [bug for tally in tallies.values() for bug in tally.bugs]
-    assert sum(tally.read + tally.refused for tally in tallies.values()) == 2000
+    assert sum(tally.read + tally.refused for tally in tallies.values()) == 1500
     for name, tally in tallies.items():  # else they change nothing that counts, or everything
         assert tally.refused > 0, name
         assert tally.read > 0, name
 
 
-def test_a_bug_and_an_abort_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: object) -> None:
         if b"x_embedder" not in path.read_bytes():  # type: ignore[attr-defined]
             raise ZeroDivisionError("here")
@@ -34,10 +36,16 @@ def test_a_bug_and_an_abort_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(mutate.KINDS, "broken", mutate.Kind(kind.make, read, 1, kind.ways))
     assert mutate.work("broken", 5, 3)["bugs"] == [(6, "ZeroDivisionError: here"), (7, "ZeroDivisionError: here")]
-    tally = mutate.Tally()
-    jobs: list[object] = []
-    mutate._collect(tally, "", -11, mutate.Path("/absent"), 9, "broken", jobs)
-    assert tally.bugs == [(-1, "the process ended with -11")]
+
+
+def test_an_abort_is_a_bug_and_the_rest_is_done(tmp_path: Path) -> None:
+    tallies = {"gguf": mutate.Tally(), "klein.json": mutate.Tally()}
+    (tmp_path / "mark").write_text("7")
+    jobs = [("klein.json", 0, 3), ("gguf", 5, 9), ("klein.json", 3, 2)]
+    out = '{"kind": "klein.json", "read": 1, "refused": 2, "bugs": []}\n'
+    rest = mutate._collect(tallies, out, -11, tmp_path / "mark", jobs)
+    assert tallies == {"gguf": mutate.Tally(bugs=[(7, "the process ended with -11")]), "klein.json": mutate.Tally(1, 2)}
+    assert rest == [("gguf", 8, 6), ("klein.json", 3, 2)]
 
 
 def test_a_message_is_one_printable_line() -> None:
