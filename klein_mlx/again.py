@@ -18,7 +18,7 @@ from klein_mlx.recipe import FORMAT, digest_file
 from klein_mlx.settings import PER_RUN, complete, option_value, options_table, read_settings
 
 PICTURES = {"image", "init_image", "mask"}
-_KEPT = {"template", "original", "enhanced_by"}  # what a recipe says besides, and the next one says again
+_KEPT = ("template", "original", "enhanced_by")  # what a recipe says besides, and the next one says again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         done.model = _local_model(recipe["model"]["name"], done)
     if args.prompt is not None:
         return make(done)
-    return make(done, {name: recipe[name] for name in _KEPT & set(recipe)})
+    return make(done, {name: recipe[name] for name in _KEPT if name in recipe})
 
 
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:

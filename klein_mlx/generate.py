@@ -14,6 +14,7 @@ from klein_mlx.settings import complete
 
 if TYPE_CHECKING:
     from klein_mlx.batch import Batch, Made
+    from klein_mlx.pipeline import KleinPipeline
     from klein_mlx.prompts import Job
 
 __all__ = ["add_arguments", "make", "run"]
@@ -36,6 +37,8 @@ def make(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> int:
         if isinstance(job, Job):
             job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(args)
+    if args.enhance:
+        _enhance(args, [job for job in jobs if isinstance(job, Job)], pipe)
     from klein_mlx.batch import Batch
 
     batch = Batch(pipe, args, jobs)
@@ -54,6 +57,23 @@ def make(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> int:
     if args.json:
         print(json.dumps(_report(batch, made)), flush=True)
     return 2 if made.failed else 0
+
+
+def _enhance(args: argparse.Namespace, jobs: "list[Job]", pipe: "KleinPipeline") -> None:
+    """Let a language model rewrite the jobs' prompts; what it made of them is told."""
+    import secrets
+
+    from klein_mlx.enhance import enhance_prompts
+
+    for job in jobs:
+        job.args.seed = job.args.seed or [secrets.randbits(32)]
+    prompts = [(job.prompt, job.args.seed[0]) for job in jobs]
+    written, name = enhance_prompts(prompts, pipe.source, args.enhance_model, args.offline)
+    for job, text in zip(jobs, written, strict=True):
+        job.extra |= {"original": job.prompt, "enhanced_by": name}
+        job.prompt = text
+        if not args.quiet and args.progress != "json":
+            print(f"enhanced: {text}", file=sys.stderr)
 
 
 def _check_outputs(args: argparse.Namespace) -> Path | None:

@@ -85,7 +85,8 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
     outputs = Counter(one.output for one in wanted)
     seeds = Counter((one.output, one.seed) for one in wanted)
     repeated = {output for (output, _), count in seeds.items() if count > 1}
-    if any(output and len({one.prompt for one in wanted if one.output == output}) == 1 for output in repeated):
+    plain = [output for output in repeated if output is not None and not is_template(output)]
+    if any(len({one.prompt for one in wanted if one.output == output}) == 1 for output in plain):
         raise RequestError("--seed has the same value twice; give different seeds")
     digits = len(str(len(wanted)))
     names: list[Name] = []

@@ -130,6 +130,8 @@ def _add_many_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--prompt-file", metavar="FILE", help="a prompt a line, # for comments; or JSONL with any options; - is stdin")
     add("--no-wildcards", action="store_true", help="take {a|b} and __name__ in prompts as they are")
+    add("--enhance", action="store_true", help="let a language model rewrite the prompt; the recipe keeps both")
+    add("--enhance-model", metavar="MODEL", help="for --enhance: a folder or hub id (default: the model's own Qwen3)")
     add("--grid", nargs="?", const="", metavar="FILE", help="a contact sheet of all pictures too")
     add("--config", metavar="FILE", help="defaults, presets, models (default: ~/.config/klein-mlx/config.toml)")
     add("--preset", metavar="NAME", help="options from the config's [presets.NAME]")

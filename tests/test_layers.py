@@ -19,7 +19,7 @@ ROWS = [
     {"download"},
     {"pipeline", "options"},
     {"loras"},
-    {"encodings", "decoding", "sketch", "recipe"},
+    {"encodings", "decoding", "sketch", "recipe", "enhance"},
     {"parts", "velocity", "prediction"},
     {"applied"},
     {"convert"},
