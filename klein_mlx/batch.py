@@ -20,7 +20,7 @@ from klein_mlx.metadata import fits
 from klein_mlx.naming import Name, Named, plan_names
 from klein_mlx.options import in_options
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.progress import JsonProgress, Progress
+from klein_mlx.progress import JsonProgress, Progress, say
 from klein_mlx.prompts import Failure, Job
 from klein_mlx.request import Request, check
 from klein_mlx.saving import FORMATS, encode_image, save_image, save_image_free
@@ -204,5 +204,5 @@ class Batch:
             small.thumbnail((512, 512), Image.Resampling.LANCZOS)
             made.thumbnails.append((small, f"seed {picture.seed}"))
         if path is not None and not self.args.json:
-            print(path, flush=True)
+            say(str(path))
         progress.picture(None if path is None else str(path), picture.seed, picture.prompt)

@@ -22,6 +22,12 @@ from klein_mlx.events import Picture, Run, Step
 from klein_mlx.terminal import has_bar
 
 
+def say(line: str) -> None:
+    """Print a result on stdout, while any bar is out of the way."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
 class Progress:
     """What people see. quiet: nothing but failures."""
 

@@ -209,13 +209,14 @@ def _whole(what: str, text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
     from klein_mlx.asked import call_arguments, open_pipeline
+    from klein_mlx.progress import say
     from klein_mlx.settings import complete
     from klein_mlx.terminal import protocol
 
     args = complete(args)
     pipe = open_pipeline(args)
     draws = not args.quiet and protocol(os.environ) is not None
-    session = Session(pipe, call_arguments(args, pipe.config), print, draws, draws and args.show_steps)
+    session = Session(pipe, call_arguments(args, pipe.config), say, draws, draws and args.show_steps)
     if not args.quiet:
         print(WELCOME.format(model=f"{pipe.config.variant.name}: {args.model}"))
     with _history():

@@ -123,11 +123,11 @@ def test_lines_that_cannot_be(session: Any, line: str, words: str) -> None:
 
 
 class Terminal:
-    """The command in a terminal of 24 lines of 80 columns."""
+    """The command in a terminal of 24 lines."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str):
+    def __init__(self, folder: Path, *arguments: str, columns: int = 80, **environment: str):
         self.ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         kept = {**os.environ, "TERM": "xterm-256color", "HOME": str(folder), "PYTHONWARNINGS": "error", **environment}
         kept = {name: value for name, value in kept.items() if not name.startswith(("XDG_", "KLEIN_"))}
         command = [sys.executable, "-m", "klein_mlx.cli", *arguments]
@@ -142,7 +142,7 @@ class Terminal:
         os.close(theirs)
         self.shown = ""
 
-    def until(self, words: str, seconds: float = 30) -> str:
+    def until(self, words: str, seconds: float = 60) -> str:
         """What was shown since the last time, up to and with these words."""
         deadline = time.monotonic() + seconds
         while words not in self.shown:
@@ -159,14 +159,29 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def end(self) -> int:
-        self.process.wait(20)
+        self.process.wait(60)
         os.close(self.ours)
         return self.process.returncode
 
 
-def test_a_session_in_a_terminal(tmp_path: Path) -> None:
+@pytest.fixture
+def opened(tmp_path: Path) -> Any:
+    """Opens a Terminal in this folder; what still runs in it at the end is killed."""
+    terminals: list[Terminal] = []
+
+    def open_terminal(*arguments: str, **options: Any) -> Terminal:
+        terminals.append(Terminal(tmp_path, *arguments, **options))
+        return terminals[-1]
+
+    yield open_terminal
+    for terminal in terminals:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+def test_a_session_in_a_terminal(tmp_path: Path, opened: Any) -> None:
     """Prompts, an edit, Ctrl-C in a picture and at the prompt, a mistake, Ctrl-D; and the history file."""
-    terminal = Terminal(tmp_path, "-m", "tiny", "--seed", "7", "--steps", "1")
+    terminal = opened("-m", "tiny", "--seed", "7", "--steps", "1")
     assert "tiny: tiny. A line is a prompt" in terminal.until("klein> ")
     terminal.type("a red circle\n")
     shown = terminal.until("klein> ")
@@ -181,7 +196,7 @@ def test_a_session_in_a_terminal(tmp_path: Path) -> None:
     terminal.type("a star\n")
     terminal.until("steps:")
     terminal.type("\x03")
-    assert "cancelled" in terminal.until("klein> ", 5)
+    assert "cancelled" in terminal.until("klein> ", 10)
     terminal.type("!stpes 1\n")
     assert "error: !stpes is no command; did you mean !steps?" in terminal.until("klein> ")
     terminal.type("half a line\x03")
@@ -195,9 +210,21 @@ def test_a_session_in_a_terminal(tmp_path: Path) -> None:
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
-def test_kill_ends_a_session(tmp_path: Path) -> None:
+def test_a_narrow_terminal(opened: Any) -> None:
+    """Bars and pictures keep to its 20 columns."""
+    arguments = ("a star", "-m", "tiny", "--seed", "7", "--show-steps", "-o", "x.png")
+    terminal = opened(*arguments, columns=20)
+    shown = terminal.until("x.png\r\n")
+    assert terminal.end() == 0
+    lines = re.sub(r"\033\[[\d;]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
+    assert any("\u2580" in line for line in lines)
+    assert any(line.startswith("steps") for line in lines)
+    assert max(map(len, lines)) <= 20
+
+
+def test_kill_ends_a_session(opened: Any) -> None:
     """At the prompt too, where Ctrl-C does not."""
-    terminal = Terminal(tmp_path, "-m", "tiny")
+    terminal = opened("-m", "tiny")
     terminal.until("klein> ")
     terminal.process.send_signal(signal.SIGTERM)
     terminal.until("interrupted")
@@ -205,8 +232,8 @@ def test_kill_ends_a_session(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
-def test_a_plain_terminal_gets_no_pictures(tmp_path: Path, environment: dict[str, str]) -> None:
-    terminal = Terminal(tmp_path, "-m", "tiny", "--seed", "7", "--steps", "1", "--show", **environment)
+def test_a_plain_terminal_gets_no_pictures(opened: Any, environment: dict[str, str]) -> None:
+    terminal = opened("-m", "tiny", "--seed", "7", "--steps", "1", "--show", **environment)
     terminal.until("klein> ")
     terminal.type("a star\n")
     shown = terminal.until("klein> ")
