@@ -2,8 +2,7 @@
 
 A few prompts are run through the unquantised model; then layer after layer is coded, each on what the coded layers
 before it hand on (klein_mlx.feedback), so that it makes up for their errors as well as for its own. The result is in
-MLX's ordinary formats. Needs the unquantised transformer and text encoder in memory, in float32: what one layer changes
-would drown in bfloat16's rounding.
+MLX's ordinary formats. Needs the unquantised transformer and text encoder in memory, as they are stored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +108,7 @@ def calibrate(
         raise CheckpointError(f"{source.path}: its {stored} is quantised already; calibration starts from the original")
     tokenizer = Tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
     tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
-    whole = {part: load_part(part, source, mx.float32) for part in ("text_encoder", "transformer")}
+    whole = {part: _load_whole(part, source) for part in ("text_encoder", "transformer")}
     encoder: Any = whole["text_encoder"]
     right = [encode_prompt(encoder, prompt, 0) for prompt in tokens]
     runs = looks(source.config, whole["transformer"], right, steps, seed)
@@ -186,6 +185,19 @@ def _share_out(
 def velocity(transformer: Transformer, embeds: mx.array, look: Look) -> mx.array:
     """At a look's latents and noise level, given these embeddings."""
     return predict(transformer, embeds, look)(look.latents, look.sigma)
+
+
+def _load_whole(part: str, source: Source) -> Any:
+    """A part with its matrices as they are stored, which computes in float32: what one layer changes would drown in
+    bfloat16's rounding. A module computes in the dtype of its norms and embeddings."""
+    module = load_part(part, source, _dtype(source, part))
+
+    def widened(name: str, array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if array.ndim == 1 or name == "embed_tokens.weight" else array
+
+    flat: Any = tree_flatten(module.parameters())
+    module.load_weights([(name, widened(name, array)) for name, array in flat])
+    return module
 
 
 def looks(config: ModelConfig, transformer: Any, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
