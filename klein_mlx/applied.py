@@ -88,11 +88,13 @@ class Applied:
     def __init__(self, module: nn.Module, original: Weigh, dtype: mx.Dtype):
         self.module, self.original, self.dtype = module, original, dtype
         self.touched: set[str] = set()
+        self._known: set[str] = set()  # what the last update found touched: only these are read again
         self.replaced: dict[str, nn.Module] = {}  # quantised layers for which another module stands in
         self.cuts: dict[str, int] = {}
 
     def update(self, wanted: Mapping[str, Scaled]) -> None:
         """Make the module what it was loaded as, with just these changes, evaluated."""
+        self._known = self.touched
         paths = self.touched | set(wanted)
         self.touched = paths  # if this is broken off, the next update mends all of it
         for path in sorted(paths):
@@ -119,7 +121,9 @@ class Applied:
         if isinstance(layer, TokenRows) and not changes:
             return layer
         if not _is_quantized(layer):
-            return self._plain(path, layer, self.original(path), changes)
+            untouched = path not in self._known and not isinstance(layer, Cut | TokenRows)
+            present: Any = layer.weight if untouched else self.original(path)
+            return self._plain(path, layer, present, changes)
         if not changes:
             return layer
         self.replaced[path] = layer

@@ -142,7 +142,7 @@ def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None
 
 
 def test_a_rank_of_16_costs_less_than_3_percent() -> None:
-    """klein 4B's step at 1024 x 1024, in 4 bits, with a branch beside every linear layer of its blocks: 0.5 % more FLOPs.
+    """klein 4B at 1024 x 1024, in 4 bits, with a branch beside every linear layer of its blocks: 0.5 % more FLOPs.
 
     Two matmuls more for each of the layers, three where inputs or outputs are cut; nothing else.
     """
