@@ -13,7 +13,6 @@ from klein_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from klein_mlx.config import ModelConfig
-    from klein_mlx.loras import described
     from klein_mlx.pipeline import KleinPipeline
 
 
@@ -21,6 +20,7 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
     """The model that the options name, opened, and downloaded first if the user agrees. Raises KleinError."""
     from klein_mlx.convert import SMALL_DECODER
     from klein_mlx.download import obtain, obtain_vae
+    from klein_mlx.loras import described
     from klein_mlx.pipeline import KleinPipeline
 
     if args.small_decoder and args.vae:

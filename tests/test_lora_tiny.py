@@ -81,8 +81,10 @@ def test_the_command_applies_and_reports_it(tmp_path: Path, capsys: pytest.Captu
     file.write_bytes(TRAINED.read_bytes())
     out = tmp_path / "out.png"
     words = ["generate", "a red circle on a white background", "--model", "tiny", "--seed", "1", "-o", str(out)]
-    assert main([*words, "--lora", f"{file}:0.9", "--json", "--quiet"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*words, "--lora", f"{file}:0.9", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "LoRA style: 11 of 11 modules, 0 keys unused, scale 0.9" in printed.err
+    report = json.loads(printed.out.splitlines()[-1])
     assert [(lora["name"], lora["file"], lora["scale"]) for lora in report["loras"]] == [
         ("style", "style.safetensors", 0.9)
     ]
