@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     done = complete(given, asked)
     if args.model is None and recipe["model"].get("name"):
         done.model = _local_model(recipe["model"]["name"], done)
-    if args.prompt is not None:
-        return make(done)
-    return make(done, {name: recipe[name] for name in _KEPT if name in recipe})
+    extra = {name: recipe[name] for name in _KEPT if name in recipe and args.prompt is None}
+    return make(done, extra, recipe["model"].get("fingerprint"))
 
 
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,11 @@ def run(args: argparse.Namespace) -> int:
     return make(complete(args))
 
 
-def make(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> int:
-    """The same with options that are complete (`settings.complete`). extra: what recipes say besides."""
+def make(args: argparse.Namespace, extra: dict[str, Any] | None = None, fingerprint: str | None = None) -> int:
+    """The same with options that are complete (`settings.complete`).
+
+    extra: what recipes say besides. fingerprint: of the model that is expected; another is told.
+    """
     if args.prompt is None and args.prompt_file is None:
         raise RequestError('no prompt is given; for example: klein-mlx generate "a red fox in the snow"')
     grid = _check_outputs(args)
@@ -37,6 +40,8 @@ def make(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> int:
         if isinstance(job, Job):
             job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(args)
+    if fingerprint not in (None, pipe.recorder.fingerprint) and not args.quiet:
+        print("the model is not the one that made the picture: its fingerprint differs", file=sys.stderr)
     if args.enhance:
         _enhance(args, [job for job in jobs if isinstance(job, Job)], pipe)
     from klein_mlx.batch import Batch

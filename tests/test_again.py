@@ -96,6 +96,33 @@ def test_overrides(folder: Path) -> None:
     assert pixels(folder / "d.png") == pixels(folder / "a.png")
 
 
+def test_loras(folder: Path) -> None:
+    """Found by their digest beside the picture, their scales kept."""
+    shutil.copy(
+        Path(__file__).parent.parent / "examples" / "tiny" / "silhouettes.safetensors", folder / "s.safetensors"
+    )
+    step = (*STEP, "--lora", "s.safetensors:0.75")
+    assert klein(*TINY, "a red circle", *step, "-o", "a.png", cwd=folder).returncode == 0
+    again = klein("again", "a.png", "-o", "b.png", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    recipe = read_metadata(folder / "a.png").recipe
+    assert recipe
+    assert [(lora["file"], lora["scale"]) for lora in recipe["loras"]] == [("s.safetensors", 0.75)]
+    (folder / "s.safetensors").unlink()
+    lost = klein("again", "a.png", "-o", "c.png", cwd=folder)
+    assert lost.stderr.startswith("error: a.png was made with the LoRA 's.safetensors' (sha256 ")
+    assert "give it with --lora" in lost.stderr
+
+
+def test_another_model_is_told(folder: Path) -> None:
+    recipe = {"recipe": 1, "prompt": "a star", "seed": 1, "steps": 1, "model": {"id": "tiny", "fingerprint": "00"}}
+    save_image(Image.new("RGB", (8, 8)), folder / "x.png", recipe=recipe)
+    done = klein("again", "x.png", "-o", "y.png", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "the model is not the one that made the picture: its fingerprint differs"
+
+
 def test_no_metadata(folder: Path) -> None:
     assert klein(*TINY, "a star", *STEP, "--no-metadata", "-o", "a.png", cwd=folder).returncode == 0
     with Image.open(folder / "a.png") as image:

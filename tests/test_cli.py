@@ -194,6 +194,7 @@ def test_ctrl_c_leaves_whole_pictures_only(tmp_path: Path) -> None:
         error = process.stderr.read()
     assert process.returncode == 130
     assert error.splitlines()[-1] == "interrupted"
+    assert re.match(r"\d+ of 500 pictures in ", error.splitlines()[-2])
     assert "Traceback" not in error
     assert all(size_of(path) == (128, 128) for path in tmp_path.iterdir())
 
