@@ -72,19 +72,25 @@ class CompiledBlocks:
         self._traced: tuple[nn.Module, tuple[Any, ...]] | None = None  # only during a call
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
-        """block(*args). args: trees of arrays; what else is in them must be hashable."""
+        """block(*args). args: trees of arrays; what else is in them must be hashable. Functions among them are shown
+        arrays and return nothing: they are called when the block is done."""
         if not compiles():
             return block(*args)
         leaves = [leaf for _, leaf in tree_flatten(args)]
-        kind = _kind(block), tuple(None if isinstance(leaf, mx.array) else leaf for leaf in leaves)
+        # A function is no part of the kind: it may hold arrays, and those of the next picture are another.
+        kind = _kind(block), tuple(callable if callable(a) else None if isinstance(a, mx.array) else a for a in leaves)
         if kind not in self._functions:
             self._functions[kind] = mx.compile(self._function())
         self._traced = block, args
         try:
             arrays = [leaf for leaf in leaves if isinstance(leaf, mx.array)]
-            return self._functions[kind](block.parameters(), arrays)
+            out, shown = self._functions[kind](block.parameters(), arrays)
         finally:
             self._traced = None
+        for function, calls in zip(filter(callable, leaves), shown, strict=True):
+            for given in calls:
+                function(*given)
+        return out
 
     def _function(self) -> Callable[..., Any]:
         """A function of its own for each kind: mx.compile knows functions by their identity."""
@@ -94,9 +100,20 @@ class CompiledBlocks:
             block, args = self._traced
             self.traces += 1
             given, own = iter(arrays), block.parameters()
+            shown: list[list[tuple[mx.array, ...]]] = []  # to each function: while a block is traced nothing has values
+
+            def replaced(leaf: Any) -> Any:
+                if isinstance(leaf, mx.array):
+                    return next(given)
+                if not callable(leaf):
+                    return leaf
+                calls: list[tuple[mx.array, ...]] = []
+                shown.append(calls)
+                return lambda *arrays: calls.append(arrays)
+
             block.update(weights)
             try:
-                return block(*tree_map(lambda leaf: next(given) if isinstance(leaf, mx.array) else leaf, args))
+                return block(*tree_map(replaced, args)), shown
             finally:
                 block.update(own)
 

@@ -1,8 +1,11 @@
 """Compiled blocks: traced once per kind and shape, whatever leaves memory and comes back; the results are the same."""
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from klein_mlx import KleinPipeline
@@ -12,7 +15,7 @@ from klein_mlx.fusion import CompiledBlocks, compiles, compiling
 from klein_mlx.quantize import Quantization, prepare
 from klein_mlx.sampler import Predict
 from klein_mlx.transformer import Transformer
-from klein_mlx.velocity import Tables, velocity
+from klein_mlx.velocity import Reuse, Tables, velocity
 
 CONFIG = TransformerConfig(16, 2, 3, 32, 2, 64, 3.0, (8, 8, 8, 8))
 SIGMAS = (0.9, 0.5)
@@ -32,13 +35,13 @@ def picture(
     transformer: Transformer,
     blocks: CompiledBlocks,
     grid: tuple[int, int] = (3, 4),
-    reuse: bool = False,
+    reuse: Reuse | None = None,
     batch: int = 1,
 ) -> Predict:
     references = join_references([mx.random.normal((1, 2, 3, 16), key=mx.random.key(1))]) if reuse else None
     embeds = mx.random.normal((batch, 5, 64), key=mx.random.key(2))
-    tables = Tables(transformer, references, grid, SIGMAS, mx.float32, still=reuse)
-    return velocity(transformer, embeds, tables, "alone" if reuse else None, blocks)
+    tables = Tables(transformer, references, grid, SIGMAS, mx.float32, still=reuse == "alone")
+    return velocity(transformer, embeds, tables, reuse, blocks)
 
 
 def latents(grid: tuple[int, int] = (3, 4), seed: int = 3) -> mx.array:
@@ -91,8 +94,42 @@ def test_no_weights_are_held() -> None:
     assert mx.get_active_memory() - before < held / 10
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_compiled_blocks_get_their_own_weights_and_inputs(reuse: bool) -> None:
+class Noting(nn.Module):
+    """A block that shows arrays to a function, as attention shows keys and values. Nothing in it becomes one kernel,
+    so that no compiler is needed to evaluate it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.array([[1.0, 2.0], [3.0, 4.0]])
+
+    def __call__(self, x: mx.array, note: Callable[..., None]) -> mx.array:
+        y = x @ self.weight
+        note(y, y.T)
+        return y
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_functions_are_shown_arrays_and_never_kept() -> None:
+    """Not what a trace is made with: arrays with values, each function its own call's; of one trace, and let go."""
+    blocks, block = CompiledBlocks(), Noting()
+    for number in (1.0, 2.0):
+        shown: list[tuple[mx.array, ...]] = []
+
+        def note(*arrays: mx.array, shown: list[tuple[mx.array, ...]] = shown) -> None:
+            shown.append(arrays)
+
+        kept = weakref.ref(note)
+        out = blocks(block, mx.full((1, 2), number), note)
+        assert out.tolist() == [[4 * number, 6 * number]]
+        assert [array.tolist() for array in shown[0]] == [out.tolist(), [[4 * number], [6 * number]]]
+        del note
+        gc.collect()
+        assert kept() is None
+    assert blocks.traces == 1
+
+
+@pytest.mark.parametrize("reuse", [None, "alone", "first step"])
+def test_compiled_blocks_get_their_own_weights_and_inputs(reuse: Reuse | None) -> None:
     """Every block's own weights, every step's modulations and the kept keys and values reach the function.
 
     With mx.compile switched off the functions run as Python: what is passed is the same, and no compiler is needed.
