@@ -1,5 +1,6 @@
 """The session: lines taken apart, commands, and the whole of it through a terminal with tiny."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -141,6 +142,7 @@ class Terminal:
         self.process = subprocess.Popen(command, cwd=folder, env=kept, **pipes)
         os.close(theirs)
         self.shown = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode  # a read may end within a character
 
     def until(self, words: str, seconds: float = 60) -> str:
         """What was shown since the last time, up to and with these words."""
@@ -149,7 +151,7 @@ class Terminal:
             ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{words!r} did not come, but: {self.shown!r}"
             try:
-                self.shown += os.read(self.ours, 1 << 16).decode()
+                self.shown += self.decode(os.read(self.ours, 1 << 16))
             except OSError:  # its end of the terminal is closed
                 raise AssertionError(f"the session ended before {words!r}: {self.shown!r}") from None
         found, _, self.shown = self.shown.partition(words)
