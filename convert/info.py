@@ -119,6 +119,14 @@ def format_description(description: dict[str, Any]) -> str:
             weights = f"{part['quantization']}, the rest {weights}"
         size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
+    if "memory" in d:
+        m = d["memory"]
+        phases = ", ".join(f"{phase} {_gigabytes(count)}" for phase, count in m["phases"].items())
+        outlook = "fits" if m["fits"] else "does not fit"
+        lines.append(
+            f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
+            f"{outlook} in {_gigabytes(m['machine'])}"
+        )
     if "verified" in d:
         lines.append(f"  verified {len(d['verified'])} files have the sha256 that was recorded when they were written")
     return "\n".join(lines)
@@ -130,6 +138,11 @@ def _count(number: int) -> str:
 
 def _bytes(number: int) -> str:
     return _scaled(number, ((" B", 1), (" kB", 10**3), (" MB", 10**6), (" GB", 10**9)))
+
+
+def _gigabytes(number: int) -> str:
+    """For a person: 0.52 GB, 14.2 GB."""
+    return f"{number / 1e9:.3g} GB"
 
 
 def _scaled(number: int, units: tuple[tuple[str, int], ...]) -> str:

@@ -36,6 +36,7 @@ def open_pipeline(args: argparse.Namespace) -> "KleinPipeline":
         quantize=asked_bits(args),
         dtype=args.dtype,
         keep=args.keep,
+        prompt_cache=args.prompt_cache,
         revision=args.revision,
         local_files_only=args.offline,
         vae=obtain_vae(vae, **consent) if vae else None,

@@ -1,15 +1,19 @@
 """What is encoded once and kept: the prompts' embeddings and the references' latents, the newest few of each."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.conditioning import encode_prompt, encode_reference
+from klein_mlx.errors import CheckpointError
 from klein_mlx.events import Run
 from klein_mlx.given import to_array
 from klein_mlx.parts import Parts
+from klein_mlx.prompt_cache import PromptCache, digest_files
+from klein_mlx.request import Request
 from klein_mlx.tokenizer import Tokenizer
 
 REMEMBERED = 8  # prompts, and references, whose encodings are kept
@@ -18,8 +22,10 @@ REMEMBERED = 8  # prompts, and references, whose encodings are kept
 class Encodings:
     """Encodes what a request names, unless it is known already: then neither encoder nor VAE is loaded."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, prompt_cache: Path | str | bool | None = None):
+        """prompt_cache: a folder for prompts' embeddings, True for the usual place, or None: they are not written."""
         self.parts = parts
+        self.cache = PromptCache(prompt_cache, self._identity()) if prompt_cache else None
         self.prompts: dict[tuple[str, int], mx.array] = {}
         self.references: dict[Any, mx.array] = {}
         self._tokenizer: Tokenizer | None = None
@@ -31,6 +37,16 @@ class Encodings:
             source = self.parts.source
             self._tokenizer = Tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
         return self._tokenizer
+
+    def knows(self, request: Request) -> bool:
+        """Whether no prompt of the request has to be encoded."""
+        if request.prompt_embeds is not None and request.guidance <= 1:
+            return True
+        prompts = [*request.prompts, *([request.negative_prompt] if request.guidance > 1 else [])]
+        length, cache = request.max_sequence_length, self._usable()
+        return all(
+            (prompt, length) in self.prompts or (cache and cache.path(prompt, length).exists()) for prompt in prompts
+        )
 
     def of_request(self, run: Run) -> tuple[list[mx.array], mx.array | None]:
         """Embeddings (1, L, D) of every prompt, evaluated, and the negative prompt's where guidance needs it."""
@@ -55,9 +71,48 @@ class Encodings:
             run.notes.append(f"prompt {text!r}: {tokens.cut[0]} tokens over {length} were cut")
         key = (prompt, length)
         if key not in self.prompts:
-            encoder = self.parts.get("text_encoder", run)
-            _remember(self.prompts, key, encode_prompt(encoder, tokens, 0, run.part_done))
+            embeds = self._cached(run, prompt, length)
+            if embeds is None:
+                encoder = self.parts.get("text_encoder", run)
+                embeds = encode_prompt(encoder, tokens, 0, run.part_done)
+                self._keep(run, prompt, length, embeds)
+            _remember(self.prompts, key, embeds)
         return self.prompts[key]
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides a prompt's embeddings besides the prompt and its length."""
+        parts, config = self.parts, self.parts.source.config
+        quantization = parts.source.quantization.get("text_encoder") or parts.quantization.get("text_encoder")
+        return {
+            "files": digest_files(parts.source.files(["text_encoder"])),
+            "taps": config.taps,
+            "config": config.text_encoder.to_dict(),
+            "quantization": quantization.to_dict() if quantization else None,
+            "dtype": str(parts.dtype_of("text_encoder")),
+            "device": str(mx.default_device().type),
+        }
+
+    def _usable(self) -> PromptCache | None:
+        """The folder, unless a LoRA changes the encoder: its embeddings are another model's."""
+        return None if self.parts.loras.changes("text_encoder") else self.cache
+
+    def _cached(self, run: Run, prompt: str, length: int) -> mx.array | None:
+        cache, config = self._usable(), self.parts.source.config
+        if cache is None:
+            return None
+        try:
+            shape = (1, length, len(config.taps) * config.text_encoder.hidden_size)
+            return cache.read(prompt, length, shape, self.parts.dtype_of("text_encoder"))
+        except CheckpointError as error:
+            run.notes.append(f"the prompt is encoded anew: {error}")
+            return None
+
+    def _keep(self, run: Run, prompt: str, length: int, embeds: mx.array) -> None:
+        if cache := self._usable():
+            try:
+                cache.write(prompt, length, embeds)
+            except OSError as error:
+                run.notes.append(f"the prompt's embeddings were not kept: {error.strerror or error}")
 
     def of_reference(self, run: Run, image: Image.Image) -> mx.array:
         """The normalised latents (1, h, w, C) of a prepared picture, known by its content."""

@@ -97,7 +97,8 @@ class Run:
 
     request: as checked. notes: lines for the user. seconds: wall time per phase (load, encode, steps, decode).
     watch: may be set before iterating; given a phase's name, it surrounds the phase's work wherever there is some, a
-    part's load inside of the phase that needs the part.
+    part's load inside of the phase that needs the part. expected: bytes of memory at each phase's fullest moment, as
+    estimated before anything was loaded.
     """
 
     def __init__(self, request: Request):
@@ -107,6 +108,7 @@ class Run:
         self.opened: Any = None  # the request's pictures, as the pipeline opened them
         self.on_phase: Callable[[str], None] = lambda phase: None  # called where a phase begins
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
+        self.expected: dict[str, int] = {}
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
         self._around: Callable[[], AbstractContextManager[Any]] = nullcontext

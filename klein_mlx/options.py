@@ -117,6 +117,13 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
     add_lora_arguments(parser, "put a LoRA on the model, SCALE times (default: 1)")
     add("--dtype", help="bfloat16, float32, or float16, for an M1 or M2 (default: bfloat16 on a GPU, float32 on a CPU)")
+    add(
+        "--prompt-cache",
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="keep prompts' embeddings on disk: one that comes again loads no encoder (default: not kept)",
+    )
     add("--keep", help="what stays in memory between phases: all, transformer or nothing")
     add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
     add("--revision", help="the model's revision on the hub")

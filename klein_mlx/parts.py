@@ -1,9 +1,9 @@
 """The memory plan: which part's weights are in memory, and when they leave it."""
 
 import gc
-import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -11,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.applied import Applied
-from klein_mlx.checkpoint import Source, load_part, part_bytes, read_weights
+from klein_mlx.checkpoint import Source, load_part, read_weights
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import Run
 from klein_mlx.lora import LoraStack
+from klein_mlx.memory import KEPT, Estimate, Work, choose_keep, estimate, machine_memory, weight_bytes
 from klein_mlx.quantize import Quantization
 from klein_mlx.rows import token_rows
 from klein_mlx.text_encoder import TextEncoder
@@ -23,7 +24,6 @@ from klein_mlx.transformer import Transformer
 from klein_mlx.weights import load_now
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 
 
 class Parts:
@@ -40,7 +40,8 @@ class Parts:
         if keep is not None and keep not in KEPT:
             raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEPT)}")
         self.source, self.dtype, self.quantization = source, dtype, quantization
-        self.keep = keep or _default_keep(source, dtype, quantization)
+        self.weights = weight_bytes(source, dtype, quantization)
+        self.keep = keep or choose_keep(self.weights, machine_memory())
         self.loaded: dict[str, nn.Module] = {}
         self.loras = LoraStack()
         self._applied: dict[str, Applied] = {}
@@ -52,6 +53,20 @@ class Parts:
         """What a part computes in. Only the transformer is made for float16, with a wider residual stream; the others
         would leave its range, and take bfloat16 beside it."""
         return mx.bfloat16 if self.dtype == mx.float16 and name != "transformer" else self.dtype
+
+    def estimate(self, work: Work) -> Estimate:
+        """What a request would take now, given what is loaded."""
+        loaded = [part for part in self.loaded if part in KEPT[self.keep]]
+        return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=self.weights)
+
+    def files_ahead(self, encoding: int) -> list[Path]:
+        """What can be read while the prompt is encoded: the transformer's files, unless it is loaded, or they would
+        crowd the encoder out of memory. encoding: bytes that the encoder takes."""
+        if "transformer" in self.loaded:
+            return []
+        files = self.source.files(["transformer"])
+        needed = sum(path.stat().st_size for path in files) + encoding
+        return files if needed <= machine_memory() * 0.9 else []
 
     def get(self, name: str, run: Run) -> Any:
         """A part with its weights in memory, held for this run until it is released; reading it counts as `load`."""
@@ -87,7 +102,7 @@ class Parts:
             del self.loaded[name], self._applied[name]
         if leaving:
             gc.collect()
-            mx.clear_cache()
+        mx.clear_cache()
 
     def check_idle(self, *names: str) -> None:
         """Raise RequestError while a run works with one of these parts: its pictures would change half-way."""
@@ -124,22 +139,3 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
     if name not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _default_keep(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization]) -> str:
-    """What fits in half of the machine's memory: everything, the transformer alone, or nothing."""
-    half = _memory() / 2
-    sizes = {part: part_bytes(part, source, dtype, quantization.get(part)) for part in PARTS}
-    if sum(sizes.values()) <= half:
-        return "all"
-    return "transformer" if sizes["transformer"] + sizes["vae"] <= half else "nothing"
-
-
-def _memory() -> int:
-    """Bytes that weights may be put in: the GPU's own, or the machine's."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        told = mx.device_info()
-        for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
-            if told.get(name):
-                return int(told[name])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

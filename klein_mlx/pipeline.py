@@ -6,7 +6,7 @@ embeddings are evaluated, the transformer before the pictures are decoded, unles
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
@@ -25,10 +25,12 @@ from klein_mlx.events import KleinOutput, Picture, Run, Step
 from klein_mlx.fusion import CompiledBlocks, compiles
 from klein_mlx.given import to_array
 from klein_mlx.latents import from_channels_first, noise
+from klein_mlx.limits import ReadAhead, memory_limits
 from klein_mlx.linear import one_weight_at_a_time
 from klein_mlx.lora import LoadedLora
 from klein_mlx.loras import Loras
 from klein_mlx.masks import Canvas
+from klein_mlx.memory import Estimate, Work, check_fits
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
 from klein_mlx.recipe import Recorder
@@ -66,6 +68,7 @@ class KleinPipeline:
         quantize: Quantize = None,
         dtype: mx.Dtype | str | None = None,
         keep: str | None = None,
+        prompt_cache: str | Path | bool | None = None,
     ):
         """source: an opened model (klein_mlx.convert.open_model). The rest as in `from_pretrained`."""
         self.source = source
@@ -73,7 +76,7 @@ class KleinPipeline:
         self.dtype = compute_dtype(dtype)
         self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
         self.sketcher: Sketcher | None = None
-        self.encodings = Encodings(self.parts)
+        self.encodings = Encodings(self.parts, prompt_cache)
         self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype)
         self._blocks = CompiledBlocks()
         self._loras = Loras(self.parts, self.encodings)
@@ -91,6 +94,7 @@ class KleinPipeline:
         vae: str | Path | None = None,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        prompt_cache: str | Path | bool | None = None,
     ) -> Self:
         """Open a model; its weights are read later, when they are needed.
 
@@ -105,6 +109,8 @@ class KleinPipeline:
         vae: a file, folder or hub id that takes the place of the model's own; "black-forest-labs/FLUX.2-small-decoder"
             decodes faster.
         transformer, text_encoder: likewise, files or folders: a single file of BFL's or ComfyUI's, FP8, GGUF, mlx-lm's.
+        prompt_cache: a folder in which prompts' embeddings are kept, so that a prompt that comes again loads no
+            encoder, in later processes too; True: the usual place. By default only the newest few are kept, in memory.
         Raises CheckpointError if there is no such model or its files are not whole.
         """
         from klein_mlx.convert import find_vae, open_model
@@ -113,7 +119,7 @@ class KleinPipeline:
         if vae is not None:
             parts["vae"] = find_vae(vae, token=token, local_files_only=local_files_only)
         source = open_model(model, revision=revision, token=token, local_files_only=local_files_only, parts=parts)
-        return cls(source, quantize=quantize, dtype=dtype, keep=keep)
+        return cls(source, quantize=quantize, dtype=dtype, keep=keep, prompt_cache=prompt_cache)
 
     def load_lora(
         self, path: str | Path, scale: float = 1.0, name: str | None = None, **options: Unpack[LoraOptions]
@@ -174,9 +180,27 @@ class KleinPipeline:
             run.notes.append("the references are computed in the first step only: an approximation")
         run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened), self.loras)
         run.opened = opened
-        around = nullcontext if compiles() else one_weight_at_a_time
-        run.start((event for _, event in self.together([run])), around)
+        work = self._work(run, opened)
+        known = self.parts.estimate(work)
+        check_fits(self.source, work, self.dtype, self.parts.quantization, known)
+        run.expected = dict(known.phases)
+        run.start((event for _, event in self.together([run])), partial(_around, known))
         return run
+
+    def _work(self, run: Run, opened: Opened) -> Work:
+        """What of the request decides its memory."""
+        request, side = run.request, self.config.pixels_per_token
+        pictures = [*opened.references, *([opened.canvas.image] if opened.canvas else [])]
+        tokens = sum(image.width // side * (image.height // side) for image in opened.references)
+        return Work(
+            height=opened.height,
+            width=opened.width,
+            references=tuple((image.height, image.width) for image in pictures),
+            tokens=tokens,
+            length=request.max_sequence_length,
+            rows=2 if request.guidance > 1 and request.batch_guidance else 1,
+            encodes=not self.encodings.knows(request),
+        )
 
     def together(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
         """Several runs of `stream`, not iterated yet, as one: each event with its run, in the runs' order.
@@ -195,8 +219,11 @@ class KleinPipeline:
 
     def _phases(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
         """Encode, denoise, decode."""
-        encoded = [self._encode(run) for run in runs]
-        self._release(runs, "text_encoder", "vae")
+        new = [run for run in runs if not self.encodings.knows(run.request)]
+        with ReadAhead(self.parts.files_ahead(new[0].expected.get("encode", 0)) if new else []):
+            encoded = [self._encode(run) for run in runs]
+            self._release(runs, "text_encoder", "vae")
+            self.parts.get("transformer", runs[0])
         waiting: list[tuple[Run, int, mx.array]] = []
         for run, conditions in zip(runs, encoded, strict=True):
             tables = self._tables(run, conditions.references, run.opened)
@@ -217,6 +244,7 @@ class KleinPipeline:
         with run.timed("encode"):
             references = join_references([self.encodings.of_reference(run, image) for image in opened.references])
             init = None if opened.canvas is None else self.encodings.of_reference(run, opened.canvas.image)
+        self.parts.release(run, "vae")
         embeds, negative = self.encodings.of_request(run)
         return Conditions(embeds, negative, references, init)
 
@@ -330,3 +358,10 @@ def _start(
     if canvas.tokens is not None:
         after = hold_outside(mx.array(canvas.tokens)[None, :, :, None], init, latents)
     return add_noise(init, latents, sigma), after
+
+
+@contextmanager
+def _around(known: Estimate) -> Iterator[None]:
+    """What holds while a run works, and only then."""
+    with nullcontext() if compiles() else one_weight_at_a_time(), memory_limits(known.peak, known.machine):
+        yield
