@@ -46,6 +46,7 @@ class Parts:
         self.loras = LoraStack()
         self._applied: dict[str, Applied] = {}
         self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
+        self.working: WeakSet[Run] = WeakSet()  # runs that have begun and have not ended, whatever they hold just now
         for part in PARTS:
             source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
 
@@ -105,9 +106,10 @@ class Parts:
         mx.clear_cache()
 
     def check_idle(self, *names: str) -> None:
-        """Raise RequestError while a run works with one of these parts: its pictures would change half-way."""
-        if busy := [name for name in names if self._holders[name]]:
-            raise RequestError(f"a run is using the {busy[0]}; LoRAs can change when it has finished or is closed")
+        """Raise RequestError while a run works, or holds one of these parts: its pictures would change half-way."""
+        busy = [f"using the {name}" for name in names if self._holders[name]] + ["working"] * bool(self.working)
+        if busy:
+            raise RequestError(f"a run is {busy[0]}; LoRAs can change when it has finished or is closed")
 
     def apply_loras(self, *names: str) -> None:
         """Make these parts, as far as they are loaded, what `loras` says."""

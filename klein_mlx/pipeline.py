@@ -178,7 +178,7 @@ class KleinPipeline:
         run.notes += opened.notes
         if run.request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
-        run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened), self.loras)
+        run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))
         run.opened = opened
         work = self._work(run, opened)
         known = self.parts.estimate(work)
@@ -208,10 +208,15 @@ class KleinPipeline:
         All are encoded before the first is denoised, so each part is loaded once, and the encoder is freed before the
         steps. However it ends, only what is to be kept stays loaded.
         """
+        self.parts.working.update(runs)
         try:
+            for run in runs:  # what is on the model now, not when the request was checked
+                run.recipe["loras"] = self.recorder.of_loras(self.loras)
             yield from self._phases(runs)
         finally:
             self._release(runs, *PARTS)
+            for run in runs:
+                self.parts.working.discard(run)
 
     def _release(self, runs: Sequence[Run], *parts: str) -> None:
         for run in runs:

@@ -7,7 +7,7 @@ folder, a user's name or the time. `klein_mlx.metadata` puts it into a file, `kl
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 import klein_mlx
 from klein_mlx.checkpoint import Source
 from klein_mlx.edits import SIDES, Edit
+from klein_mlx.lora import LoadedLora
 from klein_mlx.quantize import Quantization
 from klein_mlx.request import Request
 
@@ -41,10 +42,10 @@ class Recorder:
     quantized: Mapping[str, Quantization]
     dtype: mx.Dtype
 
-    def of_request(self, request: Request, schedule: Sequence[float], loras: Iterable[Any] = ()) -> dict[str, Any]:
+    def of_request(self, request: Request, schedule: Sequence[float]) -> dict[str, Any]:
         """All that a request's pictures share; pictures that are files are read and their digests taken.
 
-        schedule: the noise levels that the steps go through. loras: with `name`, `file`, `sha256` and `scale`.
+        schedule: the noise levels that the steps go through. `loras` is left empty: see `of_loras`.
         """
         told = {
             NAMES.get(field.name, field.name): getattr(request, field.name)
@@ -63,9 +64,13 @@ class Recorder:
             **({} if request.edit is None else _edit(request.edit)),
             "quantize": str(self.quantize) if isinstance(self.quantize, int | str) else None,
             "dtype": str(self.dtype).removeprefix("mlx.core."),
-            "loras": [{name: getattr(lora, name) for name in ("name", "file", "sha256", "scale")} for lora in loras],
+            "loras": [],
             **({"given": given} if (given := _given(request)) else {}),
         }
+
+    def of_loras(self, loras: Iterable[LoadedLora]) -> list[dict[str, Any]]:
+        """The LoRAs with which a run begins."""
+        return [asdict(lora) for lora in loras]
 
     def of_picture(self, shared: dict[str, Any], prompt: str | None, seed: int | None, image: Any) -> dict[str, Any]:
         """One picture's: what it shares with the others, its prompt, its seed, its size."""

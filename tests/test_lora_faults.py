@@ -16,6 +16,7 @@ from klein_mlx.config import ModelConfig
 from klein_mlx.convert.infer import KLEIN
 from klein_mlx.convert.lora import read_lora
 from klein_mlx.errors import RequestError
+from klein_mlx.events import Picture
 
 KLEIN_4B = ModelConfig(KLEIN["transformer"], KLEIN["text_encoder"], KLEIN["vae"], True, (9, 18, 27))
 BLOCK = "diffusion_model.double_blocks.0.img_attn.proj"
@@ -264,6 +265,34 @@ def test_nothing_changes_while_a_run_works(tmp_path: Path) -> None:
     assert pipe.loras == []
     run.close()
     pipe.load_lora(file)
+
+
+def test_nothing_changes_between_a_run_s_pictures(tmp_path: Path) -> None:
+    """There no part is held; the second picture would have been half made with other weights."""
+    file, pipe = save(tmp_path / "lora.safetensors", good()), pipeline()
+    pipe.load_lora(file, name="style")
+    asked: dict[str, Any] = {"seed": [0, 0], "width": 64, "height": 64, "max_sequence_length": 16}
+    run = pipe.stream("x", num_inference_steps=1, **asked)
+    first = next(event for event in run if isinstance(event, Picture))
+    for change in (lambda: pipe.set_lora_scale("style", 0.0), lambda: pipe.unload_lora(), lambda: pipe.load_lora(file)):
+        with pytest.raises(RequestError, match="a run is working; LoRAs can change when it has finished or is closed"):
+            change()
+    second = next(event for event in run if isinstance(event, Picture))
+    assert np.array_equal(np.asarray(first.image), np.asarray(second.image))
+    assert not list(run)
+    pipe.set_lora_scale("style", 0.0)
+
+
+def test_a_recipe_tells_the_loras_that_the_picture_was_made_with(tmp_path: Path) -> None:
+    """Not those that were there when it was asked for."""
+    file, pipe = save(tmp_path / "lora.safetensors", good()), pipeline()
+    asked: dict[str, Any] = {"seed": 0, "width": 64, "height": 64, "max_sequence_length": 16}
+    run = pipe.stream("x", num_inference_steps=1, **asked)
+    loaded = pipe.load_lora(file, 0.5)
+    (picture,) = (event for event in run if isinstance(event, Picture))
+    assert picture.recipe["loras"] == [
+        {"name": "lora", "file": "lora.safetensors", "sha256": loaded.sha256, "scale": 0.5}
+    ]
 
 
 def test_bfloat16_weights_are_rounded_once(tmp_path: Path) -> None:
