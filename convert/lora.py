@@ -194,6 +194,8 @@ def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
         bias = file.group(name).entries.get("diff_b") or file.group(name).entries.get("up_bias")
         if (shape is not None and shape != right) or (bias is not None and bias.shape != right[:1]):
             wrong.append((name, place, shape or (bias.shape if bias else ()), right))
+        elif (role := _homeless_role(file.groups[name], place, right)) is not None:
+            raise CheckpointError(f"{file.path}: {role} has no use: {place.targets[0].path} is no linear layer")
     mine = tell_base({path: s for path, s in shapes_of(config, "transformer").items() if len(s) == 2})
     if wrong and all(place.part == "text_encoder" for _, place, _, _ in wrong):
         encoder = tell_encoder(file.shapes("text_encoder"))
@@ -209,6 +211,13 @@ def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
 def _other_model(file: LoraFile, what: str, config: ModelConfig) -> CheckpointError:
     variant, hidden = config.variant.name, config.transformer.hidden_size
     return CheckpointError(f"{file.path}: is a LoRA for {what}; this model is klein {variant} (hidden size {hidden})")
+
+
+def _homeless_role(roles: Mapping[str, str], place: Place, shape: tuple[int, ...]) -> str | None:
+    """The key of a bias that is no linear layer's, or of DoRA's magnitude of what is no matrix."""
+    is_matrix, is_embedding = len(shape) == 2, place.targets[0].path == "embed_tokens"
+    barred = ("diff_b", "up_bias") if is_embedding else () if is_matrix else ("diff_b", "up_bias", "magnitude")
+    return next((roles[role] for role in barred if role in roles), None)
 
 
 def _is_needless(place: Place, config: ModelConfig) -> bool:

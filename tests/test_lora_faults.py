@@ -39,6 +39,18 @@ def told(tensors: Tensors, tmp_path: Path, metadata: dict[str, str] | None = Non
     return refusal(lambda: read_lora(file, pipeline().config))
 
 
+NORM = "diffusion_model.double_blocks.0.img_attn.norm.query_norm"
+
+
+@pytest.mark.parametrize(("role", "shape"), [("diff_b", (32,)), ("dora_scale", (32,)), ("dora_scale", (1, 32))])
+def test_what_a_norm_cannot_have(role: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A bias would be left out unsaid; a magnitude has no rows or columns to measure."""
+    tensors = {f"{NORM}.diff": np.ones(32, np.float32)}
+    assert read_lora(save(tmp_path / "sound.safetensors", tensors), pipeline().config).modules == 1
+    line = told({**tensors, f"{NORM}.{role}": np.ones(shape, np.float32)}, tmp_path)
+    assert f"{NORM}.{role} has no use: double_blocks.0.img.norm_q is no linear layer" in line
+
+
 # ---- damaged, or not whole ----
 
 
