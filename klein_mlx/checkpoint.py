@@ -240,7 +240,8 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
 
     dtype: that of every floating weight, except the VAE's latent statistics, which stay float32.
     quantize: quantise here, unless the source is quantised so already. The VAE is never quantised.
-    Nothing is evaluated: the weights are read from disk when they are first used.
+    Weights are read from disk when they are first used; only what has to be decoded, or whose scales are searched for,
+    is made here, one weight at a time.
     """
     stored = source.quantization.get(part)
     quantize = quantize if part in QUANTIZED_PARTS else None
@@ -248,11 +249,12 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
         raise CheckpointError(
             f"{source.path}: the {part} is {stored.bits}-bit already; for {quantize.bits} bits start from the original"
         )
-    found = source.weights(part)
+    found = dict(source.weights(part))
     if quantize and not stored:
         found = quantize_weights(part, found, quantize)
     weights = {}
-    for name, weight in found.items():
+    for name in list(found):
+        weight = found.pop(name)  # what was read for it is not needed by the others
         array = load_now(weight)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)

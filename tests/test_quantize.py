@@ -1,5 +1,6 @@
 """What is quantised, what is not, and how far a quantised weight is from the original."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import mlx.nn as nn
 import pytest
 from folders import GOLDEN, assert_equal, parameters, quantizable_model
 
+from klein_mlx import quantize
 from klein_mlx.bits import from_options, parse, settle
 from klein_mlx.checkpoint import Source, build, expected, load_part
 from klein_mlx.config import PARTS
@@ -243,3 +245,23 @@ def test_quantised_layers_compute_what_the_dequantised_weight_would(source: Sour
     full = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
     # float32 sums of 64 products of order 1, in another order.
     assert mx.allclose(layer(x), x @ full.T, rtol=1e-4, atol=1e-4).item()
+
+
+def test_one_original_at_a_time_is_in_memory_while_scales_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a 9B model would need its 18 GB beside what becomes of them."""
+    source = open_model("tiny")
+    settled = settle(parse("mixed-4"), source)["transformer"]
+    sizes = {name: weight.nbytes for name, weight in source.weights("transformer").items()}
+    held: list[int] = []
+
+    def searching(array: mx.array, group_size: int, bits: int) -> Any:
+        held.append(mx.get_active_memory() - before)
+        return mx.quantize(array, group_size, bits)
+
+    monkeypatch.setattr(quantize, "search", searching)
+    gc.collect()
+    before = mx.get_active_memory()
+    module = load_part("transformer", source, mx.bfloat16, settled)
+    own = sum(array.nbytes for array in parameters(module).values())
+    assert len(held) == len(settled.layers or ())
+    assert max(held) < own + 2 * max(sizes.values()) < 0.9 * sum(sizes.values())
