@@ -22,6 +22,7 @@ from klein_mlx.vae import strip_rows
 
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 PHASES = ("references", "encode", "steps", "decode")
+_BESIDE = 5_000_000  # masks, rows of embeddings, a matrix on its way: what no formula below counts
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -153,9 +154,8 @@ def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: b
         return (6 * hidden + 3 * mlp + taps) * dtype.size + length**2
     scores, matrix = c.num_attention_heads * length**2, c.hidden_size * c.intermediate_size
     if quantized:  # each matrix is expanded after what comes before it, so the layer runs in its written order
-        return 4 * (3 * max(scores, mlp) + matrix) + dtype.size * (5 * hidden + taps)
-    expanded = 3 * matrix if dtype != mx.float32 else 0
-    return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores + expanded)
+        return 4 * (3 * max(scores, mlp) + matrix) + dtype.size * (5 * hidden + taps) + _BESIDE
+    return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores) + _BESIDE
 
 
 def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
@@ -168,7 +168,7 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     if not on_cpu():
         return 16 * stream * dtype.size + rope + given
     scores = work.rows * c.num_attention_heads * tokens**2
-    expanded = 0 if dtype == mx.float32 and not quantized else (12 if quantized else 15) * c.hidden_size**2
+    expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
     return 4 * (30 * stream + scores + expanded) + rope + given
 
 
@@ -179,7 +179,9 @@ def vae_bytes(config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encod
         channels = config.decoder_block_out_channels or channels
     rows = strip_rows(height, width)
     share = 1.0 if rows is None else min(1.0, rows / height)
-    strip = 4 * share * (1.1 if dtype == mx.float32 else 1.4) if on_cpu() else dtype.size * share
+    strip = dtype.size * share
+    if on_cpu():  # in float32 whatever the dtype
+        strip = 4 * share * (1.1 if dtype == mx.float32 else 1.4) * (1.2 if rows is None else 1.0)
     most = 0.0
     neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])
     for level, (own, neighbour) in enumerate(zip(channels, neighbours, strict=False)):
