@@ -83,14 +83,15 @@ class Parts:
             module.arrange()
         if isinstance(module, TextEncoder):
             module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
+        applied = Applied(module, partial(self._original, name), self.dtype_of(name))
         try:
             damaged = read_weights(module)
+            if damaged:
+                raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
+            applied.update(self.loras.changes(name))
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
             raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
-        if damaged:
-            raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
-        self._applied[name] = Applied(module, partial(self._original, name), self.dtype_of(name))
-        self._applied[name].update(self.loras.changes(name))
+        self._applied[name] = applied
         return module
 
     def release(self, run: Run, *names: str) -> None:

@@ -334,10 +334,11 @@ class KleinPipeline:
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:
-            latents = clean.astype(self.parts.dtype_of("vae"))
-            image = decode(self.parts.get("vae", run), latents, "pil", canvas, run.part_done)
-            self.parts.release(run, "vae")
-            return image
+            latents, own = clean.astype(self.parts.dtype_of("vae")), Run(run.request)  # the run may be closed by then
+            try:
+                return decode(self.parts.get("vae", own), latents, "pil", canvas)
+            finally:
+                self.parts.release(own, "vae")
 
         return preview
 

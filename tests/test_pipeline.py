@@ -113,6 +113,18 @@ def test_a_preview_shows_the_picture_not_the_noise(pipe: KleinPipeline) -> None:
     assert np.abs(previews[1] - previews[3]).mean() < 40
 
 
+def test_a_preview_works_after_its_run_was_closed() -> None:
+    """And leaves nothing in memory that was not to be kept."""
+    pipe = KleinPipeline.from_pretrained("tiny", keep="nothing")
+    run = pipe.stream(PROMPT, seed=7)
+    step = next(run)
+    assert isinstance(step, Step)
+    before = pixels(step.preview())
+    run.close()
+    assert np.array_equal(pixels(step.preview()), before)
+    assert not pipe.parts.loaded
+
+
 def test_closing_a_run_frees_it() -> None:
     other = KleinPipeline.from_pretrained("tiny")
     run = other.stream(PROMPT, seed=7)
