@@ -20,7 +20,14 @@ from klein_mlx.weights import FLOATS, Entry
 
 LOW_RANK = ("up", "down")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_ALPHA_DTYPES = (*FLOATS, "F64", "I64", "I32", "I16", "I8", "U8")
+_KINDS = {
+    "LoRA": {*LOW_RANK, "mid"},
+    "LoRA of an embedding": {"embedding_up", "embedding_down"},
+    "LoHa": {*LOHA, "hada_t1", "hada_t2"},
+    "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
+    "full difference": {"diff"},
+}
+_ALPHA_DTYPES = (*FLOATS, "I64", "I32", "I16", "I8", "U8")
 _MAX_STRENGTH = 1e4  # of alpha / rank; LyCORIS writes 1e10 where it means "not used"
 
 
@@ -64,6 +71,11 @@ def check_group(group: Group) -> None:
             both = {f"{side}_a", f"{side}_b"}
             if not ({side} & has or both <= has):
                 raise group.fail(f"is a LoKr without {side}: the file is not whole")
+            if side in has and both & has:
+                raise group.fail(f"has {side} and factors of it; klein_mlx reads one of them")
+    kinds = [word for word, marks in _KINDS.items() if has & marks]
+    if len(kinds) > 1:
+        raise group.fail(f"has a {' and a '.join(kinds)}; klein_mlx reads one a module")
     if has <= {"alpha", "up_bias"}:
         raise group.fail(f"has {' and '.join(sorted(has))}, and no factors: the file is not whole")
     for role, entry in group.entries.items():

@@ -97,6 +97,7 @@ def broken_factor(value: float) -> Callable[[Tensors], None]:
         (put("oft_blocks", np.ones((2, 2, 2))), "is OFT; klein_mlx applies LoRA, DoRA, LoHa, LoKr"),
         (put("set_weight", np.ones((2, 2))), "is a replacement of weights; klein_mlx applies"),
         (put("lora_A.second.weight", np.ones((3, 64))), "are there"),
+        (put("diff", np.ones((64, 64))), "has a LoRA and a full difference; klein_mlx reads one a module"),
     ],
 )
 def test_a_damaged_file_is_refused(change: Callable[[Tensors], None], message: str, tmp_path: Path) -> None:
@@ -112,6 +113,9 @@ def test_integers_are_no_factors_but_may_be_alpha(tmp_path: Path) -> None:
     assert read_lora(file, pipeline().config).modules == len(to_bfl(make_twin()))
     tensors[f"{BLOCK}.lora_up.weight"] = np.ones((64, 3), np.int32)
     assert "up has dtype I32" in told(tensors, tmp_path)
+    tensors = good()
+    tensors[f"{BLOCK}.alpha"] = np.array(4, np.float64)
+    assert "alpha has dtype F64; klein_mlx reads BF16, F16, F32" in told(tensors, tmp_path)  # MLX does not
 
 
 @pytest.mark.parametrize(
