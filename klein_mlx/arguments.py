@@ -35,6 +35,8 @@ class Arguments(TypedDict, total=False):
     sigmas: noise levels before the shift, instead of evenly spaced ones; an init image is taken at the first of them.
     output_type: "pil", "np" ((H, W, 3) in 0..1) or "latent" (denormalised, an mx.array, the whole picture painted).
     max_sequence_length: text positions, padding included (512; 40 or so for tiny).
+    literal_prompt: special tokens that are written in a prompt, as <|im_end|>, are text; by default they are what the
+        tokenizer takes them for, as in the reference, and a note says so.
     """
 
     image: Any
@@ -61,6 +63,7 @@ class Arguments(TypedDict, total=False):
     sigmas: Sequence[float] | None
     output_type: str
     max_sequence_length: int | None
+    literal_prompt: bool
 
 
 class LoraOptions(TypedDict, total=False):

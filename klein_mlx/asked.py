@@ -79,6 +79,7 @@ def call_arguments(args: argparse.Namespace, config: "ModelConfig") -> dict[str,
         "num_images_per_prompt": args.count,
         "seed": args.seed[0] if args.seed and len(args.seed) == 1 else args.seed,
         "max_sequence_length": args.max_sequence_length,
+        "literal_prompt": args.literal_prompt,
     }
 
 

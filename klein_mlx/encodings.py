@@ -26,7 +26,7 @@ class Encodings:
         """prompt_cache: a folder for prompts' embeddings, True for the usual place, or None: they are not written."""
         self.parts = parts
         self.cache = PromptCache(prompt_cache, self._identity()) if prompt_cache else None
-        self.prompts: dict[tuple[str, int], mx.array] = {}
+        self.prompts: dict[tuple[str, int, bool], mx.array] = {}
         self.references: dict[Any, mx.array] = {}
         self._tokenizer: Tokenizer | None = None
 
@@ -63,19 +63,24 @@ class Encodings:
             return embeds, self.of_prompt(run, request.negative_prompt)
 
     def of_prompt(self, run: Run, prompt: str) -> mx.array:
-        """The embeddings (1, L, D) of one prompt; what is over the length is cut, and told in the run's notes."""
-        length = run.request.max_sequence_length
-        tokens = self.tokenizer([prompt], length)
+        """The embeddings (1, L, D) of one prompt; what is cut, and what is no text, is told in the run's notes."""
+        length, marks = run.request.max_sequence_length, self.tokenizer.special_in(prompt)
+        literal = run.request.literal_prompt and bool(marks)  # any other prompt is the same either way
+        tokens = self.tokenizer([prompt], length, literal)
+        text = prompt if len(prompt) <= 40 else prompt[:37] + "..."
         if tokens.cut[0]:
-            text = prompt if len(prompt) <= 40 else prompt[:37] + "..."
             run.notes.append(f"prompt {text!r}: {tokens.cut[0]} tokens over {length} were cut")
-        key = (prompt, length)
+        if marks and not literal:
+            marked = ", ".join(marks)
+            run.notes.append(f"prompt {text!r}: {marked} is a mark of the model's own; --literal-prompt makes it text")
+        key = (prompt, length, literal)
         if key not in self.prompts:
-            embeds = self._cached(run, prompt, length)
+            embeds = None if literal else self._cached(run, prompt, length)  # files are known by prompt and length
             if embeds is None:
                 encoder = self.parts.get("text_encoder", run)
                 embeds = encode_prompt(encoder, tokens, 0, run.part_done)
-                self._keep(run, prompt, length, embeds)
+                if not literal:
+                    self._keep(run, prompt, length, embeds)
             _remember(self.prompts, key, embeds)
         return self.prompts[key]
 

@@ -28,6 +28,7 @@ OPTIONS = {
     "batch_guidance": "--batch-guidance",
     "num_images_per_prompt": "--count",
     "max_sequence_length": "--max-sequence-length",
+    "literal_prompt": "--literal-prompt",
     "large_reference": "--large-reference",
     "reuse_references": "--reuse-references",
     "init_image": "--init-image",
@@ -126,6 +127,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep", help="what stays in memory between phases: all, transformer or nothing")
     add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
+    add("--literal-prompt", action="store_true", help="special tokens in a prompt, as <|im_end|>, are text")
     add("--revision", help="the model's revision on the hub")
     add("--offline", action="store_true", help="use only what is on disk")
     add("-y", "--yes", action="store_true", help="download what is missing without asking")

@@ -29,7 +29,7 @@ class Request:
     large_reference: whether the only one may have up to 4 megapixels. reuse_references: whether their keys and values
     are kept from the first step. edit: the picture to start from and what to do with it, or None. height, width:
     pixels, or None: the init image's, the first reference's, or the default. seeds: one per picture of a prompt.
-    latents: initial noise (pictures, C, h, w), or None.
+    latents: initial noise (pictures, C, h, w), or None. literal_prompt: special tokens in prompts are text.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +49,7 @@ class Request:
     sigmas: tuple[float, ...] | None
     output_type: str
     max_sequence_length: int
+    literal_prompt: bool
 
     @property
     def pictures(self) -> list[tuple[int, int]]:
@@ -77,6 +78,7 @@ def check(
     sigmas: Sequence[float] | None = None,
     output_type: str = "pil",
     max_sequence_length: int | None = None,
+    literal_prompt: bool = False,
     **edit_arguments: Any,
 ) -> Request:
     """Check everything that can be checked before a file is opened; the arguments are `Arguments` and the prompt,
@@ -92,8 +94,6 @@ def check(
     height, width = _size(config, height, width)
     seeds = _seeds(seed, integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES))
     length = config.max_sequence_length if max_sequence_length is None else max_sequence_length
-    if output_type not in OUTPUT_TYPES:
-        raise RequestError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
     edit = check_edit(sigmas=sigmas, **edit_arguments)
     request = Request(
         prompts=prompts,
@@ -111,11 +111,18 @@ def check(
         latents=latents,
         prompt_embeds=prompt_embeds,
         sigmas=sigmas,
-        output_type=output_type,
+        output_type=_output_type(output_type),
         max_sequence_length=integer("max_sequence_length", length, 1, MAX_TEXT),
+        literal_prompt=flag("literal_prompt", literal_prompt),
     )
     _latents(config, request)
     return request
+
+
+def _output_type(name: Any) -> str:
+    if name not in OUTPUT_TYPES:
+        raise RequestError(f"output_type is {name!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    return name
 
 
 def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:

@@ -4,14 +4,19 @@ The template is fixed (one user message, thinking switched off), so no template 
 all that is read.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
 
-TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+HEAD, USER = "<|im_start|>", "user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+TEMPLATE = HEAD + USER + "{prompt}" + TAIL
 PAD = "<|endoftext|>"
 SPECIAL = (PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
@@ -41,7 +46,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         try:
-            self._backend = Backend.from_str(Path(path).read_text(encoding="utf-8"))
+            self._text = Path(path).read_text(encoding="utf-8")
+            self._backend = Backend.from_str(self._text)
         except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
             raise CheckpointError(f"{path}: not a tokenizer.json ({_first_line(error)})") from None
         self._backend.no_truncation()
@@ -56,18 +62,46 @@ class Tokenizer:
             )
         self.pad_id: int = self._backend.encode(PAD).ids[0]
 
-    def __call__(self, prompts: list[str], max_length: int) -> Tokens:
+    def __call__(self, prompts: list[str], max_length: int, literal: bool = False) -> Tokens:
         """Tokenise, cut and pad to exactly `max_length` positions.
 
-        Special tokens written in a prompt count as such, as in the reference. What is cut is the end, so a prompt
-        that is too long loses the template's tail too, as in the reference.
+        Special tokens written in a prompt count as such, as in the reference, unless it is `literal`: then they are
+        text as any other, and nothing but the template makes a message. What is cut is the end, so a prompt that is
+        too long loses the template's tail too, as in the reference.
         """
-        rows = [self._backend.encode(TEMPLATE.replace("{prompt}", prompt)).ids for prompt in prompts]
+        rows = [self._literally(p) if literal and self.special_in(p) else self._ids(p) for p in prompts]
         kept = [row[:max_length] for row in rows]
         ids = [row + [self.pad_id] * (max_length - len(row)) for row in kept]
         mask = [[True] * len(row) + [False] * (max_length - len(row)) for row in kept]
         cut = [len(row) - len(short) for row, short in zip(rows, kept, strict=True)]
         return Tokens(mx.array(ids, dtype=mx.int32), mx.array(mask), cut)
+
+    def special_in(self, prompt: str) -> list[str]:
+        """The tokenizer's own tokens that are written out in a prompt, in the order in which they come."""
+        places = {prompt.find(token): token for token in self._added}
+        return [places[place] for place in sorted(places) if place >= 0]
+
+    def _ids(self, prompt: str) -> list[int]:
+        return self._backend.encode(TEMPLATE.replace("{prompt}", prompt)).ids
+
+    def _literally(self, prompt: str) -> list[int]:
+        """What is between two special tokens is tokenised by itself anyway, so the ends stay as they are."""
+        own = self._plain.encode(USER + prompt).ids
+        return [*self._backend.encode(HEAD).ids, *own, *self._backend.encode(TAIL).ids]
+
+    @cached_property
+    def _added(self) -> list[str]:
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same BPE, without the tokens that are found as a whole before it."""
+        from tokenizers import Tokenizer as Backend
+
+        plain = Backend.from_str(json.dumps({**json.loads(self._text), "added_tokens": [], "post_processor": None}))
+        plain.no_truncation()
+        plain.no_padding()
+        return plain
 
 
 def _first_line(error: Exception) -> str:

@@ -195,3 +195,16 @@ def test_in_python(tmp_path: Path) -> None:
     assert found["model"] == {"variant": "tiny", "id": "tiny", "fingerprint": pipe.recorder.fingerprint}
     given = pipe(prompt="a star", latents=__import__("numpy").zeros((1, 64, 8, 8), "float32"), num_inference_steps=1)
     assert (given.recipes[0]["seed"], given.recipes[0]["given"]) == (None, ["latents"])
+
+
+def test_literal_prompt_is_told_kept_and_made_again(folder: Path) -> None:
+    """A mark of the model's own in a prompt is told; as text it makes another picture, and the recipe says so."""
+    prompt = "a star<|im_end|>"
+    plain = klein(*TINY, prompt, *STEP[:-1], "-o", "plain.png", cwd=folder)
+    assert "<|im_end|> is a mark of the model's own; --literal-prompt makes it text" in plain.stderr
+    literal = klein(*TINY, prompt, *STEP[:-1], "--literal-prompt", "-o", "literal.png", cwd=folder)
+    assert literal.returncode == 0, literal.stderr
+    assert "mark of the model" not in literal.stderr
+    assert pixels(folder / "plain.png") != pixels(folder / "literal.png")
+    assert klein("again", "literal.png", "-o", "same.png", cwd=folder).returncode == 0
+    assert (folder / "literal.png").read_bytes() == (folder / "same.png").read_bytes()

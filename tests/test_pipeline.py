@@ -152,7 +152,7 @@ def test_initial_latents_and_embeddings_can_be_given(pipe: KleinPipeline) -> Non
     start = mx.random.normal((1, 8, 8, channels), key=mx.random.key(7)).transpose(0, 3, 1, 2)
     for given in (start, np.array(start)):
         assert np.array_equal(pixels(pipe(PROMPT, latents=given).images[0]), wanted)
-    embeds = pipe.encodings.prompts[(PROMPT, pipe.config.max_sequence_length)]
+    embeds = pipe.encodings.prompts[(PROMPT, pipe.config.max_sequence_length, False)]
     assert np.array_equal(pixels(pipe(prompt_embeds=embeds, latents=start).images[0]), wanted)
     with pytest.raises(RequestError, match="for 128 x 128 pixels its last two must be 8, 8"):
         pipe(PROMPT, latents=start[:, :, :4])

@@ -113,3 +113,18 @@ def test_digests_tell_files_apart(tmp_path: Path) -> None:
     content[len(content) * 200 // 256] ^= 1  # where a sample begins
     second.write_bytes(content)
     assert digest_files([first]) != digest_files([second])
+
+
+def test_a_literal_prompt_is_never_the_other_one(tmp_path: Path) -> None:
+    """The same words with and without `literal_prompt` are two prompts, whichever comes first."""
+    pipe = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path)
+
+    def picture(pipe: KleinPipeline, literal: bool) -> np.ndarray:
+        options: Any = {"seed": 7, "num_inference_steps": 1, "width": 64, "height": 64, "literal_prompt": literal}
+        return np.asarray(pipe("a red circle<|im_end|>", **options).images[0])
+
+    literal, plain = picture(pipe, True), picture(pipe, False)
+    assert not np.array_equal(literal, plain)
+    later = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path)
+    assert np.array_equal(picture(later, True), literal)
+    assert np.array_equal(picture(later, False), plain)

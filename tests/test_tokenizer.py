@@ -1,6 +1,7 @@
 """The tokenizer around a real tokenizer.json (the embedded checkpoint's); the goldens compare ids with transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,32 @@ def test_another_models_tokenizer(tmp_path: Path) -> None:
     path.write_text(TINY.read_text().replace("<|im_start|>", "<|start|>"))
     with pytest.raises(CheckpointError, match="<.im_start.> is no token of its own"):
         Tokenizer(path, 512)
+
+
+MARKS = "<|im_end|>\n<|im_start|>system\n<think>x</think><|endoftext|>"
+
+
+def test_marks_in_a_prompt_are_marks_or_text(tokenizer: Tokenizer) -> None:
+    """Literally, the template's own marks are the only ones, and the text comes back whole."""
+    assert tokenizer.special_in(f"a {MARKS}") == ["<|im_end|>", "<|im_start|>", "<think>", "</think>", "<|endoftext|>"]
+    assert tokenizer.special_in("a <think less> |im_end| star") == []
+    backend = tokenizer._backend
+    marks = {backend.token_to_id(token) for token in tokenizer.special_in(MARKS)}
+
+    def marks_and_text(prompt: str, literal: bool) -> tuple[list[Any], str]:
+        tokens = tokenizer([prompt], 120, literal)
+        ids = tokens.input_ids.tolist()[0][: int(tokens.attention_mask.sum().item())]
+        return [token for token in ids if token in marks], backend.decode(ids, skip_special_tokens=False)
+
+    template, _ = marks_and_text("a star", False)
+    for literal in (False, True):
+        found, text = marks_and_text(MARKS, literal)
+        assert text == TEMPLATE.replace("{prompt}", MARKS)
+        assert (found == template) is literal
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a star", "", "\n\n two  lines\n", " it's 3 o'clock", "e\u0301 \u661f \U0001f98a", "<a|b>"]
+)
+def test_the_literal_way_is_the_same_for_text(tokenizer: Tokenizer, prompt: str) -> None:
+    assert tokenizer._literally(prompt) == tokenizer._ids(prompt)
