@@ -111,17 +111,12 @@ class Run:
         self.expected: dict[str, int] = {}
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
-        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._working = self._closed = False
         self._pieces, self._waiting, self._since = 1, 0, 0.0
 
-    def start(
-        self,
-        events: Iterator["Step | Picture"],
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """Called once by the pipeline, with the generator that does the work, and what holds only while it works."""
-        self._events, self._around = events, around
+    def start(self, events: Iterator["Step | Picture"]) -> None:
+        """Called once by the pipeline, with the generator that does the work."""
+        self._events = events
 
     def __iter__(self) -> Self:
         return self
@@ -131,8 +126,7 @@ class Run:
             raise StopIteration
         self._working, self._since, self._waiting = True, time.perf_counter(), 0
         try:
-            with self._around():
-                return next(self._events)
+            return next(self._events)
         except _Closed:
             raise StopIteration from None
         finally:

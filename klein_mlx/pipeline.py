@@ -5,7 +5,7 @@ picture; the call, the command line and whatever else is built sit on it. The en
 embeddings are evaluated, the transformer before the pictures are decoded, unless `keep` says otherwise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from klein_mlx.linear import one_weight_at_a_time
 from klein_mlx.lora import LoadedLora
 from klein_mlx.loras import Loras
 from klein_mlx.masks import Canvas
-from klein_mlx.memory import Estimate, Work, check_fits
+from klein_mlx.memory import Work, check_fits, machine_memory
 from klein_mlx.opening import Opened, open_pictures
 from klein_mlx.parts import Parts, compute_dtype
 from klein_mlx.recipe import Recorder
@@ -184,7 +184,7 @@ class KleinPipeline:
         known = self.parts.estimate(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known)
         run.expected = dict(known.phases)
-        run.start((event for _, event in self.together([run])), partial(_around, known))
+        run.start(event for _, event in self.together([run]))
         return run
 
     def _work(self, run: Run, opened: Opened) -> Work:
@@ -208,11 +208,26 @@ class KleinPipeline:
         All are encoded before the first is denoised, so each part is loaded once, and the encoder is freed before the
         steps. However it ends, only what is to be kept stays loaded.
         """
+        peak, machine = max((size for run in runs for size in run.expected.values()), default=0), machine_memory()
+        events = self._together(runs)
+        try:
+            while True:
+                with _around(peak, machine):
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            events.close()
+
+    def _together(self, runs: Sequence[Run]) -> Generator[tuple[Run, Step | Picture], None, None]:
+        """`together`, without what holds only while it works."""
         self.parts.working.update(runs)
         try:
             for run in runs:  # what is on the model now, not when the request was checked
                 run.recipe["loras"] = self.recorder.of_loras(self.loras)
-            yield from self._phases(runs)
+            if runs:
+                yield from self._phases(runs)
         finally:
             self._release(runs, *PARTS)
             for run in runs:
@@ -367,7 +382,7 @@ def _start(
 
 
 @contextmanager
-def _around(known: Estimate) -> Iterator[None]:
+def _around(peak: int, machine: int) -> Iterator[None]:
     """What holds while a run works, and only then."""
-    with nullcontext() if compiles() else one_weight_at_a_time(), memory_limits(known.peak, known.machine):
+    with nullcontext() if compiles() else one_weight_at_a_time(), memory_limits(peak, machine):
         yield

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
-from klein_mlx import KleinPipeline
+from klein_mlx import KleinPipeline, linear
 from klein_mlx.events import Picture
+from klein_mlx.fusion import compiling
 from klein_mlx.metadata import read_metadata
 from tests.test_cli import TINY, klein, size_of
 
@@ -118,6 +120,37 @@ def test_each_part_is_loaded_once(monkeypatch: pytest.MonkeyPatch, keep: str) ->
     alone = [image for arguments in asked for image in KleinPipeline.from_pretrained("tiny")(**arguments).images]
     for (_, together), one in zip(images, alone, strict=True):
         assert np.array_equal(together, np.asarray(one))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_holds_while_runs_work(several: bool) -> None:
+    """One expanded weight at a time, MLX's limits: for several runs as for one, and never while the caller works."""
+    pipe = KleinPipeline.from_pretrained("tiny")
+    run = pipe.stream("a star", seed=1, width=64, height=64, num_inference_steps=2)
+    inside: list[tuple[bool, int]] = []
+    run.on_phase = lambda phase: inside.append(holds())
+    own = mx.set_cache_limit(1 << 60)
+    try:
+        with compiling("never"):
+            for _ in pipe.together([run]) if several else run:
+                assert holds() == (False, 1 << 60)
+        assert holds() == (False, 1 << 60)
+    finally:
+        mx.set_cache_limit(own)
+    assert len(inside) > 4
+    assert all(at_once and limit < 1 << 60 for at_once, limit in inside)
+
+
+def holds() -> tuple[bool, int]:
+    """Whether weights are expanded one at a time, and MLX's limit on freed buffers."""
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return linear._at_once.get(), limit
+
+
+def test_no_runs_make_nothing() -> None:
+    """As when a file's every line was refused."""
+    assert list(KleinPipeline.from_pretrained("tiny").together([])) == []
 
 
 def test_pictures_that_wait_are_decoded_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
