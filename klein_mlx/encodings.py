@@ -93,6 +93,9 @@ class Encodings:
             "taps": config.taps,
             "config": config.text_encoder.to_dict(),
             "quantization": quantization.to_dict() if quantization else None,
+            "searched": sorted(
+                path for path, own in (quantization and quantization.layers or {}).items() if own.searched
+            ),
             "dtype": str(parts.dtype_of("text_encoder")),
             "device": str(mx.default_device().type),
         }

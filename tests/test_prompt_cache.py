@@ -48,6 +48,17 @@ def test_a_prompt_that_comes_again_loads_no_encoder(tmp_path: Path) -> None:
     assert "text_encoder" in made(None)[1]
 
 
+def test_the_same_bits_by_other_scales_are_another_entry(tmp_path: Path) -> None:
+    """mixed-4 searches for its scales; the same bits asked for layer by layer are MLX's own codes."""
+    folders = []
+    for quantize in ("mixed-4", {"text_encoder": 4, "embed_tokens": 6}):
+        pipe = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path, quantize=quantize)
+        assert pipe.encodings.cache is not None
+        folders.append(pipe.encodings.cache.path(PROMPT, 64))
+        assert pipe.parts.quantization["text_encoder"].layers is not None
+    assert folders[0] != folders[1]
+
+
 def test_another_process_finds_it(tmp_path: Path) -> None:
     made(tmp_path)
     code = (
