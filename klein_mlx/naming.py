@@ -122,6 +122,6 @@ def _free(stem: str, suffix: str, taken: set[Path]) -> Path:
     return path
 
 
-def free_names(prompt: str, seeds: Sequence[int]) -> list[Path]:
+def free_names(prompt: str, seeds: Sequence[int], suffix: str = ".png") -> list[Path]:
     """slug-seed.png for each, or the first of slug-seed-2.png, ... that does not exist."""
-    return [name.path for name in plan_names([Named(None, prompt, seed, "", 0) for seed in seeds], ".png", False)]
+    return [name.path for name in plan_names([Named(None, prompt, seed, "", 0) for seed in seeds], suffix, False)]

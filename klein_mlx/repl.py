@@ -24,7 +24,7 @@ HELP = """a prompt makes a picture; its number and file are told
   512x768 a lighthouse     its size first
   $ make it autumn         changes the last picture; $2 the second; several are several references; $$ is a dollar sign
   !seed 7                  the seed of all that follows; !seed random
-  !size 768x1024           the size of all that follows; !size default
+  !size 768x1024           the size of all that follows; !size 16:9, !size 2mp; !size default
   !steps 8                 denoising steps; !steps default
   !show 2                  draws picture 2, or the last; !show on, !show off: draw each; !show steps: sketches too
   !save fox.png            writes the last picture there too; !save fox.png $2 the second
@@ -73,13 +73,18 @@ def _number(text: str, pictures: int) -> int:
 
 @dataclass
 class Session:
-    """What a session remembers. say: prints a line for the user. settings: arguments of `stream` for every picture."""
+    """What a session remembers. say: prints a line for the user. settings: arguments of `stream` for every picture.
+
+    suffix: of the pictures' names. metadata: whether they hold their recipes.
+    """
 
     pipe: "KleinPipeline"
     settings: dict[str, Any]
     say: Callable[[str], None]
     show: bool = False
     show_steps: bool = False
+    suffix: str = ".png"
+    metadata: bool = True
     pictures: "list[tuple[Image.Image, Path]]" = field(default_factory=list)
     recipes: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
@@ -125,13 +130,15 @@ class Session:
             keep_sketches(self.pipe)
         run = self.pipe.stream(asked.prompt, **settings)
         seeds = [seed for _, seed in run.request.pictures]
-        names = free_names(asked.prompt, seeds)
+        names = free_names(asked.prompt, seeds, self.suffix)
         try:
             images = pictures(run, quiet=False, view=view_of(self.show, self.show_steps))
             for picture, path, seed in zip(images, names, seeds, strict=True):
-                path = save_image_free(picture.image, path, picture.recipe)
+                recipe = picture.recipe if self.metadata else None
+                path = save_image_free(picture.image, path, recipe)
                 self.pictures.append((picture.image, path))
-                self.recipes[path] = picture.recipe
+                if recipe is not None:
+                    self.recipes[path] = recipe
                 self.say(f"${len(self.pictures)}  {path}  seed {seed}  {sum(run.seconds.values()):.1f} s")
         finally:
             run.close()
@@ -153,7 +160,14 @@ class Session:
         elif rest == "default":
             self._try(width=None, height=None)
         elif rest:
-            raise RequestError(f"!size is {rest!r}; it must be as 768x1024, or default")
+            from klein_mlx.sizes import parse_size
+
+            config = self.pipe.config
+            try:
+                width, height = parse_size(rest, config.pixels_per_token, config.default_size)
+            except RequestError as error:
+                raise RequestError(f"{str(error).replace('--size', '!size')}, or default") from None
+            self._try(width=width, height=height)
         width, height = self.settings["width"], self.settings["height"]
         self.say(f"size {f'{width}x{height}' if width else 'default'}")
 
@@ -213,10 +227,17 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.settings import complete
     from klein_mlx.terminal import protocol
 
+    for name in ("output", "grid", "json", "enhance", "force"):
+        if getattr(args, name) is not None:
+            raise RequestError(f"--{name} needs a prompt; a session, which begins without one, does not take it")
+    if args.progress == "json":
+        raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
     args = complete(args)
     pipe = open_pipeline(args)
     draws = not args.quiet and protocol(os.environ) is not None
-    session = Session(pipe, call_arguments(args, pipe.config), say, draws, draws and args.show_steps)
+    suffix = f".{args.format or 'png'}"
+    steps = draws and args.show_steps
+    session = Session(pipe, call_arguments(args, pipe.config), say, draws, steps, suffix, not args.no_metadata)
     if not args.quiet:
         print(WELCOME.format(model=f"{pipe.config.variant.name}: {args.model}"))
     with _history():

@@ -86,6 +86,8 @@ def test_commands(session: Any, tmp_path: Path) -> None:
     for line in ("!seed 9", "!size 64x96", "!steps 2", "a star"):
         assert session.line(line)
     assert session.told[:3] == ["seed 9", "size 64x96", "steps 2"]
+    session.line("!size 16:9")
+    assert session.told[-1] == "size 176x96"
     assert session.pictures[0][0].size == (64, 96)
     session.line("!save copy.webp")
     assert (tmp_path / "copy.webp").exists()
@@ -105,7 +107,7 @@ def test_commands(session: Any, tmp_path: Path) -> None:
     [
         ("!seed x", "!seed is 'x'; it must be a whole number"),
         ("!size 100x64", "width is 100; it must be a multiple of 16"),
-        ("!size big", "!size is 'big'; it must be as 768x1024, or default"),
+        ("!size big", "!size is 'big'; it must be WIDTHxHEIGHT (1024x768), an aspect (16:9), megapixels (2mp)"),
         ("!steps 0", "steps is 0; it must be a whole number from 1 to 1000"),
         ("!svae x.png", "!svae is no command; did you mean !save?"),
         ("!save", "!save needs a name"),
@@ -245,3 +247,23 @@ def test_a_plain_terminal_gets_no_pictures(opened: Any, environment: dict[str, s
     assert "this terminal shows no pictures that klein-mlx knows; it is in a-star-7.png" in terminal.until("klein> ")
     terminal.type("!quit\n")
     assert terminal.end() == 0
+
+
+def test_options_of_a_session_are_kept_to(tmp_path: Path, opened: Any) -> None:
+    """The pictures' format, and that they hold no recipe."""
+    terminal = opened("-m", "tiny", "--seed", "7", "--steps", "1", "--format", "webp", "--no-metadata")
+    terminal.until("klein> ")
+    terminal.type("a secret star\n!save copy.png\n!quit\n")
+    assert terminal.end() == 0
+    pictures = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    assert [path.name for path in pictures] == ["a-secret-star-7.webp", "copy.png"]
+    for path in pictures:
+        assert b"secret" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("options", [("-o", "x.png"), ("--grid",), ("--json",), ("--enhance",), ("--progress", "json")])
+def test_options_that_a_session_does_not_have(opened: Any, options: tuple[str, ...]) -> None:
+    """They are refused, not ignored."""
+    terminal = opened("-m", "tiny", *options)
+    assert "needs a prompt; a session, which begins without one, does not take it" in terminal.until("take it")
+    assert terminal.end() == 2
