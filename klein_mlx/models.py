@@ -170,6 +170,8 @@ def _ago(seconds: float) -> str:
 def _hub_id(name: str) -> str:
     from klein_mlx.convert.detect import hub_id_of
 
+    if name == "tiny":
+        raise RequestError("tiny is a part of this installation; it is here already")
     own = own_names()
     hub_id = hub_id_of(resolve(name, own))
     if hub_id is None:

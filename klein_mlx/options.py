@@ -69,8 +69,14 @@ class Parser(argparse.ArgumentParser):
             return ""
         option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
         if option is None:
-            takes_prompt = any(action.dest == "prompt" for action in self._actions)
-            return "; put the prompt in quotes, as one argument" if takes_prompt else ""
+            prompt = next((action for action in self._actions if action.dest == "prompt"), None)
+            if prompt is None:
+                return ""
+            return (
+                "; another prompt is --prompt"
+                if prompt.option_strings
+                else "; put the prompt in quotes, as one argument"
+            )
         near = nearest(option, self._option_string_actions)
         return f"; did you mean {near}?" if near else ""
 

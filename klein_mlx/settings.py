@@ -239,6 +239,8 @@ def complete(args: argparse.Namespace, recipe: Mapping[str, Any] | None = None) 
         values = {name: value for name, value in values.items() if name in PER_RUN}
     preset = settings.preset(typed.get("preset") or (values.get("preset") if recipe is None else None))
     joined = join(typed, preset, recipe or {}, values, DEFAULTS)
+    if typed.get("enhance_model") is not None and not joined.get("enhance"):
+        raise RequestError(f"--enhance-model is {typed['enhance_model']}, but no prompt is rewritten; add --enhance")
     if "loras" in settings.folders:
         joined.setdefault("lora_folder", str(settings.folders["loras"]))
     options = {

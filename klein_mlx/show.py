@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from klein_mlx.errors import RequestError
 from klein_mlx.metadata import Found, parse_parameters, read_metadata
+from klein_mlx.options import in_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,17 +16,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each picture's recipe. Returns the exit code; raises RequestError for a picture that says nothing."""
+    """Print each picture's recipe; one that says nothing is told, and the others go on. Returns the exit code."""
+    code = 0
     for picture in args.picture:
-        found = read_metadata(picture)
-        if found.recipe is None and found.parameters is None:
-            raise RequestError(f"{picture} says nothing of how it was made; programs that pass pictures on remove it")
+        try:
+            found = _read(picture)
+        except RequestError as error:
+            print(f"error: {in_options(error)}", file=sys.stderr, flush=True)
+            code = 2
+            continue
         if args.json:
-            print(json.dumps(_object(picture, found), ensure_ascii=False))
+            print(json.dumps(_object(picture, found), ensure_ascii=False), flush=True)
         else:
             heading = [f"{picture}:"] if len(args.picture) > 1 else []
-            print("\n".join([*heading, *_lines(found)]))
-    return 0
+            print("\n".join([*heading, *_lines(found)]), flush=True)
+    return code
+
+
+def _read(picture: str) -> Found:
+    """What the picture says. Raises RequestError if that is nothing, or if it cannot be read."""
+    found = read_metadata(picture)
+    if found.recipe is None and found.parameters is None:
+        raise RequestError(f"{picture} says nothing of how it was made; programs that pass pictures on remove it")
+    return found
 
 
 def _object(picture: str, found: Found) -> dict[str, Any]:

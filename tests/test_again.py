@@ -208,3 +208,20 @@ def test_literal_prompt_is_told_kept_and_made_again(folder: Path) -> None:
     assert pixels(folder / "plain.png") != pixels(folder / "literal.png")
     assert klein("again", "literal.png", "-o", "same.png", cwd=folder).returncode == 0
     assert (folder / "literal.png").read_bytes() == (folder / "same.png").read_bytes()
+
+
+def test_show_goes_on_after_a_picture_that_says_nothing(folder: Path) -> None:
+    assert klein(*TINY, PROMPT, *STEP, "-o", "z.png", cwd=folder).returncode == 0
+    (folder / "junk.png").write_bytes(b"junk")
+    shown = klein("show", "in.png", "none.png", "junk.png", "z.png", "--json", cwd=folder)
+    assert shown.returncode == 2
+    assert json.loads(shown.stdout)["file"] == "z.png"
+    assert [line.split(":")[0] for line in shown.stderr.splitlines()] == ["error"] * 3
+    for name in ("in.png", "none.png", "junk.png"):
+        assert name in shown.stderr
+
+
+def test_a_second_prompt_is_an_option(folder: Path) -> None:
+    done = klein("again", "z.png", "a cat", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "another prompt is --prompt (see klein-mlx again --help)" in done.stderr

@@ -114,3 +114,11 @@ def test_which_model_is_taken(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
     with pytest.raises(CheckpointError, match="wants code of its own to be run"):
         find_language_model(Source(tmp_path), None, True)
+
+
+def test_a_model_for_nothing_is_refused(tmp_path: Path) -> None:
+    """Not ignored: the prompt would stay as it is."""
+    done = klein(*TINY, "a star", "--enhance-model", "x/y", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --enhance-model is x/y, but no prompt is rewritten; add --enhance\n"
+    assert list(tmp_path.iterdir()) == []

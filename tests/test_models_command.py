@@ -146,6 +146,7 @@ def test_names_from_the_config(served: Hub, told: Told, tmp_path: Path, monkeypa
         (("pull", "4bb"), "'4bb' is no model of the Hub; did you mean 4b?"),
         (("pull", "other/name"), "other/name: no such repository"),
         (("rm", "tiny"), "tiny is a part of this installation; it stays"),
+        (("pull", "tiny"), "tiny is a part of this installation; it is here already"),
         (("rm", "owner/name", "-y"), "owner/name is not on this machine; klein-mlx models lists what is"),
         (("rm", "..", "-y"), "'..' is no model of the Hub"),
         (("path", "9b"), "black-forest-labs/FLUX.2-klein-9B is not whole on this machine: klein-mlx models pull 9b"),
