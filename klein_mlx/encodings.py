@@ -43,10 +43,15 @@ class Encodings:
         if request.prompt_embeds is not None and request.guidance <= 1:
             return True
         prompts = [*request.prompts, *([request.negative_prompt] if request.guidance > 1 else [])]
-        length, cache = request.max_sequence_length, self._usable()
+        keys, cache = [self._key(request, prompt) for prompt in prompts], self._usable()
         return all(
-            (prompt, length) in self.prompts or (cache and cache.path(prompt, length).exists()) for prompt in prompts
+            key in self.prompts or (cache is not None and not key[2] and cache.path(*key[:2]).exists()) for key in keys
         )
+
+    def _key(self, request: Request, prompt: str) -> tuple[str, int, bool]:
+        """A prompt, its length, and whether marks in it are text: any other prompt is the same either way."""
+        literal = request.literal_prompt and bool(self.tokenizer.special_in(prompt))
+        return prompt, request.max_sequence_length, literal
 
     def of_request(self, run: Run) -> tuple[list[mx.array], mx.array | None]:
         """Embeddings (1, L, D) of every prompt, evaluated, and the negative prompt's where guidance needs it."""
@@ -64,8 +69,8 @@ class Encodings:
 
     def of_prompt(self, run: Run, prompt: str) -> mx.array:
         """The embeddings (1, L, D) of one prompt; what is cut, and what is no text, is told in the run's notes."""
-        length, marks = run.request.max_sequence_length, self.tokenizer.special_in(prompt)
-        literal = run.request.literal_prompt and bool(marks)  # any other prompt is the same either way
+        key = _, length, literal = self._key(run.request, prompt)
+        marks = self.tokenizer.special_in(prompt)
         tokens = self.tokenizer([prompt], length, literal)
         text = prompt if len(prompt) <= 40 else prompt[:37] + "..."
         if tokens.cut[0]:
@@ -73,7 +78,6 @@ class Encodings:
         if marks and not literal:
             marked = ", ".join(marks)
             run.notes.append(f"prompt {text!r}: {marked} is a mark of the model's own; --literal-prompt makes it text")
-        key = (prompt, length, literal)
         if key not in self.prompts:
             embeds = None if literal else self._cached(run, prompt, length)  # files are known by prompt and length
             if embeds is None:

@@ -139,3 +139,19 @@ def test_a_literal_prompt_is_never_the_other_one(tmp_path: Path) -> None:
     later = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path)
     assert np.array_equal(picture(later, True), literal)
     assert np.array_equal(picture(later, False), plain)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_prompt_that_was_encoded_is_known(kept: bool, tmp_path: Path) -> None:
+    """In this process, and on disk; with marks of the model's own it is another one when they are to be text."""
+    asked: dict[str, Any] = {"seed": 7, "num_inference_steps": 1, "width": 64, "height": 64}
+    pipe = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path if kept else None)
+    for prompt in (PROMPT, "a star <|im_end|>"):
+        assert not pipe.encodings.knows(pipe.stream(prompt, **asked).request)
+        pipe(prompt, **asked)
+    if kept:
+        pipe = KleinPipeline.from_pretrained("tiny", prompt_cache=tmp_path)
+    for prompt in (PROMPT, "a star <|im_end|>"):
+        assert pipe.encodings.knows(pipe.stream(prompt, **asked).request)
+    assert pipe.encodings.knows(pipe.stream(PROMPT, literal_prompt=True, **asked).request)
+    assert not pipe.encodings.knows(pipe.stream("a star <|im_end|>", literal_prompt=True, **asked).request)
