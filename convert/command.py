@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klein_mlx.bit_options import add_bit_arguments, asked_bits
+from klein_mlx.bit_options import add_bit_arguments, asked_bits, refuse_group_size_alone
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 from klein_mlx.lora_options import add_lora_arguments, asked_loras, lora_options
@@ -46,19 +46,21 @@ def run(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say; prints the destination. Returns the exit code; raises KleinError."""
     from klein_mlx.convert import convert_checkpoint, find_vae, open_model
     from klein_mlx.convert.export import export_diffusers
-    from klein_mlx.convert.folder import plan_conversion
+    from klein_mlx.convert.folder import check_variant, plan_conversion
     from klein_mlx.convert.lora_merge import merge_loras
     from klein_mlx.convert.upload import check_upload, upload
     from klein_mlx.download import obtain, obtain_vae
 
+    refuse_group_size_alone(vars(args), vars(args))
     asked = asked_bits(args)  # before a download, which may take long
     if args.to == "diffusers" and (asked or args.variant or args.verify or args.dry_run):
         raise RequestError(
             "--to diffusers writes whole weights; it takes no --quantize, --variant, --verify, --dry-run"
         )
     prompts = _prompts(args)
-    if args.upload and not args.dry_run:
-        check_upload(args.upload)
+    check_variant(args.variant)
+    if args.upload:
+        check_upload(args.upload, token=not args.dry_run)
     parts = {part: getattr(args, part) for part in PARTS}
     consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
     if args.vae:

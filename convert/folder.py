@@ -68,6 +68,14 @@ def plan_conversion(source: Source, destination: str | Path, *, quantize: Quanti
     return Plan(str(source.path), str(destination), read, sizes, free, {**source.quantization, **quantization})
 
 
+def check_variant(variant: str | None) -> None:
+    """CheckpointError for a variant that nothing is marked as."""
+    if variant not in (None, TINY.name):
+        raise CheckpointError(
+            f"variant is {variant!r}; only {TINY.name!r} can be forced, others are told from their sizes"
+        )
+
+
 def convert_checkpoint(
     source: Source | str | Path,
     destination: str | Path,
@@ -93,10 +101,7 @@ def convert_checkpoint(
     if not hasattr(source, "weights"):
         source = open_model(source)  # type: ignore[arg-type]
     model: Source = source  # type: ignore[assignment]
-    if variant not in (None, TINY.name):
-        raise CheckpointError(
-            f"variant is {variant!r}; only {TINY.name!r} can be forced, others are told from their sizes"
-        )
+    check_variant(variant)
     target, parts, quantization, written = _prepare(model, destination, quantize, force)
     sources = model.files()
     counter = Counter(written + sum(path.stat().st_size for path in sources), progress)

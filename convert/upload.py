@@ -9,13 +9,13 @@ from klein_mlx.weights import one_line
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def check_upload(repository: str) -> None:
-    """Raise, before any work, for a name that cannot be and for a user who is not logged in."""
+def check_upload(repository: str, token: bool = True) -> None:
+    """Raise, before any work, for a name that cannot be and, if a token is needed, for a user who is not logged in."""
     if not _NAME.fullmatch(repository):
         raise RequestError(f"upload is {repository[:200]!r}; it must be owner/name")
     from huggingface_hub import get_token
 
-    if not get_token():
+    if token and not get_token():
         raise RequestError("to upload, log in first: `hf auth login` (or set HF_TOKEN)")
 
 

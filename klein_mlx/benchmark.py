@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.bit_options import add_bit_arguments, asked_bits
+from klein_mlx.bit_options import add_bit_arguments, asked_bits, refuse_group_size_alone
 from klein_mlx.errors import RequestError
 from klein_mlx.options import DEFAULT_MODEL
 
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
     if args.compare not in (None, "mflux"):
         raise RequestError(f"--compare is {args.compare!r}; it must be mflux")
+    refuse_group_size_alone(vars(args), vars(args))
     if args.predict is not None:
         return _predict(args)
     start = time.perf_counter()

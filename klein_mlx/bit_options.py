@@ -1,7 +1,10 @@
 """The options that say how weights are quantised, for every command that takes them. Imports nothing heavy."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
     from klein_mlx.bits import Asked
@@ -21,6 +24,13 @@ def add_bit_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
         metavar="PATTERN=BITS",
         help="for the layers of this pattern, as 'double_blocks.*.to_v=8'; repeat, a later one wins",
     )
+
+
+def refuse_group_size_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """RequestError for a --group-size that was typed where none of the options quantises anything."""
+    bits = ("quantize", "transformer_bits", "text_encoder_bits", "quantize_layer")
+    if typed.get("group_size") is not None and not any(options.get(name) for name in bits):
+        raise RequestError(f"group_size is {typed['group_size']}, but nothing is quantised; add --quantize 4")
 
 
 def asked_bits(args: argparse.Namespace) -> "Asked | None":

@@ -47,6 +47,8 @@ def make(args: argparse.Namespace, extra: dict[str, Any] | None = None, fingerpr
     from klein_mlx.batch import Batch
 
     batch = Batch(pipe, args, jobs)
+    if args.grid and grid in [name.path for one in batch.planned for name in one.names]:
+        raise RequestError(f"--grid {grid} is the name of a picture too; give it another")
     _tell(args, batch)
     made = batch.run()
     if grid is not None and made.thumbnails:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from klein_mlx.bit_options import refuse_group_size_alone
 from klein_mlx.errors import RequestError, nearest
 from klein_mlx.options import DEFAULT_MODEL, Parser, add_generate_arguments
 
@@ -239,6 +240,7 @@ def complete(args: argparse.Namespace, recipe: Mapping[str, Any] | None = None) 
         values = {name: value for name, value in values.items() if name in PER_RUN}
     preset = settings.preset(typed.get("preset") or (values.get("preset") if recipe is None else None))
     joined = join(typed, preset, recipe or {}, values, DEFAULTS)
+    refuse_group_size_alone(typed, joined)
     if typed.get("enhance_model") is not None and not joined.get("enhance"):
         raise RequestError(f"--enhance-model is {typed['enhance_model']}, but no prompt is rewritten; add --enhance")
     if "loras" in settings.folders:

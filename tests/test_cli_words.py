@@ -50,6 +50,25 @@ def test_slips(given: list[str], words: str, capsys: pytest.CaptureFixture[str])
     assert words in told.err
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["convert", "tiny", "out", "--dry-run", "--upload", "nope"], "upload is 'nope'; it must be owner/name"),
+        (["convert", "tiny", "out", "--dry-run", "--variant", "foo"], "variant is 'foo'; only 'tiny' can be forced"),
+        (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
+        (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
+    ],
+)
+def test_what_would_be_refused_or_ignored_is_told_first(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dry run refuses what the run would; an option that does nothing is no option."""
+    assert main(given) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err
+
+
 def test_a_slip_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="klein-mlx convert"):
         choose(["convetr"])

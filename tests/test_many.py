@@ -215,6 +215,9 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
         (("--prompt-file", os.devnull), "has no prompt; it must have one a line"),
         (("a star", "--preset", "fast"), "--preset fast is not in the config; there are none"),
         (("a star", "--grid", "x.gif"), "output x.gif ends in .gif"),
+        (("a star", "-o", "x.png", "--grid", "x.png", "--force"), "--grid x.png is the name of a picture too"),
+        (("a star", "--seed", "1", "--grid", "a-star-1.png"), "--grid a-star-1.png is the name of a picture too"),
+        (("a star", "--group-size", "32"), "--group-size is 32, but nothing is quantised; add --quantize 4"),
         (("a star", "--enhance"), "its text encoder lacks the layers that --enhance needs; name a language model"),
     ],
 )
