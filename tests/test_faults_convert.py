@@ -262,9 +262,9 @@ def test_a_failure_leaves_the_old_one_unharmed(tmp_path: Path, ours: Path) -> No
 
 
 def test_little_memory_is_enough(tmp_path: Path) -> None:
-    """512 MB of addresses, of which Python and MLX take most: one tensor at a time, and no more."""
+    """1 GB of addresses, of which threads, Python and MLX take most: one tensor at a time, and no more."""
     quantizable_model(tmp_path / "model")
-    options = {"memory": 512 << 20, "changes": appeared("ours")}
+    options = {"memory": 1 << 30, "changes": appeared("ours")}
     accepted("convert", "model", "ours", "-q", "4", folder=tmp_path, **options)  # type: ignore[arg-type]
     before = snapshot(tmp_path)
     out = ("-o", "x.png", *TINY[2:], "--model", "ours")
