@@ -15,21 +15,54 @@ CACHE_SHARE = 16  # MLX keeps freed buffers up to this part of the machine's mem
 _BLOCK = 8 << 20
 
 
+class _Held:
+    """MLX's limits while anybody holds them: they are the process's, whatever thread asks, so this is its state too.
+
+    The first who comes in notes the caller's limits, the last who leaves puts them back; in between they serve all.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.peaks: list[int] = []  # of each who is inside
+        self.cached = 0
+        self.wired: int | None = None
+
+    def enter(self, peak: int, machine: int) -> None:
+        with self.lock:
+            if not self.peaks:
+                self.cached = mx.set_cache_limit(machine // CACHE_SHARE)
+                mx.set_cache_limit(min(self.cached, machine // CACHE_SHARE))
+            self.peaks.append(peak)
+            if mx.metal.is_available():
+                before = mx.set_wired_limit(min(sum(self.peaks), machine))
+                self.wired = before if len(self.peaks) == 1 else self.wired
+
+    def leave(self, peak: int) -> None:
+        with self.lock:
+            self.peaks.remove(peak)
+            if self.peaks:
+                return
+            mx.set_cache_limit(self.cached)
+            if self.wired is not None:
+                mx.set_wired_limit(self.wired)
+            self.wired = None
+
+
+_HELD = _Held()
+
+
 @contextmanager
 def memory_limits(peak: int, machine: int) -> Iterator[None]:
     """Inside, MLX's cache of freed buffers is bounded, and on Metal as much memory is wired as the run needs.
 
     peak: bytes of the run's fullest moment. machine: bytes that there are. A tighter limit of the caller's stays.
+    Several threads may be inside at once: as much is wired as all of them need, and the last one out puts all back.
     """
-    cached = mx.set_cache_limit(machine // CACHE_SHARE)
-    mx.set_cache_limit(min(cached, machine // CACHE_SHARE))
-    wired = mx.set_wired_limit(min(peak, machine)) if mx.metal.is_available() else None
+    _HELD.enter(peak, machine)
     try:
         yield
     finally:
-        mx.set_cache_limit(cached)
-        if wired is not None:
-            mx.set_wired_limit(wired)
+        _HELD.leave(peak)
 
 
 class ReadAhead:

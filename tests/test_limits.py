@@ -49,6 +49,32 @@ def test_memory_is_wired_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> None:
         assert wired[-1] == 1000
 
 
+def test_of_several_threads_the_last_one_out_puts_the_limits_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the process's: who left first would loosen the other's, and who left last would put back a tight one."""
+    wired = [123]
+
+    def set_wired_limit(limit: int) -> int:
+        wired.append(limit)
+        return wired[-2]
+
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    before = mx.set_cache_limit(50_000_000)
+    machine = CACHE_SHARE * 1_000_000
+    try:
+        first, second = memory_limits(500, machine), memory_limits(700, machine)
+        first.__enter__()
+        second.__enter__()
+        assert wired[-1] == 1200
+        first.__exit__(None, None, None)
+        assert cache_limit() == 1_000_000, "the second still works"
+        second.__exit__(None, None, None)
+        assert cache_limit() == 50_000_000
+        assert wired[-1] == 123
+    finally:
+        mx.set_cache_limit(before)
+
+
 def test_a_run_leaves_the_limits_as_they_were_whenever_the_caller_has_the_word() -> None:
     before = mx.set_cache_limit(20_000_000)
     try:
