@@ -77,6 +77,7 @@ class JsonProgress(Progress):
 
     def __init__(self, pictures: int, steps: int, quiet: bool = False):
         super().__init__(pictures, steps, quiet=True)
+        self._phase = ""
         self._tell("start", pictures=pictures, steps=steps)
 
     def _tell(self, event: str, **values: Any) -> None:
@@ -85,7 +86,9 @@ class JsonProgress(Progress):
         print(line, file=sys.stderr, flush=True)
 
     def phase(self, name: str) -> None:
-        self._tell("phase", phase=name)
+        if name != self._phase:
+            self._phase = name
+            self._tell("phase", phase=name)
 
     def step(self, step: Step) -> None:
         number = {"picture": self.done + 1, "pictures": self.pictures}
