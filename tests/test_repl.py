@@ -132,7 +132,8 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         kept = {**os.environ, "TERM": "xterm-256color", "HOME": str(folder), "PYTHONWARNINGS": "error", **environment}
-        kept = {name: value for name, value in kept.items() if not name.startswith(("XDG_", "KLEIN_"))}
+        strange = ("XDG_", "KLEIN_", "COLUMNS", "LINES")  # the size is the terminal's own
+        kept = {name: value for name, value in kept.items() if not name.startswith(strange)}
         command = [sys.executable, "-m", "klein_mlx.cli", *arguments]
 
         def own_terminal() -> None:
