@@ -159,6 +159,8 @@ class Run:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to a phase, less what `load` took meanwhile."""
         self.on_phase(phase)
+        # The parts of another phase take another time: as many as went by at once in the last may now take seconds.
+        self._pieces, self._waiting, self._since = 1, 0, time.perf_counter()
         start, loading = time.perf_counter(), self.seconds["load"]
         with self.watch(phase):
             yield
