@@ -158,6 +158,13 @@ def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: b
     return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores) + _BESIDE
 
 
+def fits_twice(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, known: Estimate) -> bool:
+    """Whether guidance's two branches may run in one pass: it fits beside the weights, and its arrays in a quarter of
+    the machine's memory. work, known: of one branch at a time."""
+    one, both = (step_bytes(config, replace(work, rows=rows), dtype, quantized) for rows in (1, 2))
+    return known.phases["steps"] + both - one <= known.machine and both <= known.machine / 4
+
+
 def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
     """Beside the transformer's weights, while a single block runs: the longest moment and the fullest."""
     c, side = config.transformer, config.pixels_per_token

@@ -16,7 +16,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.events import Run
 from klein_mlx.lora import LoraStack
-from klein_mlx.memory import KEPT, Estimate, Work, choose_keep, estimate, machine_memory, weight_bytes
+from klein_mlx.memory import KEPT, Estimate, Work, choose_keep, estimate, fits_twice, machine_memory, weight_bytes
 from klein_mlx.quantize import Quantization
 from klein_mlx.rows import token_rows
 from klein_mlx.text_encoder import TextEncoder
@@ -59,6 +59,11 @@ class Parts:
         """What a request would take now, given what is loaded."""
         loaded = [part for part in self.loaded if part in KEPT[self.keep]]
         return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=self.weights)
+
+    def fits_twice(self, work: Work) -> bool:
+        """Whether memory allows both branches of guidance in one pass."""
+        quantized = "transformer" in self.quantization or "transformer" in self.source.quantization
+        return fits_twice(self.source.config, work, self.dtype, quantized, self.estimate(work))
 
     def files_ahead(self, encoding: int) -> list[Path]:
         """What can be read while the prompt is encoded: the transformer's files, unless it is loaded, or they would

@@ -7,6 +7,7 @@ embeddings are evaluated, the transformer before the pictures are decoded, unles
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
@@ -181,6 +182,7 @@ class KleinPipeline:
         run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))
         run.opened = opened
         work = self._work(run, opened)
+        run.batched = work.rows == 2
         known = self.parts.estimate(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known)
         run.expected = dict(known.phases)
@@ -192,15 +194,18 @@ class KleinPipeline:
         request, side = run.request, self.config.pixels_per_token
         pictures = [*opened.references, *([opened.canvas.image] if opened.canvas else [])]
         tokens = sum(image.width // side * (image.height // side) for image in opened.references)
-        return Work(
+        work = Work(
             height=opened.height,
             width=opened.width,
             references=tuple((image.height, image.width) for image in pictures),
             tokens=tokens,
             length=request.max_sequence_length,
-            rows=2 if request.guidance > 1 and request.batch_guidance else 1,
             encodes=not self.encodings.knows(request),
         )
+        batched = request.guidance > 1 and request.batch_guidance
+        if request.guidance > 1 and request.batch_guidance is None:
+            batched = self.parts.fits_twice(work)
+        return replace(work, rows=2) if batched else work
 
     def together(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
         """Several runs of `stream`, not iterated yet, as one: each event with its run, in the runs' order.
@@ -330,8 +335,7 @@ class KleinPipeline:
         prompt_embeds, negative = conditions.embeds[prompt], conditions.negative
         if negative is None:
             return velocity(transformer, prompt_embeds, tables, reuse, call)
-        guidance, batched = request.guidance, request.batch_guidance
-        return guided_velocity(transformer, prompt_embeds, negative, tables, guidance, batched, reuse, call)
+        return guided_velocity(transformer, prompt_embeds, negative, tables, request.guidance, run.batched, reuse, call)
 
     def _finish(self, run: Run, number: int, latents: mx.array, canvas: Canvas | None) -> Picture:
         """Decode, as the request wants it."""

@@ -1,6 +1,5 @@
 """The transformer as the sampler's `predict`: a function of latents and sigma, with the conditioning inside."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -142,18 +141,15 @@ def guided_velocity(
     negative: mx.array,
     tables: Tables,
     guidance: float,
-    batched: bool | None,
+    batched: bool,
     reuse: Reuse | None = None,
     run: RunBlock = call_block,
 ) -> Predict:
     """The velocity under classifier-free guidance.
 
-    prompt_embeds, negative: (1, L, D). batched: both branches in one pass, which needs one L; None: if memory allows.
+    prompt_embeds, negative: (1, L, D). batched: both branches in one pass, which needs one L.
     tables, reuse, run: as in `velocity`.
     """
-    if batched is None:
-        tokens = tables.rope(prompt_embeds.shape[1]).first.shape[0]
-        batched = _fits_twice(tokens * transformer.config.hidden_size * prompt_embeds.dtype.size)
     if not batched:
         conditional = velocity(transformer, prompt_embeds, tables, reuse, run)
         return with_cfg(conditional, velocity(transformer, negative, tables, reuse, run), guidance)
@@ -164,9 +160,3 @@ def guided_velocity(
         return guide(conditional, unconditional, guidance)
 
     return predict
-
-
-def _fits_twice(stream: int) -> bool:
-    """Whether two passes fit in a quarter of the machine's memory. stream: bytes of one pass's residual stream; inside
-    a single block about 16 such arrays are alive (the stream, q, k, v, the MLP's six and three, what is joined)."""
-    return 2 * 16 * stream <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import klein_mlx.memory as memory
-from klein_mlx import KleinPipeline, RequestError
+from klein_mlx import KleinPipeline, RequestError, pipeline
 from klein_mlx.cli import main
 from klein_mlx.events import Step
 
@@ -74,6 +75,34 @@ def test_the_estimate_is_what_is_then_measured(model: Path, options: Any, argume
     expected = {**expected, "encode": max(expected["encode"], expected.get("references", 0))}
     for phase, peak in measured.items():
         assert abs(expected[phase] - peak) < 0.15 * peak, (phase, expected, measured)
+
+
+def test_guidance_is_estimated_as_it_is_then_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass where memory allows it, one after the other where it does not: decided once, before the estimate."""
+    pipe = KleinPipeline.from_pretrained("tiny", keep="nothing")
+    pipe.config = replace(pipe.config, is_distilled=False, variant_name=None)
+    ran: list[bool] = []
+    guided = pipeline.guided_velocity
+
+    def noting(*args: Any) -> Any:
+        ran.append(args[5])
+        return guided(*args)
+
+    monkeypatch.setattr(pipeline, "guided_velocity", noting)
+
+    def steps(**arguments: Any) -> tuple[int, bool]:
+        run = pipe.stream(PROMPT, seed=1, num_inference_steps=1, width=64, height=64, guidance_scale=3.0, **arguments)
+        for _ in run:
+            pass
+        return run.expected["steps"], ran.pop()
+
+    apart, together = steps(batch_guidance=False), steps(batch_guidance=True)
+    assert (apart[1], together[1]) == (False, True)
+    assert apart[0] < together[0]
+    assert steps() == together
+    machine = together[0] - 1  # beside the weights one branch fits, both do not
+    monkeypatch.setattr(memory, "machine_memory", lambda: machine)
+    assert steps() == apart
 
 
 def test_each_phase_leaves_nothing_behind(model: Path) -> None:
