@@ -187,6 +187,11 @@ class Stream(nn.Module):
         h = linear(self.mlp_in, modulated(x, mod_mlp.shift, mod_mlp.scale, self.eps, attention.dtype))
         return add_branch(x, mod_mlp.gate, self.mlp_out, None, *mx.split(h, 2, axis=-1))
 
+    def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
+        """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
+        q, k, v = self.qkv(x, mods[0])
+        return self.finish(x, attend(apply_rope(q, rope), apply_rope(k, rope), v, note=note), mods)
+
 
 class DoubleBlock(nn.Module):
     """Text and image streams with weights of their own, joined in one attention over [text, image, references]."""
@@ -216,11 +221,6 @@ class DoubleBlock(nn.Module):
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
         return txt, img
-
-    def alone(self, img: mx.array, mod_img: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
-        """The image stream without text: img (B, N, hidden), tokens that see each other only."""
-        q, k, v = self.img.qkv(img, mod_img[0])
-        return self.img.finish(img, attend(apply_rope(q, rope), apply_rope(k, rope), v, note=note), mod_img)
 
 
 class SingleBlock(nn.Module):
@@ -346,18 +346,21 @@ class Transformer(nn.Module):
         x = x[:, txt.shape[1] : txt.shape[1] + num_img]
         return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
 
-    def remember(self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note) -> None:
+    def remember(
+        self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note, run: RunBlock = call_block
+    ) -> None:
         """Run references alone, as 9b-kv wants them: they see each other only, at the modulations of sigma 0.
 
         tokens: (B, N, in_channels), all references'. rope: of their ids. note: is shown every block's keys and values.
+        run: calls a block, as in a step; of the double blocks only their image streams.
         Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
         Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
         """
         x = linear(self.img_in, tokens).astype(wide(tokens.dtype))
         for block in self.double_blocks:
-            x = block.alone(x, modulations.img, rope, note)
+            x = run(block.img, x, modulations.img, rope, note)
         for block in self.single_blocks:
-            x = block(x, modulations.single, rope, None, note)
+            x = run(block, x, modulations.single, rope, None, note)
 
 
 def _modulations(txt: mx.array, img: mx.array, single: mx.array, final: mx.array) -> Modulations:

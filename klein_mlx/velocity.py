@@ -119,7 +119,7 @@ def velocity(
         if memory is not None and reuse == "alone" and not memory.kept:
             assert references is not None
             apart = Rope(*(a[length + h * w :] for a in rope))
-            transformer.remember(references.tokens, tables.modulations(0.0), apart, memory.note)
+            transformer.remember(references.tokens, tables.modulations(0.0), apart, memory.note, run)
             mx.eval(memory.kept)
         if memory is not None and memory.kept:
             table, extras = Rope(*(a[: length + h * w] for a in rope)), memory.extras(batch)

@@ -14,8 +14,8 @@ from klein_mlx.config import TransformerConfig
 from klein_mlx.fusion import CompiledBlocks, compiles, compiling
 from klein_mlx.quantize import Quantization, prepare
 from klein_mlx.sampler import Predict
-from klein_mlx.transformer import Transformer
-from klein_mlx.velocity import Reuse, Tables, velocity
+from klein_mlx.transformer import RunBlock, Transformer
+from klein_mlx.velocity import Reuse, Tables, in_parts, velocity
 
 CONFIG = TransformerConfig(16, 2, 3, 32, 2, 64, 3.0, (8, 8, 8, 8))
 SIGMAS = (0.9, 0.5)
@@ -33,7 +33,7 @@ def model(seed: int = 0, bits: int | None = None) -> Transformer:
 
 def picture(
     transformer: Transformer,
-    blocks: CompiledBlocks,
+    blocks: RunBlock,
     grid: tuple[int, int] = (3, 4),
     reuse: Reuse | None = None,
     batch: int = 1,
@@ -147,7 +147,23 @@ def test_compiled_blocks_get_their_own_weights_and_inputs(reuse: Reuse | None) -
                 assert mx.array_equal(through(latents(), sigma), velocity_wanted)
     finally:
         mx.enable_compile()
-    assert blocks.traces == len(SIGMAS) * (CONFIG.num_layers + CONFIG.num_single_layers)
+    passes = len(SIGMAS) + (reuse == "alone")  # the references' own
+    assert blocks.traces == passes * (CONFIG.num_layers + CONFIG.num_single_layers)
+
+
+def test_references_alone_stop_between_blocks() -> None:
+    """The pass over the references is told block by block too: what is raised there ends it."""
+    done: list[mx.array] = []
+
+    def part_done(*arrays: mx.array) -> None:
+        done.extend(arrays)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    predict = picture(model(), in_parts(CompiledBlocks(), part_done), reuse="alone")
+    with pytest.raises(KeyboardInterrupt):
+        predict(latents(), 0.9)
+    assert [array.shape for array in done] == [(1, 6, CONFIG.hidden_size)] * 3
 
 
 def test_the_pipeline_keeps_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
