@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
+import klein_mlx
 from klein_mlx.conditioning import encode_prompt, encode_reference
 from klein_mlx.errors import CheckpointError
 from klein_mlx.events import Run
@@ -93,6 +94,7 @@ class Encodings:
         parts, config = self.parts, self.parts.source.config
         quantization = parts.source.quantization.get("text_encoder") or parts.quantization.get("text_encoder")
         return {
+            "version": klein_mlx.__version__,  # another may encode otherwise
             "files": digest_files(parts.source.files(["text_encoder"])),
             "taps": config.taps,
             "config": config.text_encoder.to_dict(),

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import klein_mlx
 from klein_mlx import KleinPipeline, RequestError, prompt_cache
 from klein_mlx.prompt_cache import PromptCache, digest_files
 
@@ -57,6 +58,12 @@ def test_the_same_bits_by_other_scales_are_another_entry(tmp_path: Path) -> None
         folders.append(pipe.encodings.cache.path(PROMPT, 64))
         assert pipe.parts.quantization["text_encoder"].layers is not None
     assert folders[0] != folders[1]
+
+
+def test_another_version_encodes_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path)
+    monkeypatch.setattr(klein_mlx, "__version__", "999.0")
+    assert "text_encoder" in made(tmp_path)[1]
 
 
 def test_another_process_finds_it(tmp_path: Path) -> None:
