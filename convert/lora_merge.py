@@ -15,6 +15,7 @@ from klein_mlx.convert.lora_find import find_lora
 from klein_mlx.errors import CheckpointError
 from klein_mlx.lora import LoraStack, merge
 from klein_mlx.quantize import Quantization
+from klein_mlx.rows import ReadRows
 from klein_mlx.weights import Deferred, Weight, load_now
 
 
@@ -60,9 +61,10 @@ class WithLoras:
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         return [*self.base.files(parts), *self.paths]
 
-    def rows(self, part: str, name: str) -> None:
-        """None: the whole table of an embedding has to be made."""
-        return None
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        """The base's, of what no LoRA changes; None: the whole table of an embedding has to be made."""
+        changed = name.removesuffix(".weight") in self.loras.changes(part)
+        return None if changed else self.base.rows(part, name)
 
     def _merged(self, part: str, path: str) -> mx.array:
         weights = self.base.weights(part)

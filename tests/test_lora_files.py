@@ -186,6 +186,8 @@ def test_convert_merges_before_it_quantises(bits: int | None, tmp_path: Path) ->
     change(base, {})
     change(right, {f"{path}.weight": mx.array(np.float32(0.5) * delta) for path, delta in deltas(twin).items()})
     file = save(tmp_path / "style.safetensors", LAYOUTS["kohya"](twin)[0])
+    merged = merge_loras(open_model(base), [(file, 0.5)])
+    assert merged.rows("text_encoder", "embed_tokens.weight") is not None, "no LoRA changes the encoder"
     out = tmp_path / "merged"
     options = ["--quantize", str(bits)] if bits else []
     assert main(["convert", str(base), str(out), "--lora", f"{file}:0.5", "--quiet", "--verify", *options]) == 0
