@@ -45,8 +45,9 @@ class Mflux:
         process = self._process or self._start()
         try:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(line) + "\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: what it said is told below
+                process.stdin.write(json.dumps(line) + "\n")
+                process.stdin.flush()
             return self._answer(process)
         finally:
             if self.one_picture:

@@ -231,6 +231,7 @@ def test_kill_ends_a_session(opened: Any) -> None:
     """At the prompt too, where Ctrl-C does not."""
     terminal = opened("-m", "tiny")
     terminal.until("klein> ")
+    time.sleep(0.5)  # between showing its prompt and waiting for a key, readline hears no signal
     terminal.process.send_signal(signal.SIGTERM)
     terminal.until("interrupted")
     assert terminal.end() == 128 + signal.SIGTERM
