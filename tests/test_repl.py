@@ -147,6 +147,10 @@ class Terminal:
         self.shown = ""
         self.decode = codecs.getincrementaldecoder("utf-8")().decode  # a read may end within a character
 
+    def settle(self) -> None:
+        """Before a signal at the prompt: between showing it and waiting for a key, readline hears none."""
+        time.sleep(0.5)
+
     def until(self, words: str, seconds: float = 60) -> str:
         """What was shown since the last time, up to and with these words."""
         deadline = time.monotonic() + seconds
@@ -204,6 +208,7 @@ def test_a_session_in_a_terminal(tmp_path: Path, opened: Any) -> None:
     assert "cancelled" in terminal.until("klein> ", 10)
     terminal.type("!stpes 1\n")
     assert "error: !stpes is no command; did you mean !steps?" in terminal.until("klein> ")
+    terminal.settle()
     terminal.type("half a line\x03")
     assert "Ctrl-D ends the session" in terminal.until("klein> ")
     terminal.type("\x04")
@@ -231,7 +236,7 @@ def test_kill_ends_a_session(opened: Any) -> None:
     """At the prompt too, where Ctrl-C does not."""
     terminal = opened("-m", "tiny")
     terminal.until("klein> ")
-    time.sleep(0.5)  # between showing its prompt and waiting for a key, readline hears no signal
+    terminal.settle()
     terminal.process.send_signal(signal.SIGTERM)
     terminal.until("interrupted")
     assert terminal.end() == 128 + signal.SIGTERM
