@@ -23,7 +23,7 @@ from klein_mlx.convert.ranking import BASE, Unit, rank, share_out, unit_of
 from klein_mlx.convert.stages import Look, Sample, encoder_stages, transformer_stages
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.latents import latents_to_tokens, noise, tokens_to_latents
-from klein_mlx.quantize import Quantization
+from klein_mlx.quantize import Quantization, named
 from klein_mlx.rows import ReadRows
 from klein_mlx.sampler import Predict, euler_steps, make_sigmas
 from klein_mlx.tokenizer import Tokenizer, Tokens
@@ -73,7 +73,7 @@ class CalibratedSource:
         weights = dict(self.original.weights(part))
         for path, arrays in self.coded.get(part, {}).items():
             del weights[f"{path}.weight"]
-            weights |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
+            weights |= named(path, arrays)
         return weights
 
     def rows(self, part: str, name: str) -> ReadRows | None:

@@ -5,7 +5,8 @@ whose weight names are the modules' attribute names. Foreign layouts are `klein_
 this file as a `Source`, the same way as our own. No weight is ever evaluated here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,23 +180,31 @@ def _table(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
 # ---- modules ----
 
 
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """mlx.nn draws a module's first weights from the user's generator: it is set back to where it was."""
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
 def build(part: str, config: ModelConfig) -> nn.Module:
     """A part's module with weights that are not to be used: its structure, before loading."""
     t, e = config.transformer, config.text_encoder
     deepest = max(t.num_layers, t.num_single_layers, e.num_hidden_layers, config.vae.layers_per_block)
     if deepest > _MAX_LAYERS:
         raise CheckpointError(f"{part}: a config asks for {deepest} layers; klein_mlx builds {_MAX_LAYERS} at most")
-    high, low = mx.random.state[0].tolist()  # type: ignore[index]
     try:
-        if part == "transformer":
-            return Transformer(t)
-        if part == "text_encoder":
-            return TextEncoder(e, config.taps)
-        return VAE(config.vae)
+        with kept_random_state():
+            if part == "transformer":
+                return Transformer(t)
+            if part == "text_encoder":
+                return TextEncoder(e, config.taps)
+            return VAE(config.vae)
     except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
-    finally:
-        mx.random.seed(high << 32 | low)  # mlx.nn draws its first weights from the user's generator: it is set back
 
 
 def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from klein_mlx.checkpoint import kept_random_state
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.hub import download
 
@@ -93,9 +94,8 @@ class LanguageModel:
         import contextlib
         import io
 
-        high, low = mx.random.state[0].tolist()  # type: ignore[index]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), kept_random_state():
                 from mlx_lm.utils import load_model, load_tokenizer
 
                 self.model, config = load_model(weights)
@@ -103,8 +103,6 @@ class LanguageModel:
         except Exception as error:  # of mlx-lm, transformers and MLX, which have no common parent
             line = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(f"{weights}: mlx-lm cannot load it as a language model: {line}") from None
-        finally:
-            mx.random.seed(high << 32 | low)  # mlx.nn draws first weights from the user's generator: it is set back
 
     def write(self, prompt: str, seed: int) -> str:
         """What the model answers to INSTRUCTION and a prompt."""

@@ -148,6 +148,11 @@ def check_shapes(part: str, shapes: Mapping[str, tuple[int, ...]], quantization:
             )
 
 
+def named(path: str, arrays: Sequence[mx.array]) -> dict[str, mx.array]:
+    """What `mx.quantize` made of the layer at this path, by name: its weight and scales, and biases where there are."""
+    return {f"{path}.{kind}": array for kind, array in zip(("weight", "scales", "biases"), arrays, strict=False)}
+
+
 def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Quantization) -> dict[str, Weight]:
     """Replace each eligible `x.weight` by `x.weight` (packed uint32), `x.scales` and `x.biases`, lazily.
 
@@ -169,7 +174,7 @@ def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Qua
             result |= _deferred(path, array, own)
             continue
         arrays = _quantize(array, own)
-        result |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
+        result |= named(path, arrays)
     return result
 
 

@@ -7,6 +7,7 @@ Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py (AutoencoderKLFlu
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv(config.in_channels, channels[0])
-        pairs = list(zip((channels[0], *channels), channels, strict=False))
+        pairs = list(pairwise((channels[0], *channels)))
         last = len(pairs) - 1
         self.down = [DownBlock(i, o, config.layers_per_block, groups, n < last) for n, (i, o) in enumerate(pairs)]
         self.mid = Middle(channels[-1], config)
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
         groups = config.norm_num_groups
         self.conv_in = Conv(config.latent_channels, channels[0])
         self.mid = Middle(channels[0], config)
-        pairs = list(zip((channels[0], *channels), channels, strict=False))
+        pairs = list(pairwise((channels[0], *channels)))
         last = len(pairs) - 1
         self.up = [UpBlock(i, o, config.layers_per_block + 1, groups, n < last) for n, (i, o) in enumerate(pairs)]
         self.norm_out = GroupNorm(groups, channels[-1])

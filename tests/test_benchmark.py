@@ -56,6 +56,7 @@ def test_every_phase_of_a_warm_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cold_run_loads_for_every_picture(capsys: pytest.CaptureFixture[str]) -> None:
     _, report = bench(capsys, "--model", "tiny", "--runs", "2", "--steps", "1", "--cold")
     assert list(report["seconds"]) == ["import", "load", "encode", "step 1", "decode", "save", "total"]
+    assert report["seconds"]["import"]["min"] > 0.01, "no Python imports MLX and numpy faster"
     assert report["seconds"]["load"]["min"] > 0
     assert report["mode"] == "cold"
 

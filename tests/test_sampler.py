@@ -1,6 +1,7 @@
 """The schedule and the Euler loop: properties that can be proved without a model."""
 
 import math
+from itertools import pairwise
 
 import mlx.core as mx
 import pytest
@@ -25,7 +26,7 @@ def test_sigmas_fall_from_one_to_zero(tokens: int, steps: int) -> None:
     assert len(sigmas) == steps + 1
     assert sigmas[0] == pytest.approx(1.0, abs=1e-12)
     assert sigmas[-1] == 0.0
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b for a, b in pairwise(sigmas))
 
 
 def test_the_published_schedule_of_64_tokens() -> None:
@@ -73,14 +74,14 @@ def test_all_steps_are_run_at_any_strength(strength: float) -> None:
     sigmas = make_sigmas(4096, 4, strength=strength)
     assert len(sigmas) == 5
     assert sigmas[-1] == 0.0
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b for a, b in pairwise(sigmas))
 
 
 def test_more_strength_starts_higher_without_jumps() -> None:
     for steps in (4, 50):
         starts = [make_sigmas(1024, steps, strength=i / 1000)[0] for i in range(1, 1001)]
-        assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
-        assert max(b - a for a, b in zip(starts, starts[1:], strict=False)) < 0.02
+        assert all(a < b for a, b in pairwise(starts))
+        assert max(b - a for a, b in pairwise(starts)) < 0.02
         assert starts[-1] == 1.0
 
 

@@ -15,6 +15,7 @@ import argparse
 import copy
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def walk(predict: Predict, txt: Tensor, latents: Tensor, weights: Tensor, genera
     noise = torch.randn(clean.shape, generator=generator)
     walks = torch.arange(len(clean))[:, None, None] % 2 == 0
     x, sigmas, errors = noise, sigmas_of(STEPS), []
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in pairwise(sigmas):
         velocity = predict(torch.cat([x.to(latents.dtype), *refs], dim=1), txt, torch.full((len(x),), sigma)).float()
         error = (velocity - (x - clean) / sigma).square().mean(-1) * weights
         (error.sum() / STEPS).backward()

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def sample(
     """Euler steps from noise (B, 64, C) to latent tokens, with reference tokens (B, 64 * n, C) after the image's."""
     latents = noise.to(txt.dtype)
     sigmas = sigmas_of(steps)
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in pairwise(sigmas):
         tokens = latents if refs is None else torch.cat([latents, refs], dim=1)
         level = torch.full((len(latents),), sigma)
         velocity = guided(predict, tokens, txt, empty, level, guidance)
