@@ -101,3 +101,38 @@ def test_a_long_prompt_is_cut_and_says_by_how_much(tmp_path: Path) -> None:
 
 def test_no_prompt(tmp_path: Path) -> None:
     refused("generate", *SMALL, folder=tmp_path, words="no prompt is given")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = \n", ("config.toml:1:",)),
+        ("stepz = 4\n", ("config.toml", "stepz", "steps")),
+        ('steps = "four"\n', ("config.toml", "steps")),
+        ("[presets.fast]\nsteps = true\n", ("config.toml", "steps")),
+        ("\x00", ("config.toml",)),
+    ],
+)
+def test_configs(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    refused("generate", "a star", "--config", "config.toml", *SMALL, folder=tmp_path, words=words)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("a {red|blue star", (), "{"),
+        ("a __none__ star", (), "none"),
+        ("a __../../etc/passwd__ star", (), "etc/passwd"),
+        ("a star", ("-o", "{nope}.png", "-n", "2"), "nope"),
+        ("a star", ("-o", "../{slug}.gif"), ".gif"),
+        ("a star", ("--preset", "none"), "none"),
+        ("a star", ("--size", "banana"), "banana"),
+        ("a star", ("--prompt-file", "none.txt"), "--prompt-file"),
+        ("a star", ("--format", "gif"), "gif"),
+        ("a star", ("-o", "-", "-n", "2"), "-"),
+    ],
+)
+def test_wildcards_templates_and_sizes(tmp_path: Path, prompt: str, options: tuple[str, ...], words: str) -> None:
+    few = ("--model", "tiny", "--steps", "1")
+    refused("generate", prompt, *few, *options, folder=tmp_path, words=words)
