@@ -71,7 +71,7 @@ def _open_base(
     if text and _exists(path):
         return _open_folder(path)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
-        raise CheckpointError(f"{path}: no such folder")
+        raise CheckpointError(f"{path}: no such folder; a model must be {_CHOICES}")
     text = resolve(text)
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"model is {text[:200]!r}{suggestion(text)}; it must be {_CHOICES}")

@@ -56,6 +56,9 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
     chosen = {part: Path(os.path.expanduser(path)) for part, path in paths.items() if path is not None}
     if not chosen:
         return base
+    for part, path in chosen.items():
+        if not os.path.lexists(path):
+            raise RequestError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
     parts = {part: open_part(path, part, getattr(base.config, part)) for part, path in chosen.items()}
     try:
         config = replace(base.config, **{part: file.config for part, file in parts.items()})

@@ -10,11 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from klein_mlx.branch import Branched, KroneckerBranch
+from klein_mlx.errors import RequestError
 from klein_mlx.linear import Cut, cut
 from klein_mlx.lora import Full, Kronecker, LowRank, Scaled, Weigh, gain, merge, merged_bias
 from klein_mlx.rows import TokenRows
+from klein_mlx.weights import is_finite
 
 
 def branch(base: nn.Module, weight: mx.array, changes: Scaled, weigh: Weigh, dtype: mx.Dtype) -> Branched | None:
@@ -103,7 +106,13 @@ class Applied:
             if hasattr(parent, name):
                 layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
                 setattr(parent, name, layer)
-                mx.eval([] if isinstance(layer, TokenRows) else layer.parameters())
+                arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
+                mx.eval(arrays)
+                if changes and not all(is_finite(array).item() for array in arrays.values()):
+                    raise RequestError(
+                        f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
+                        " scale, or dtype bfloat16"
+                    )
             else:  # the norms of a single block, arranged
                 joined = [parent.norm_qk[0], parent.norm_qk[1]]
                 norm = merge(self.original(path), changes, self._weigh)
@@ -174,6 +183,10 @@ def expanded(layer: nn.Module) -> mx.array:
     biases = None if layer.biases is None else layer.biases.astype(mx.float32)
     kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     return mx.dequantize(layer.weight, scales, biases, **kind).astype(mx.float32)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _parent(module: nn.Module, path: str) -> tuple[Any, str]:

@@ -4,6 +4,8 @@ import argparse
 import re
 from typing import Any
 
+from klein_mlx.errors import RequestError
+
 
 def add_lora_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """what: what is done with them, for the help."""
@@ -32,7 +34,15 @@ def split_scale(text: str) -> tuple[str, float]:
 
 def asked_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
     """Path and scale of each LoRA, in the order in which they were given."""
-    return [split_scale(text) for text in args.lora or ()]
+    from klein_mlx.lora import checked_scale
+
+    loras = [split_scale(text) for text in args.lora or ()]
+    for path, scale in loras:
+        try:
+            checked_scale(scale)
+        except RequestError as error:
+            raise RequestError(f"--lora {path:.200}: its {error}") from None
+    return loras
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from folders import refusal
 from lora_layouts import AB, DOWN_UP, LAYOUTS, Tensors, make_twin, save, to_bfl, written
 from lora_runs import difference, pipeline, velocity
 
+from klein_mlx import KleinPipeline
 from klein_mlx.config import ModelConfig
 from klein_mlx.convert.infer import KLEIN
 from klein_mlx.convert.lora import read_lora
@@ -19,6 +20,7 @@ from klein_mlx.errors import RequestError
 from klein_mlx.events import Picture
 
 KLEIN_4B = ModelConfig(KLEIN["transformer"], KLEIN["text_encoder"], KLEIN["vae"], True, (9, 18, 27))
+TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 BLOCK = "diffusion_model.double_blocks.0.img_attn.proj"
 
 
@@ -325,3 +327,18 @@ def test_bfloat16_weights_are_rounded_once(tmp_path: Path) -> None:
     found = transformer.mod_img.weight
     assert found.dtype == mx.bfloat16
     assert float((found != wanted).mean()) < 0.01  # where the two float32 sums differ, a few are at the edge
+
+
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_what_a_dtype_cannot_hold_is_told_and_taken_off(tmp_path: Path, quantize: int | None) -> None:
+    """float16 ends at 65504: the line names the layer and the remedies, and the model is as it was."""
+    tensors = {key: np.full(array.shape, 2000.0, np.float32) for key, array in one(192, 192, TO_Q).items()}
+    file = save(tmp_path / "lora.safetensors", tensors)
+    pipe = KleinPipeline.from_pretrained("tiny", dtype="float16", keep="all", quantize=quantize)
+    arguments: dict[str, Any] = {"seed": 1, "width": 64, "height": 64, "num_inference_steps": 1}
+    before = pipe("a star", **arguments).images[0].tobytes()
+    words = "double_blocks.0.img.to_q: with these LoRAs it holds numbers beyond what float16 can; use a smaller scale"
+    with pytest.raises(RequestError, match=words):
+        pipe.load_lora(file, scale=100.0)
+    assert not pipe.loras
+    assert pipe("a star", **arguments).images[0].tobytes() == before
