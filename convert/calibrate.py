@@ -161,12 +161,10 @@ def _share_out(
         for part, own in settled.items()
     }
     given = {"text_encoder": list(tokens), "transformer": [look for run in runs for look in run]}
-    coded = {
-        part: _code(source, whole, part, [(Sample(x), Sample(x)) for x in given[part]], base, lambda path: None, True)[
-            0
-        ]
-        for part in base
-    }
+    coded: dict[str, Coded] = {}
+    for part in base:
+        samples = [(Sample(x), Sample(x)) for x in given[part]]
+        coded[part], _ = _code(source, whole, part, samples, base, lambda path: None, alone=True)
     few = slice(_RANKED_PROMPTS)
     errors = rank(whole, coded, tokens[few], [run[:: max(1, len(run) // 2)] for run in runs[few]], velocity)
     weights: dict[Unit, int] = {}

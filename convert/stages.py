@@ -23,8 +23,7 @@ Groups = tuple[tuple[tuple[str, ...], ...], ...]
 class Sample:
     """One prompt at one noise level, on its way through a model: what one side (whole, or coded) has computed so far.
 
-    given: what the model is given. state: of the part's stages, rebuilt by each. weights: how much each token of the
-    joined stream counts.
+    given: what the model is given. state: of the part's stages, rebuilt by each.
     """
 
     given: Any
