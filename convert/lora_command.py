@@ -3,17 +3,15 @@
 import argparse
 import json
 
+from klein_mlx.lora_options import add_lora_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx lora` takes."""
     add = parser.add_argument
     add("action", choices=("info",), metavar="info", help="what the file is: model, layout, rank, words, licence")
     add("lora", help="a file, a name in the LoRA folder, or a hub id")
-    add(
-        "--lora-folder",
-        metavar="FOLDER",
-        help="where names are looked up ($KLEIN_MLX_LORAS, ~/.config/klein-mlx/loras)",
-    )
+    add_lora_folder(parser)
     add("--offline", action="store_true", help="use only what is on disk")
     add("--json", action="store_true", help="as a JSON object on stdout")
 

@@ -17,11 +17,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what}: a file, a name in the LoRA folder, or a hub id; repeat for more",
     )
     add("--lora-partial", action="store_true", help="leave out keys of a LoRA that belong to nothing in this model")
-    add(
-        "--lora-folder",
-        metavar="FOLDER",
-        help="where names are looked up ($KLEIN_MLX_LORAS, ~/.config/klein-mlx/loras)",
-    )
+    add_lora_folder(parser)
+
+
+def add_lora_folder(parser: argparse.ArgumentParser) -> None:
+    """Where a LoRA's name is looked up."""
+    where = "where names are looked up ($KLEIN_MLX_LORAS, ~/.config/klein-mlx/loras)"
+    parser.add_argument("--lora-folder", metavar="FOLDER", help=where)
 
 
 def split_scale(text: str) -> tuple[str, float]:

@@ -1,8 +1,11 @@
 """Model folders for tests: copies of the small diffusers folder in golden/, whole, reshaped, sharded or damaged."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +126,16 @@ def assert_equal(left: dict[str, mx.array], right: dict[str, mx.array]) -> None:
 def nothing_but(parent: Path, *names: str) -> bool:
     """Whether a folder holds just these entries."""
     return {path.name for path in parent.iterdir()} == set(names)
+
+
+@contextmanager
+def file_system(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A small disk of its own, mounted at a new folder; skips the test where none can be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -12,7 +12,7 @@ from klein_mlx.convert import open_model
 
 Weights = dict[str, mx.array]
 
-_BFL = {
+BFL = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
@@ -64,8 +64,8 @@ def to_bfl(theirs: Weights, prefix: str = "") -> Weights:
             out[f"double_blocks.{double[1]}.{_DOUBLE[double[2]]}"] = array
         elif single:
             out[f"single_blocks.{single[1]}.{_SINGLE[single[2]]}"] = array
-        elif path in _BFL:
-            out[f"{_BFL[path]}.weight"] = array
+        elif path in BFL:
+            out[f"{BFL[path]}.weight"] = array
     return {prefix + name: array for name, array in out.items()}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from folders import GOLDEN, read_weights, weight_file
+from foreign import BFL
 
 Tensors = dict[str, np.ndarray]
 Metadata = dict[str, str]
@@ -35,17 +36,7 @@ class Factors(NamedTuple):
 
 Twin = dict[str, Factors]
 
-_TOP = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "proj_out": "final_layer.linear",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-}
+_TOP = {**BFL, "norm_out.linear": "final_layer.adaLN_modulation.1"}
 _IN_DOUBLE = {
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",

@@ -16,6 +16,7 @@ from folders import (
     GOLDEN,
     assert_equal,
     copy_model,
+    file_system,
     loaded,
     nothing_but,
     quantizable_model,
@@ -278,13 +279,8 @@ def test_killed_at_twenty_random_moments_it_leaves_nothing_half_done(tmp_path: P
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 18 MB, which is more than the check before the work asks for, and less than two runs need."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(disk)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with file_system(tmp_path / "disk", 18) as disk:
+        yield disk
 
 
 def test_a_real_disk_that_fills_up_leaves_nothing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

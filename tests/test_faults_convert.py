@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from faults import TINY, accepted, difference, refused, snapshot, start
-from folders import GOLDEN, copy_model, nothing_but, quantizable_model, weight_file
+from folders import GOLDEN, copy_model, file_system, nothing_but, quantizable_model, weight_file
 
 from klein_mlx.config import PARTS
 from klein_mlx.convert import open_model
@@ -42,13 +42,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 19 MB: a little more than the check before the work asks for golden's 1.6."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=19m", "tmpfs", str(place)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with file_system(tmp_path / "disk", 19) as place:
+        yield place
 
 
 def test_a_disk_that_is_full_at_the_start(disk: Path) -> None:
