@@ -58,7 +58,7 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
         return base
     for part, path in chosen.items():
         if not os.path.lexists(path):
-            raise RequestError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
+            raise CheckpointError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
     parts = {part: open_part(path, part, getattr(base.config, part)) for part, path in chosen.items()}
     try:
         config = replace(base.config, **{part: file.config for part, file in parts.items()})
