@@ -24,10 +24,11 @@ from klein_mlx.convert.stages import Look, Sample, encoder_stages, transformer_s
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.latents import latents_to_tokens, noise, tokens_to_latents
 from klein_mlx.quantize import Quantization, named
+from klein_mlx.rope import rope_tables
 from klein_mlx.rows import ReadRows
 from klein_mlx.sampler import Predict, euler_steps, make_sigmas
 from klein_mlx.tokenizer import Tokenizer, Tokens
-from klein_mlx.transformer import Transformer, rope_tables
+from klein_mlx.transformer import Transformer
 from klein_mlx.weights import Deferred, Weight
 
 PROMPTS = (
@@ -243,4 +244,4 @@ def _dtype(source: Source, part: str) -> mx.Dtype:
 
 def _rope(config: ModelConfig, length: int, side: int) -> Any:
     ids = all_ids(length, side, side, None)
-    return rope_tables(ids, config.transformer.axes_dims_rope, config.transformer.rope_theta)
+    return rope_tables(ids, config.transformer.axes_dims_rope, config.transformer.rope_theta, length)

@@ -13,8 +13,9 @@ import mlx.core as mx
 from klein_mlx.config import ModelConfig
 from klein_mlx.latents import latents_to_tokens
 from klein_mlx.linear import linear
+from klein_mlx.rope import Rope
 from klein_mlx.tokenizer import Tokens
-from klein_mlx.transformer import Modulations, Rope
+from klein_mlx.transformer import Modulations
 
 Groups = tuple[tuple[tuple[str, ...], ...], ...]
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from klein_mlx.branch import Branched, KroneckerBranch
 from klein_mlx.errors import RequestError
-from klein_mlx.linear import Cut, cut
+from klein_mlx.linear import Cut, empty
 from klein_mlx.lora import Full, Kronecker, LowRank, Scaled, Weigh, gain, merge, merged_bias
 from klein_mlx.rows import TokenRows
 from klein_mlx.weights import is_finite
@@ -85,7 +85,7 @@ class Applied:
     """A module and what LoRAs have made of it.
 
     original: the weight of a path as it was loaded, read anew. dtype: that of the computation. The module may be in the
-    layout of its checkpoint, or arranged (Transformer.arrange): cut layers are cut again, joined norms joined again.
+    layout of its checkpoint, or arranged (Transformer.arrange): what is changed is separated before and arranged after.
     """
 
     def __init__(self, module: nn.Module, original: Weigh, dtype: mx.Dtype):
@@ -93,38 +93,41 @@ class Applied:
         self.touched: set[str] = set()
         self._known: set[str] = set()  # what the last update found touched: only these are read again
         self.replaced: dict[str, nn.Module] = {}  # quantised layers for which another module stands in
-        self.cuts: dict[str, int] = {}
 
     def update(self, wanted: Mapping[str, Scaled]) -> None:
         """Make the module what it was loaded as, with just these changes, evaluated."""
         self._known = self.touched
         paths = self.touched | set(wanted)
         self.touched = paths  # if this is broken off, the next update mends all of it
-        for path in sorted(paths):
-            parent, name = _parent(self.module, path)
-            changes = wanted.get(path, ())
-            if hasattr(parent, name):
-                layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
-                setattr(parent, name, layer)
-                arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
-                mx.eval(arrays)
-                if changes and not all(is_finite(array).item() for array in arrays.values()):
-                    raise RequestError(
-                        f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
-                        " scale, or dtype bfloat16"
-                    )
-            else:  # the norms of a single block, arranged
-                joined = [parent.norm_qk[0], parent.norm_qk[1]]
-                norm = merge(self.original(path), changes, self._weigh)
-                joined[("norm_q", "norm_k").index(name)] = norm.astype(mx.float32)
-                parent.norm_qk = mx.stack(joined)
-                mx.eval(parent.norm_qk)
+        owners = {id(owner): owner for owner in (_parent(self.module, path)[0] for path in paths)}
+        arranged = [owner for owner in owners.values() if hasattr(owner, "separate")]
+        for owner in arranged:
+            owner.separate()
+        try:
+            for path in sorted(paths):
+                self._change(path, wanted.get(path, ()))
+        finally:
+            for owner in arranged:
+                owner.arrange()
+        for owner in arranged:
+            mx.eval(owner.parameters())
         self.touched = set(wanted)
+
+    def _change(self, path: str, changes: Scaled) -> None:
+        """Make one layer what it was loaded as, with these changes, evaluated."""
+        parent, name = _parent(self.module, path)
+        layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
+        setattr(parent, name, layer)
+        arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
+        mx.eval(arrays)
+        if changes and not all(is_finite(array).item() for array in arrays.values()):
+            raise RequestError(
+                f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
+                " scale, or dtype bfloat16"
+            )
 
     def _changed(self, path: str, layer: nn.Module, changes: Scaled) -> nn.Module:
         """layer: as it was loaded, or of the right kind. Returns what is to stand in its place."""
-        if isinstance(layer, Cut):
-            self.cuts[path] = layer.at
         if isinstance(layer, TokenRows) and changes:
             self.replaced[path] = layer
         if isinstance(layer, TokenRows) and not changes:
@@ -147,25 +150,18 @@ class Applied:
         """A layer like this one, unquantised, with the changes merged into this weight."""
         weight = merge(weight, changes, self._weigh).astype(self.dtype)
         if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
-            layer = _empty(nn.Embedding)
+            layer = empty(nn.Embedding)
         elif isinstance(layer, nn.Linear | nn.QuantizedLinear | Cut):
-            layer = _empty(nn.Linear)
+            layer = empty(nn.Linear)
             if (bias := merged_bias(changes, self.dtype)) is not None:
                 layer.bias = bias  # none of klein's layers has one of its own
         layer.weight = weight
-        return cut(layer, self.cuts[path]) if path in self.cuts else layer
+        return layer
 
     def _weigh(self, path: str) -> mx.array:
         parent, name = _parent(self.module, path)
         layer = self.replaced.get(path) or getattr(parent, name, None)
         return expanded(layer) if layer is not None and _is_quantized(layer) else self.original(path)
-
-
-def _empty(kind: type[nn.Module]) -> nn.Module:
-    """A layer without weights; its own first ones would be drawn from the user's random numbers."""
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    return layer
 
 
 def _is_quantized(layer: nn.Module) -> bool:

@@ -202,17 +202,60 @@ def cut(layer: nn.Module, at: int) -> nn.Module:
 
 def _columns(layer: nn.Linear | nn.QuantizedLinear, at: int, left: bool) -> nn.Module:
     """A layer of the input channels before or after `at`."""
-    if isinstance(layer, nn.Linear):
-        part, edges = nn.Linear(1, 1, bias=False), {"weight": at}
-    else:
-        # 32 inputs: MLX cannot quantise fewer, even where its groups are smaller (nvfp4's).
-        part = nn.QuantizedLinear(max(32, layer.group_size), 1, False, layer.group_size, layer.bits, layer.mode)
+    edges = {"weight": at}
+    if isinstance(layer, nn.QuantizedLinear):
         groups = at // layer.group_size
         edges = {"weight": at * layer.bits // 32, "scales": groups, "biases": groups}
-    for name, edge in edges.items():
-        if name in layer:
-            part[name] = mx.contiguous(layer[name][:, :edge] if left else layer[name][:, edge:])
-    return part
+    halves = {n: layer[n][:, :edge] if left else layer[n][:, edge:] for n, edge in edges.items() if n in layer}
+    return _alike(layer, {name: mx.contiguous(half) for name, half in halves.items()})
+
+
+def empty(kind: type[nn.Module]) -> Any:
+    """A module without weights; its own first ones would be drawn from the user's random numbers."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    return layer
+
+
+def _alike(layer: nn.Linear | nn.QuantizedLinear, arrays: dict[str, mx.array]) -> nn.Module:
+    """A layer of the same kind with other arrays."""
+    other = empty(type(layer))
+    for name, value in (*arrays.items(), *_settings(layer).items()):
+        setattr(other, name, value)
+    return other
+
+
+def _settings(layer: nn.Linear | nn.QuantizedLinear) -> dict[str, Any]:
+    """How a layer's numbers are packed; nothing for a plain one."""
+    names = ("group_size", "bits", "mode") if isinstance(layer, nn.QuantizedLinear) else ()
+    return {name: getattr(layer, name) for name in names}
+
+
+def join(parent: nn.Module, first: str, second: str, joined: str) -> None:
+    """Hold two layers of the same input as one, the output channels of `second` after those of `first`, lazily. They
+    stay as they are if they are of two kinds, or not the layers themselves; joined already, nothing changes.
+
+    first, second, joined: names of the parent's layers.
+    """
+    one, two = parent.get(first), parent.get(second)
+    if one is None or two is None or not (_is_known(one) and type(one) is type(two)):
+        return
+    if "bias" in one or "bias" in two or _settings(one) != _settings(two):
+        return
+    names = [name for name in ("weight", "scales", "biases") if name in one]
+    parent[joined] = _alike(one, {name: mx.concatenate([one[name], two[name]]) for name in names})
+    del parent[first], parent[second]
+
+
+def separate(parent: nn.Module, first: str, second: str, joined: str) -> None:
+    """Undo `join`: both layers again, as views of the joined arrays."""
+    layer = parent.get(joined)
+    if layer is None:
+        return
+    half = layer.weight.shape[0] // 2
+    for name, rows in ((first, slice(half)), (second, slice(half, None))):
+        parent[name] = _alike(layer, {n: layer[n][rows] for n in ("weight", "scales", "biases") if n in layer})
+    del parent[joined]
 
 
 def linear_terms(layer: nn.Module, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from klein_mlx.applied import Applied
 from klein_mlx.checkpoint import Source, load_part, read_weights
@@ -84,8 +85,6 @@ class Parts:
 
     def _load(self, name: str) -> nn.Module:
         module = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
-        if isinstance(module, Transformer):
-            module.arrange()
         if isinstance(module, TextEncoder):
             module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
@@ -93,6 +92,10 @@ class Parts:
             damaged = read_weights(module)
             if damaged:
                 raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
+            if isinstance(module, Transformer | TextEncoder):
+                module.arrange()
+                for _, array in tree_flatten(module.parameters()):
+                    mx.eval(array)  # one by one: what it was made of leaves before the next is made
             applied.update(self.loras.changes(name))
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
             raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None

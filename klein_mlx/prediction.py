@@ -18,8 +18,9 @@ from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.quantize import Quantization, prepare
 from klein_mlx.residual import wide
+from klein_mlx.rope import rope_tables
 from klein_mlx.text_encoder import TextEncoder
-from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
+from klein_mlx.transformer import Modulation, Modulations, Transformer
 from klein_mlx.vae import VAE
 
 # The share of the peak that matmuls, convolutions and attention reach on generation 1, 2, ...: (least, likely, most).
@@ -96,6 +97,7 @@ def _encode(config: ModelConfig, length: int, dtype: mx.Dtype, quantization: Qua
     if quantization:
         prepare(encoder, "text_encoder", quantization)
     encoder.set_dtype(dtype)
+    encoder.arrange()
     return trace(encoder, encoder, mx.zeros((1, length), mx.int32), mx.ones((1, length), mx.bool_))
 
 
@@ -107,7 +109,7 @@ def _step(config: ModelConfig, h: int, w: int, dtype: mx.Dtype, quantization: Qu
     transformer.set_dtype(dtype)
     transformer.arrange()
     length = config.max_sequence_length
-    rope = rope_tables(mx.concatenate([text_ids(length), image_ids(h, w)]), t.axes_dims_rope, t.rope_theta)
+    rope = rope_tables(mx.concatenate([text_ids(length), image_ids(h, w)]), t.axes_dims_rope, t.rope_theta, length)
     modulations = _modulations(t.hidden_size, wide(dtype))
     mx.eval(rope, modulations)
 

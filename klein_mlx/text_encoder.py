@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
 from klein_mlx.fusion import swiglu
-from klein_mlx.linear import linear, linear_added
+from klein_mlx.linear import join, linear, linear_added, separate
 from klein_mlx.strips import Done
 
 
@@ -44,7 +44,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """residual + down(silu(gate(x)) * up(x))."""
+    """residual + down(silu(gate(x)) * up(x)).
+
+    Arranged (see TextEncoder.arrange), it has gate_up_proj in place of gate_proj and up_proj, if those are of one kind.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -52,8 +55,19 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def arrange(self) -> None:
+        join(self, "gate_proj", "up_proj", "gate_up_proj")
+
+    def separate(self) -> None:
+        """Undo `arrange`."""
+        separate(self, "gate_proj", "up_proj", "gate_up_proj")
+
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        return linear_added(self.down_proj, swiglu(linear(self.gate_proj, x), linear(self.up_proj, x)), residual)
+        if "gate_up_proj" in self:
+            gate, value = mx.split(linear(self["gate_up_proj"], x), 2, axis=-1)
+        else:
+            gate, value = linear(self.gate_proj, x), linear(self.up_proj, x)
+        return linear_added(self.down_proj, swiglu(gate, value), residual)
 
 
 class Layer(nn.Module):
@@ -83,6 +97,11 @@ class TextEncoder(nn.Module):
         self.taps = taps
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(taps[-1])]
+
+    def arrange(self) -> None:
+        """Bring the weights from the checkpoint's layout into one of fewer and larger matmuls, lazily."""
+        for layer in self.layers:
+            layer.mlp.arrange()
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array, done: Done | None = None) -> mx.array:
         """What the transformer attends to.

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.fusion import fused
-from klein_mlx.linear import cut, linear, linear_split
+from klein_mlx.linear import cut, join, linear, linear_split, separate
 from klein_mlx.residual import add_branch, modulated, wide
+from klein_mlx.rope import Rope, normed_and_turned
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
@@ -46,81 +46,12 @@ class Modulations(NamedTuple):
     final: tuple[mx.array, mx.array]
 
 
-class Rope(NamedTuple):
-    """Rotary tables, each (tokens, 1, head_dim / 2, 2) float32: what the first and the second channel of each pair add
-    to both, (cos, sin) and (-sin, cos)."""
+def attend(qk: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None) -> mx.array:
+    """Full attention. qk: (B, S, 2, heads, head_dim), q and k, turned already; v: (B, S, heads, head_dim).
 
-    first: mx.array
-    second: mx.array
-
-
-def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float) -> Rope:
-    """The rotary tables of tokens at `ids`.
-
-    ids: (S, 4) integers, a token's (t, h, w, l). axes_dims: how many of a head's channels each axis turns.
-    Frequencies and angles are float64, as in the reference; the tables are float32.
-    Source: diffusers, Flux2PosEmbed.
+    Returns (B, S, heads * head_dim). extra: keys and values of more tokens that q attends to. note: is shown k and v.
     """
-    import numpy as np
-
-    positions = np.array(ids, dtype=np.float64)
-    angles = [
-        np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim))
-        for axis, dim in enumerate(axes_dims)
-    ]
-    angle = np.concatenate(angles, axis=-1)[:, None, :]
-    cos, sin = np.cos(angle), np.sin(angle)
-    return Rope(
-        mx.array(np.stack([cos, sin], axis=-1).astype(np.float32)),
-        mx.array(np.stack([-sin, cos], axis=-1).astype(np.float32)),
-    )
-
-
-def apply_rope(x: mx.array, rope: Rope) -> mx.array:
-    """Turn neighbouring pairs of channels by the tables' angles.
-
-    x: (..., S, heads, head_dim), any float dtype; turned in float32, returned in x's dtype.
-    """
-    return _turn(*_halves(x), *rope).flatten(-2)
-
-
-def apply_scaled_rope(qk: mx.array, scale: mx.array, rope: Rope) -> mx.array:
-    """Finish the q/k norm and turn, in one kernel.
-
-    qk: (B, S, 2, heads, head_dim), q and k normalised without their weights; scale: (2, head_dim) float32, those.
-    """
-    scales = _halves(mx.expand_dims(scale, 1))
-    return _scale_and_turn(*_halves(qk), *scales, *(mx.expand_dims(table, 1) for table in rope)).flatten(-2)
-
-
-def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
-    """The first and the second channel of each pair, each (..., head_dim / 2, 1)."""
-    pairs = mx.unflatten(x, -1, (-1, 2))
-    return pairs[..., :1], pairs[..., 1:]
-
-
-# The halves are taken before the cast to float32, outside of these chains, so that each chain is one kernel.
-@fused
-def _turn(first: mx.array, second: mx.array, table_1: mx.array, table_2: mx.array) -> mx.array:
-    turned = first.astype(mx.float32) * table_1 + second.astype(mx.float32) * table_2
-    return turned.astype(first.dtype)
-
-
-@fused
-def _scale_and_turn(
-    first: mx.array, second: mx.array, scale_1: mx.array, scale_2: mx.array, table_1: mx.array, table_2: mx.array
-) -> mx.array:
-    turned = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
-    return turned.astype(first.dtype)
-
-
-def attend(
-    q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None
-) -> mx.array:
-    """Full attention. q, k, v: (B, S, heads, head_dim), turned already. Returns (B, S, heads * head_dim).
-
-    extra: keys and values of more tokens that q attends to. note: is shown k and v.
-    """
+    q, k = qk[:, :, 0], qk[:, :, 1]
     if note is not None:
         note(k, v)
     if extra is not None:
@@ -157,28 +88,83 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(_silu(self.linear_1(timestep_embedding(timestep, self.channels))))
 
 
-class Stream(nn.Module):
-    """One stream's own weights inside a double block: attention projections, q/k norms and the MLP."""
+class Heads(nn.Module):
+    """What both kinds of blocks have: heads whose q and k are normalised by weights of their own, then turned.
+
+    Arranged (see Transformer.arrange), a module has norm_qk in place of norm_q and norm_k.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        hidden, head_dim, mlp = config.hidden_size, config.attention_head_dim, config.mlp_size
-        self.head_dim = head_dim
-        self.eps = config.eps
+        self.head_dim, self.eps = config.attention_head_dim, config.eps
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
+        self._dtype: mx.Dtype | None = None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the layers compute in."""
+        return self._dtype or self.norm_q.weight.dtype
+
+    def scale(self) -> mx.array:
+        """Weights of the q and the k norm, (2, head_dim) float32."""
+        if "norm_qk" in self:
+            return self.norm_qk
+        return mx.stack([self.norm_q.weight, self.norm_k.weight]).astype(mx.float32)
+
+    def arrange(self) -> None:
+        """Bring the weights into the layout that is fastest to use, lazily. Arranged already, nothing changes."""
+        if "norm_qk" not in self:
+            self._dtype, self.norm_qk = self.dtype, self.scale()
+            del self.norm_q, self.norm_k
+
+    def separate(self) -> None:
+        """Undo `arrange`, as far as checkpoint names that are gone must be there again."""
+        if "norm_qk" in self:
+            for index, name in enumerate(("norm_q", "norm_k")):
+                norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+                norm.weight = self.norm_qk[index].astype(self.dtype)
+                self[name] = norm
+            self._dtype = None
+            del self.norm_qk
+
+    def split_heads(self, x: mx.array) -> mx.array:
+        """(B, S, n * head_dim) -> (B, S, n, head_dim)."""
+        return mx.unflatten(x, -1, (-1, self.head_dim))
+
+
+class Stream(Heads):
+    """One stream's own weights inside a double block: attention projections, q/k norms and the MLP.
+
+    Arranged, it has to_qk in place of to_q and to_k, if those are of one kind.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        hidden, mlp = config.hidden_size, config.mlp_size
         self.to_q = nn.Linear(hidden, hidden, bias=False)
         self.to_k = nn.Linear(hidden, hidden, bias=False)
         self.to_v = nn.Linear(hidden, hidden, bias=False)
         self.to_out = nn.Linear(hidden, hidden, bias=False)
-        self.norm_q = nn.RMSNorm(head_dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(head_dim, eps=config.eps)
         self.mlp_in = nn.Linear(hidden, 2 * mlp, bias=False)
         self.mlp_out = nn.Linear(mlp, hidden, bias=False)
 
-    def qkv(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array, mx.array]:
-        """q, k, v of the modulated stream, each (B, S, heads, head_dim); q and k normalised per head."""
-        x = modulated(x, mod.shift, mod.scale, self.eps, self.norm_q.weight.dtype)
-        q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+    def arrange(self) -> None:
+        super().arrange()
+        join(self, "to_q", "to_k", "to_qk")
+
+    def separate(self) -> None:
+        super().separate()
+        separate(self, "to_q", "to_k", "to_qk")
+
+    def qk_and_v(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array]:
+        """Of the modulated stream: q and k, (B, S, 2, heads, head_dim), not normed yet; v, (B, S, heads, head_dim)."""
+        x = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+        if "to_qk" in self:
+            qk = linear(self["to_qk"], x)
+        else:
+            qk = mx.concatenate([linear(self.to_q, x), linear(self.to_k, x)], axis=-1)
+        return mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.split_heads(linear(self.to_v, x))
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
@@ -189,8 +175,8 @@ class Stream(nn.Module):
 
     def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
         """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
-        q, k, v = self.qkv(x, mods[0])
-        return self.finish(x, attend(apply_rope(q, rope), apply_rope(k, rope), v, note=note), mods)
+        qk, v = self.qk_and_v(x, mods[0])
+        return self.finish(x, attend(normed_and_turned(qk, self.scale(), rope, self.eps), v, note=note), mods)
 
 
 class DoubleBlock(nn.Module):
@@ -200,6 +186,11 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.txt = Stream(config)
         self.img = Stream(config)
+
+    def arrange(self) -> None:
+        """As of both streams."""
+        self.txt.arrange()
+        self.img.arrange()
 
     def __call__(
         self,
@@ -212,55 +203,42 @@ class DoubleBlock(nn.Module):
         note: Note | None = None,
     ) -> tuple[mx.array, mx.array]:
         """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes. extra, note: as in `attend`."""
-        txt_q, txt_k, txt_v = self.txt.qkv(txt, mod_txt[0])
-        img_q, img_k, img_v = self.img.qkv(img, mod_img[0])
-        qk = mx.concatenate([txt_q, img_q, txt_k, img_k], axis=1)
-        qk = apply_rope(mx.unflatten(qk, 1, (2, -1)), rope)  # q and k are turned in one kernel
-        attention = attend(qk[:, 0], qk[:, 1], mx.concatenate([txt_v, img_v], axis=1), extra, note)
+        pairs = zip(self.txt.qk_and_v(txt, mod_txt[0]), self.img.qk_and_v(img, mod_img[0]), strict=True)
+        qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
+        scale = mx.where(rope.text, self.txt.scale(), self.img.scale())
+        attention = attend(normed_and_turned(qk, scale, rope, self.txt.eps), v, extra, note)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
         return txt, img
 
 
-class SingleBlock(nn.Module):
-    """One stream over all tokens; attention and MLP read the same input and share the projections in and out."""
+class SingleBlock(Heads):
+    """One stream over all tokens; attention and MLP read the same input and share the projections in and out.
+
+    Arranged, its linear_out is cut for its two inputs.
+    """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
+        super().__init__(config)
         hidden, mlp = config.hidden_size, config.mlp_size
-        self.hidden, self.mlp, self.head_dim, self.eps = hidden, mlp, config.attention_head_dim, config.eps
-        self.dtype: mx.Dtype | None = None  # what the layers compute in, once `arrange` has taken the norms away
+        self.hidden, self.mlp = hidden, mlp
         self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
         self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
 
     def arrange(self) -> None:
-        """Bring the weights into the layout that is fastest to use: linear_out cut for its two inputs, and norm_qk
-        (2, head_dim) float32 in place of the weights of both norms."""
+        super().arrange()
         self.linear_out = cut(self.linear_out, self.hidden)
-        self.dtype = self.norm_q.weight.dtype
-        self.norm_qk = self._scale()
-        del self.norm_q, self.norm_k
-
-    def _scale(self) -> mx.array:
-        """Weights of the q and the k norm, (2, head_dim) float32."""
-        if "norm_qk" in self:
-            return self.norm_qk
-        return mx.stack([self.norm_q.weight, self.norm_k.weight]).astype(mx.float32)
 
     def __call__(
         self, x: mx.array, mod: Modulation, rope: Rope, extra: KeysValues | None = None, note: Note | None = None
     ) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`. Returns x's shape."""
-        h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype or self.norm_q.weight.dtype)
+        h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
         qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
-        qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
-        # Normalised together; the two weights follow with the rotation.
-        qk = apply_scaled_rope(mx.fast.rms_norm(qk, None, self.eps), self._scale(), rope)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-        attention = attend(qk[:, :, 0], qk[:, :, 1], mx.unflatten(v, -1, (-1, self.head_dim)), extra, note)
+        qk = normed_and_turned(mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.scale(), rope, self.eps)
+        attention = attend(qk, self.split_heads(v), extra, note)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
 
 
@@ -289,7 +267,7 @@ class Transformer(nn.Module):
     def arrange(self) -> None:
         """Bring the weights from the checkpoint's layout into that of a step, lazily. Call once they are loaded; names
         and shapes of parameters change, results only by the order of sums."""
-        for block in self.single_blocks:
+        for block in (*self.double_blocks, *self.single_blocks):
             block.arrange()
 
     def modulations(self, sigma: float, dtype: mx.Dtype) -> Modulations:

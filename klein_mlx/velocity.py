@@ -8,8 +8,10 @@ import mlx.core as mx
 from klein_mlx.conditioning import References, all_ids
 from klein_mlx.fusion import CompiledBlocks
 from klein_mlx.latents import latents_to_tokens, tokens_to_latents
+from klein_mlx.residual import wide
+from klein_mlx.rope import Rope, rope_tables
 from klein_mlx.sampler import Predict, guide, with_cfg
-from klein_mlx.transformer import KeysValues, Modulations, Rope, RunBlock, Transformer, call_block, rope_tables, wide
+from klein_mlx.transformer import KeysValues, Modulations, RunBlock, Transformer, call_block
 
 Reuse = Literal["alone", "first step"]
 
@@ -73,7 +75,7 @@ class Tables:
         """The rotary tables of [text of this length, image, references]."""
         if length not in self._ropes:
             ids = all_ids(length, *self.grid, self.references)
-            self._ropes[length] = rope_tables(ids, self._config.axes_dims_rope, self._config.rope_theta)
+            self._ropes[length] = rope_tables(ids, self._config.axes_dims_rope, self._config.rope_theta, length)
         return self._ropes[length]
 
     def modulations(self, sigma: float) -> Modulations:

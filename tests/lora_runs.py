@@ -8,7 +8,7 @@ from folders import GOLDEN
 
 from klein_mlx import KleinPipeline
 from klein_mlx.latents import image_ids, text_ids
-from klein_mlx.transformer import rope_tables
+from klein_mlx.rope import rope_tables
 
 TEXT, SIDE = 6, 4
 
@@ -27,7 +27,7 @@ def velocity(pipe: KleinPipeline, sigma: float = 0.7) -> mx.array:
     tokens = mx.array(rng.standard_normal((1, SIDE * SIDE, config.in_channels), np.float32)).astype(dtype)
     embeds = mx.array(rng.standard_normal((1, TEXT, config.joint_attention_dim), np.float32)).astype(dtype)
     ids = mx.concatenate([text_ids(TEXT), image_ids(SIDE, SIDE)])
-    rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta)
+    rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta, TEXT)
     txt = transformer.embed_text(embeds)
     out = transformer(tokens, txt, transformer.modulations(sigma, dtype), rope, SIDE * SIDE)
     mx.eval(out)

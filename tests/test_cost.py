@@ -14,8 +14,9 @@ from klein_mlx.cost import Cost, trace
 from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.quantize import Quantization, prepare
+from klein_mlx.rope import rope_tables
 from klein_mlx.text_encoder import TextEncoder
-from klein_mlx.transformer import Modulation, Modulations, Transformer, rope_tables
+from klein_mlx.transformer import Modulation, Modulations, Transformer
 from klein_mlx.vae import VAE
 
 CONFIG = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
@@ -46,7 +47,7 @@ def step(references: int = 0, bits: int | None = None, chains: bool = True) -> C
     model.set_dtype(mx.bfloat16)
     model.arrange()
     ids = [text_ids(512), *(image_ids(64, 64, 10 * k) for k in range(references + 1))]
-    rope = rope_tables(mx.concatenate(ids), CONFIG.axes_dims_rope, CONFIG.rope_theta)
+    rope = rope_tables(mx.concatenate(ids), CONFIG.axes_dims_rope, CONFIG.rope_theta, 512)
     mods = modulations()
     mx.eval(rope, mods)
 
@@ -60,14 +61,14 @@ def step(references: int = 0, bits: int | None = None, chains: bool = True) -> C
 def test_the_step() -> None:
     cost = step()
     assert cost.flops == pytest.approx(34.82e12, rel=0.005)
-    assert cost.total <= 380, cost.counts
+    assert cost.total <= 345, cost.counts
     assert cost.traffic <= 17.5e9, cost.counts
 
 
 def test_the_step_with_a_reference() -> None:
     cost = step(references=1)
     assert cost.flops == pytest.approx(76.70e12, rel=0.01)
-    assert cost.total <= 380, cost.counts
+    assert cost.total <= 345, cost.counts
     assert cost.traffic <= 17.5e9 * (512 + 8192) / (512 + 4096), cost.counts
 
 
@@ -77,22 +78,26 @@ def test_the_4_bit_step() -> None:
     cost, plain = step(bits=4), step()
     assert cost.flops == plain.flops
     assert cost.total == plain.total
-    assert cost.traffic <= 18e9, cost.counts
+    assert cost.traffic <= 18.1e9, cost.counts
 
 
-def test_the_step_without_fused_chains() -> None:
-    cost = step(chains=False)
-    assert cost.total <= 640, cost.counts
-    assert cost.traffic <= 63e9, cost.counts
+@pytest.mark.parametrize(("bits", "kernels"), [(None, 620), (4, 640)])
+def test_the_step_without_fused_chains(bits: int | None, kernels: int) -> None:
+    """At 4 bits 20 more: there is no quantised matmul that adds to another's result."""
+    cost = step(bits=bits, chains=False)
+    assert cost.total <= kernels, cost.counts
+    assert cost.traffic <= 65e9, cost.counts
 
 
-def test_the_text_encoder() -> None:
+@pytest.mark.parametrize(("chains", "kernels"), [(True, 386), (False, 440)])
+def test_the_text_encoder(chains: bool, kernels: int) -> None:
     encoder = TextEncoder(TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128), (9, 18, 27))
     encoder.set_dtype(mx.bfloat16)
+    encoder.arrange()
     ids, mask = mx.zeros((1, 512), mx.int32), mx.ones((1, 512), mx.bool_)
-    cost = trace(encoder, encoder, ids, mask)
+    cost = trace(encoder, encoder, ids, mask, chains=chains)
     assert cost.flops == pytest.approx(2.85e12, rel=0.02)
-    assert cost.total <= 450, cost.counts
+    assert cost.total <= kernels, cost.counts
 
 
 def test_nothing_is_left_replaced() -> None:

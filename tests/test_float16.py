@@ -12,7 +12,8 @@ from PIL import Image
 from klein_mlx import KleinPipeline
 from klein_mlx.config import TransformerConfig
 from klein_mlx.latents import image_ids, text_ids
-from klein_mlx.transformer import Modulation, Transformer, rope_tables
+from klein_mlx.rope import rope_tables
+from klein_mlx.transformer import Modulation, Transformer
 
 CONFIG = TransformerConfig(16, 1, 1, 32, 4, 48, 3.0, (8, 8, 8, 8))
 HIDDEN, TEXT, IMAGE = 128, 5, 12
@@ -54,7 +55,8 @@ def modulation() -> Modulation:
 
 
 def rope() -> Any:
-    return rope_tables(mx.concatenate([text_ids(TEXT), image_ids(3, 4)]), CONFIG.axes_dims_rope, CONFIG.rope_theta)
+    ids = mx.concatenate([text_ids(TEXT), image_ids(3, 4)])
+    return rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta, TEXT)
 
 
 def check(narrow: list[mx.array], exact: list[mx.array], before: list[mx.array]) -> float:

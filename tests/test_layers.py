@@ -41,7 +41,7 @@ ROWS = [
     {"lora_options"},
     {"branch", "lora"},
     {"text_encoder", "transformer", "vae"},
-    {"convolution", "residual"},
+    {"convolution", "residual", "rope"},
     {"group_norm"},
     {
         "strips",
@@ -145,6 +145,7 @@ def test_models_know_only_arrays(name: str) -> None:
         "fusion",
         "linear",
         "residual",
+        "rope",
         "convolution",
         "group_norm",
         "strips",

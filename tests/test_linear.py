@@ -5,18 +5,21 @@ from functools import reduce
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from klein_mlx.linear import (
     Cut,
     _dequantized,
     cut,
     expands,
+    join,
     linear,
     linear_added,
     linear_split,
     linear_terms,
     matmul_policy,
     one_weight_at_a_time,
+    separate,
 )
 
 
@@ -74,6 +77,37 @@ def test_what_cannot_be_cut_is_left_whole() -> None:
     """A layer with a bias, or a packed one where a group of columns that share a scale would fall apart."""
     assert not isinstance(cut(layer("bias", mx.float32), 64), Cut)
     assert not isinstance(cut(layer("4", mx.float32), 32), Cut)
+
+
+class Pair(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+
+@pytest.mark.parametrize("kind", ["plain", "4", "8"])
+def test_joined_layers_are_one_matmul_and_come_back_as_they_were(kind: str) -> None:
+    one, two = layer(kind, mx.float32), layer(kind, mx.float32)
+    two["weight"] = two["weight"][::-1]
+    x, pair = mx.random.normal((7, 128), key=mx.random.key(1)), Pair(one, two)
+    before = dict(tree_flatten(pair.parameters()))
+    wanted = mx.concatenate([linear(one, x), linear(two, x)], axis=-1)
+    for _ in range(2):  # joined already: nothing changes
+        join(pair, "first", "second", "both")
+        assert set(pair.children()) == {"both"}
+    assert mx.allclose(linear(pair["both"], x), wanted, atol=1e-5)
+    for _ in range(2):
+        separate(pair, "first", "second", "both")
+        after = dict(tree_flatten(pair.parameters()))
+        assert after.keys() == before.keys()
+        assert all(mx.array_equal(after[name], before[name]) for name in before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kinds", [("plain", "4"), ("4", "8"), ("plain", "bias")])
+def test_layers_of_two_kinds_are_not_joined(kinds: tuple[str, str]) -> None:
+    pair = Pair(*(layer(kind, mx.float32) for kind in kinds))
+    join(pair, "first", "second", "both")
+    assert set(pair.children()) == {"first", "second"}
 
 
 def test_a_module_of_another_kind_is_called() -> None:

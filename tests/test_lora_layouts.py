@@ -90,6 +90,7 @@ def test_biases_are_added(plain: mx.array, tmp_path: Path) -> None:
     velocity(right)
     transformer: Any = right.parts.loaded["transformer"]
     img = transformer.double_blocks[0].img
+    img.separate()
     img.to_q.bias, img.to_k.bias, img.to_v.bias = (mx.array(0.5 * b) for b in np.split(fused, 3))
     img.to_out.bias = mx.array(0.5 * factors.alpha / factors.rank * own)
     img.to_out.weight = img.to_out.weight + mx.array(0.5 * factors.delta)

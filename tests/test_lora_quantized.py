@@ -23,7 +23,8 @@ from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.linear import matmul_policy
 from klein_mlx.lora import Change, LowRank, Scaled
 from klein_mlx.quantize import Quantization, prepare
-from klein_mlx.transformer import Transformer, rope_tables
+from klein_mlx.rope import rope_tables
+from klein_mlx.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,8 @@ def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None
     transformer: Any = pipe.parts.loaded["transformer"]
     config = pipe.config.transformer
     x = mx.array(np.random.default_rng(0).standard_normal((1, 12, config.hidden_size), np.float32))
-    rope = rope_tables(mx.concatenate([text_ids(8), image_ids(2, 2)]), config.axes_dims_rope, config.rope_theta)
+    ids = mx.concatenate([text_ids(8), image_ids(2, 2)])
+    rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta, 8)
     modulation, blocks, found = transformer.modulations(0.5, mx.float32).single, CompiledBlocks(), []
     with compiling("always"):
         for scale in (1.0, -0.5):
@@ -144,7 +146,7 @@ def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None
 def test_a_rank_of_16_costs_less_than_3_percent() -> None:
     """klein 4B at 1024 x 1024, in 4 bits, with a branch beside every linear layer of its blocks: 0.5 % more FLOPs.
 
-    Two matmuls more for each of the layers, three where inputs or outputs are cut; nothing else.
+    Two matmuls more for each of the layers, three where inputs or outputs are cut; q and k apart.
     """
     config = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
     costs = []
@@ -161,11 +163,15 @@ def test_a_rank_of_16_costs_less_than_3_percent() -> None:
         model.arrange()
         for path, own in changes.items():
             parent, name = parent_of(model, path)
+            if hasattr(parent, "separate"):
+                parent.separate()
             layer = getattr(parent, name)
             beside = Branched(layer)
             beside.up, beside.down = own[0][1].delta.up, own[0][1].delta.down  # type: ignore[union-attr]
             setattr(parent, name, beside)
-        rope = rope_tables(mx.concatenate([text_ids(512), image_ids(64, 64)]), config.axes_dims_rope, config.rope_theta)
+        model.arrange()
+        ids = mx.concatenate([text_ids(512), image_ids(64, 64)])
+        rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta, 512)
         mods = modulations()
         mx.eval(rope, mods)
 
@@ -178,4 +184,5 @@ def test_a_rank_of_16_costs_less_than_3_percent() -> None:
     plain, branched = costs
     assert len(changes) == 5 * 12 + 20 * 2
     assert 1.004 < branched.flops / plain.flops < 1.006
-    assert branched.total - plain.total == 5 * 12 * 2 + 20 * (3 + 3)
+    joined = 5 * 2 * (1 + 2)  # q and k are two matmuls again, whose results are copied beside each other
+    assert branched.total - plain.total == 5 * 12 * 2 + joined + 20 * (3 + 3)

@@ -9,7 +9,8 @@ import pytest
 from klein_mlx.config import TransformerConfig
 from klein_mlx.fusion import swiglu
 from klein_mlx.latents import image_ids, text_ids
-from klein_mlx.transformer import Transformer, apply_rope, rope_tables, timestep_embedding
+from klein_mlx.rope import Rope, normed_and_turned, rope_tables
+from klein_mlx.transformer import Transformer, timestep_embedding
 
 CONFIG = TransformerConfig(16, 1, 2, 32, 2, 48, 3.0, (8, 8, 8, 8))
 
@@ -22,35 +23,45 @@ def model(seed: int = 0) -> Transformer:
 
 
 def velocity(transformer: Transformer, tokens: mx.array, txt: mx.array, ids: mx.array, sigma: float = 0.7) -> mx.array:
-    rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta)
+    rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta, 5)
     modulations = transformer.modulations(sigma, tokens.dtype)
     return transformer(tokens, transformer.embed_text(txt), modulations, rope, tokens.shape[1])
+
+
+def unit(x: mx.array) -> mx.array:
+    """With a mean square of one: RMSNorm leaves it as it is."""
+    return x * mx.rsqrt(mx.square(x).mean(-1, keepdims=True))
+
+
+def turned(x: mx.array, rope: Rope) -> mx.array:
+    """x: (1, 1, 1, 32), a `unit` head of one token."""
+    return normed_and_turned(mx.stack([x, x], axis=2), mx.ones((2, 32)), rope, 0.0)[:, :, 1]
 
 
 def test_rope_turns_neighbouring_pairs_by_position_times_frequency() -> None:
     """Against complex numbers, one token and one pair at a time."""
     ids = mx.array([[3, 5, 7, 11]])
-    x = mx.random.normal((1, 1, 1, 32))
-    turned = np.array(apply_rope(x, rope_tables(ids, (8, 8, 8, 8), 2000.0)))[0, 0, 0]
+    x = unit(mx.random.normal((1, 1, 1, 32)))
+    found = np.array(turned(x, rope_tables(ids, (8, 8, 8, 8), 2000.0, 0)))[0, 0, 0]
     plain = np.array(x, dtype=np.float64)[0, 0, 0]
     for pair in range(16):
         axis, k = divmod(pair, 4)
         angle = ids[0, axis].item() * 2000.0 ** (-2 * k / 8)
         wanted = (plain[2 * pair] + 1j * plain[2 * pair + 1]) * np.exp(1j * angle)
-        assert turned[2 * pair] == pytest.approx(wanted.real, abs=1e-6)
-        assert turned[2 * pair + 1] == pytest.approx(wanted.imag, abs=1e-6)
+        assert found[2 * pair] == pytest.approx(wanted.real, abs=1e-6)
+        assert found[2 * pair + 1] == pytest.approx(wanted.imag, abs=1e-6)
 
 
 def test_rope_keeps_lengths_and_only_sees_differences() -> None:
-    q, k = mx.random.normal((2, 1, 1, 1, 32))
-    near = rope_tables(mx.array([[0, 2, 3, 0]]), (8, 8, 8, 8), 2000.0)
-    far = rope_tables(mx.array([[0, 12, 23, 0]]), (8, 8, 8, 8), 2000.0)
-    base = rope_tables(mx.array([[0, 10, 20, 0]]), (8, 8, 8, 8), 2000.0)
-    zero = rope_tables(mx.array([[0, 0, 0, 0]]), (8, 8, 8, 8), 2000.0)
-    first = (apply_rope(q, near) * apply_rope(k, zero)).sum().item()
-    second = (apply_rope(q, far) * apply_rope(k, base)).sum().item()
+    q, k = unit(mx.random.normal((2, 1, 1, 1, 32)))
+    near = rope_tables(mx.array([[0, 2, 3, 0]]), (8, 8, 8, 8), 2000.0, 0)
+    far = rope_tables(mx.array([[0, 12, 23, 0]]), (8, 8, 8, 8), 2000.0, 0)
+    base = rope_tables(mx.array([[0, 10, 20, 0]]), (8, 8, 8, 8), 2000.0, 0)
+    zero = rope_tables(mx.array([[0, 0, 0, 0]]), (8, 8, 8, 8), 2000.0, 0)
+    first = (turned(q, near) * turned(k, zero)).sum().item()
+    second = (turned(q, far) * turned(k, base)).sum().item()
     assert first == pytest.approx(second, abs=1e-4)
-    assert mx.abs(mx.linalg.norm(apply_rope(q, far)) - mx.linalg.norm(q)).item() < 1e-5
+    assert mx.abs(mx.linalg.norm(turned(q, far)) - mx.linalg.norm(q)).item() < 1e-5
 
 
 def test_timestep_embedding_has_cosines_first() -> None:
@@ -79,7 +90,7 @@ def test_references_change_the_velocity_but_have_none() -> None:
     transformer = model()
     tokens, txt, ref = mx.random.normal((1, 12, 16)), mx.random.normal((1, 5, 48)), mx.random.normal((1, 6, 16))
     ids = mx.concatenate([text_ids(5), image_ids(3, 4), image_ids(2, 3, t=10)])
-    rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta)
+    rope = rope_tables(ids, CONFIG.axes_dims_rope, CONFIG.rope_theta, 5)
     modulations = transformer.modulations(0.7, mx.float32)
     edited = transformer(mx.concatenate([tokens, ref], axis=1), transformer.embed_text(txt), modulations, rope, 12)
     assert edited.shape == (1, 12, 16)

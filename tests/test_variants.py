@@ -18,7 +18,8 @@ from klein_mlx.convert import convert_checkpoint, open_model
 from klein_mlx.fusion import swiglu
 from klein_mlx.hub import download
 from klein_mlx.latents import latents_to_tokens
-from klein_mlx.transformer import Modulation, Rope, Transformer, rope_tables
+from klein_mlx.rope import Rope, rope_tables
+from klein_mlx.transformer import Modulation, Transformer
 from klein_mlx.velocity import Tables, velocity
 
 PROMPT = "a red circle"
@@ -79,7 +80,8 @@ def masked_velocity(
     """9b-kv's rule without any memory: one pass over all tokens, a mask, and modulations token by token."""
     h, w = latents.shape[1:3]
     length, count = prompt_embeds.shape[1], references.ids.shape[0]
-    rope = rope_tables(all_ids(length, h, w, references), model.config.axes_dims_rope, model.config.rope_theta)
+    ids = all_ids(length, h, w, references)
+    rope = rope_tables(ids, model.config.axes_dims_rope, model.config.rope_theta, length)
     total = length + h * w + count
     is_reference = mx.arange(total) >= total - count
     mask = ~(is_reference[:, None] & ~is_reference[None, :])

@@ -20,8 +20,9 @@ from klein_mlx.checkpoint import load_part
 from klein_mlx.convert import open_model
 from klein_mlx.events import Picture, Step
 from klein_mlx.pipeline import KleinPipeline
+from klein_mlx.rope import rope_tables
 from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.transformer import Transformer, rope_tables
+from klein_mlx.transformer import Transformer
 
 Tensors = dict[str, np.ndarray]
 
@@ -107,7 +108,8 @@ def small_inputs(port: Port, inputs: Tensors) -> Tensors:
 def rope_of(port: Port, txt_ids: np.ndarray, img_ids: np.ndarray):
     """The rotary tables over [text, image, references]."""
     config = port.config.transformer
-    return rope_tables(mx.array(np.concatenate([txt_ids, img_ids])), config.axes_dims_rope, config.rope_theta)
+    ids = mx.array(np.concatenate([txt_ids, img_ids]))
+    return rope_tables(ids, config.axes_dims_rope, config.rope_theta, len(txt_ids))
 
 
 def vae(port: Port, pixels: np.ndarray, latents: np.ndarray) -> Tensors:
