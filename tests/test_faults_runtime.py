@@ -155,7 +155,7 @@ def test_no_mlx_here(tmp_path: Path) -> None:
 
 def test_memory_that_is_not_there(tmp_path: Path) -> None:
     """Half of what Python, MLX and the picture need: whatever ends it, no file is left under a final name."""
-    arguments = ("generate", "a star", "--model", "tiny", "--width", "1024", "--height", "1024", "--steps", "1")
+    arguments = ("generate", "a star", "--model", "tiny", "--width", "1536", "--height", "1536", "--steps", "1")
     outcome = run_fault(*arguments, folder=tmp_path, memory=MEMORY // 2, seconds=60)
     assert outcome.code != 0
     assert [change for change in outcome.changes if not change.startswith("+.")] == []
