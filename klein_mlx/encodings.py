@@ -133,8 +133,9 @@ class Encodings:
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
         if key not in self.references:
             vae = self.parts.get("vae", run)
-            latents = encode_reference(vae, image, self.parts.dtype_of("vae"), run.part_done)
-            _remember(self.references, key, latents.astype(self.parts.dtype))
+            latents = encode_reference(vae, image, self.parts.dtype_of("vae"), run.part_done).astype(self.parts.dtype)
+            mx.eval(latents)  # kept for runs in other threads, which cannot compute this one's lazy arrays
+            _remember(self.references, key, latents)
         return self.references[key]
 
 

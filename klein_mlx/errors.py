@@ -34,6 +34,17 @@ class CheckpointError(KleinError):
     """A model's files are missing, damaged, or not what they say they are."""
 
 
+def of_device(error: RuntimeError) -> RequestError | None:
+    """What MLX raises where the GPU gave up (memory, time), in words for the user; None for any other error."""
+    text = str(error)
+    if not any(sign in text for sign in ("[METAL]", "[metal::", "[cuda")):
+        return None
+    return RequestError(
+        f"the GPU gave up ({text:.200}); close other programs, keep less in memory (--keep nothing), use fewer bits (-q"
+        " 4), or make a smaller picture"
+    )
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The one of these words that was probably meant by a mistyped one, or None."""
     import difflib

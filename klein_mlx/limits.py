@@ -32,10 +32,10 @@ class _Held:
             if not self.peaks:
                 self.cached = mx.set_cache_limit(machine // CACHE_SHARE)
                 mx.set_cache_limit(min(self.cached, machine // CACHE_SHARE))
+            if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
+                before = mx.set_wired_limit(min(sum(self.peaks) + peak, machine))
+                self.wired = self.wired if self.peaks else before
             self.peaks.append(peak)
-            if mx.metal.is_available():
-                before = mx.set_wired_limit(min(sum(self.peaks), machine))
-                self.wired = before if len(self.peaks) == 1 else self.wired
 
     def leave(self, peak: int) -> None:
         with self.lock:

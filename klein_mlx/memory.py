@@ -16,8 +16,9 @@ import mlx.core as mx
 from klein_mlx.checkpoint import Source, part_bytes
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
 from klein_mlx.errors import RequestError
-from klein_mlx.linear import on_cpu
+from klein_mlx.linear import expands, on_cpu
 from klein_mlx.quantize import QUANTIZED_PARTS, Quantization
+from klein_mlx.transformer import LONGEST_ATTENTION
 from klein_mlx.vae import strip_rows
 
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
@@ -32,7 +33,8 @@ class Work:
 
     height, width: in pixels. references: (height, width) of every picture that the VAE encodes. tokens: how many of
     the references' tokens the transformer sees. length: text positions. rows: 2 where guidance's two branches run in
-    one pass. encodes: whether a prompt has to be encoded.
+    one pass. encodes: whether a prompt has to be encoded. memories: how many times every block's keys and values of the
+    references are kept: for each branch of guidance, where they serve several steps.
     """
 
     height: int
@@ -42,6 +44,7 @@ class Work:
     length: int = 512
     rows: int = 1
     encodes: bool = True
+    memories: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,11 @@ def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: b
     c, length = config.text_encoder, work.length
     hidden, mlp = length * c.hidden_size, length * c.intermediate_size
     taps = len(config.taps) * hidden
+    scores = c.num_attention_heads * length**2
+    matrix = 2 * c.hidden_size * c.intermediate_size  # gate and up are joined
     if not on_cpu():
-        return (6 * hidden + 3 * mlp + taps) * dtype.size + length**2
-    scores, matrix = c.num_attention_heads * length**2, c.hidden_size * c.intermediate_size
+        expanded = 2 * matrix if quantized and expands() else 0
+        return (6 * hidden + 3 * mlp + taps + expanded) * dtype.size + length**2
     if quantized:  # each matrix is expanded after what comes before it, so the layer runs in its written order
         return 4 * (3 * max(scores, mlp) + matrix) + dtype.size * (5 * hidden + taps) + _BESIDE
     return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores) + _BESIDE
@@ -172,9 +177,13 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     stream = work.rows * tokens * c.hidden_size
     rope = 2 * tokens * c.attention_head_dim * 4
     given = (work.rows * work.length * c.joint_attention_dim + stream) * dtype.size
+    blocks = c.num_layers + c.num_single_layers
+    given += work.memories * blocks * 2 * work.tokens * c.hidden_size * dtype.size
     if not on_cpu():
-        return 16 * stream * dtype.size + rope + given
-    scores = work.rows * c.num_attention_heads * tokens**2
+        expanded = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size if quantized and expands() else 0
+        return (16 * stream + expanded) * dtype.size + rope + given
+    together = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
+    scores = work.rows * c.num_attention_heads * tokens * together
     expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
     return 4 * (30 * stream + scores + expanded) + rope + given
 

@@ -14,14 +14,13 @@ from mlx.utils import tree_flatten
 from klein_mlx.applied import Applied
 from klein_mlx.checkpoint import Source, load_part, read_weights
 from klein_mlx.config import PARTS
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.events import Run
 from klein_mlx.lora import LoraStack
 from klein_mlx.memory import KEPT, Estimate, Work, choose_keep, estimate, fits_twice, machine_memory, weight_bytes
 from klein_mlx.quantize import Quantization
 from klein_mlx.rows import token_rows
 from klein_mlx.text_encoder import TextEncoder
-from klein_mlx.transformer import Transformer
 from klein_mlx.weights import load_now
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -43,6 +42,7 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.weights = weight_bytes(source, dtype, quantization)
         self.keep = keep or choose_keep(self.weights, machine_memory())
+        self._chosen = keep is None
         self.loaded: dict[str, nn.Module] = {}
         self.loras = LoraStack()
         self._applied: dict[str, Applied] = {}
@@ -60,6 +60,16 @@ class Parts:
         """What a request would take now, given what is loaded."""
         loaded = [part for part in self.loaded if part in KEPT[self.keep]]
         return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=self.weights)
+
+    def make_room(self, work: Work) -> None:
+        """Keep less from now on where a request would not fit beside what is kept, unless the user chose that. Parts
+        that are kept no longer leave at once if no run has them."""
+        for keep in ("transformer", "nothing") if self._chosen else ():
+            if self.estimate(work).fits:
+                break
+            if len(KEPT[keep]) < len(KEPT[self.keep]):
+                self.keep = keep
+                self._let_go(*self.loaded)
 
     def fits_twice(self, work: Work) -> bool:
         """Whether memory allows both branches of guidance in one pass."""
@@ -84,7 +94,7 @@ class Parts:
         return self.loaded[name]
 
     def _load(self, name: str) -> nn.Module:
-        module = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
+        module: Any = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
         if isinstance(module, TextEncoder):
             module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
@@ -92,13 +102,13 @@ class Parts:
             damaged = read_weights(module)
             if damaged:
                 raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
-            if isinstance(module, Transformer | TextEncoder):
-                module.arrange()
-                for _, array in tree_flatten(module.parameters()):
-                    mx.eval(array)  # one by one: what it was made of leaves before the next is made
+            module.arrange()
+            for _, array in tree_flatten(module.parameters()):
+                mx.eval(array)  # one by one: what it was made of leaves before the next is made
             applied.update(self.loras.changes(name))
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
-            raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
+            unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
+            raise of_device(error) or unread from None
         self._applied[name] = applied
         return module
 
@@ -107,6 +117,10 @@ class Parts:
         still refer to them."""
         for name in names:
             self._holders[name].discard(run)
+        self._let_go(*names)
+
+    def _let_go(self, *names: str) -> None:
+        """Free those of these parts that are neither kept nor held."""
         leaving = [n for n in names if n in self.loaded and n not in KEPT[self.keep] and not self._holders[n]]
         for name in leaving:
             del self.loaded[name], self._applied[name]
@@ -127,7 +141,8 @@ class Parts:
                 try:
                     self._applied[name].update(self.loras.changes(name))
                 except RuntimeError as error:
-                    raise CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})") from None
+                    unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
+                    raise of_device(error) or unread from None
         mx.clear_cache()
 
     def _original(self, part: str, path: str) -> mx.array:

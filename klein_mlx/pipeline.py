@@ -22,6 +22,7 @@ from klein_mlx.conditioning import References, join_references
 from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.decoding import decode
 from klein_mlx.encodings import Encodings
+from klein_mlx.errors import of_device
 from klein_mlx.events import KleinOutput, Picture, Run, Step
 from klein_mlx.fusion import CompiledBlocks, compiles
 from klein_mlx.given import to_array
@@ -183,6 +184,7 @@ class KleinPipeline:
         run.opened = opened
         work = self._work(run, opened)
         run.batched = work.rows == 2
+        self.parts.make_room(work)
         known = self.parts.estimate(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known)
         run.expected = dict(known.phases)
@@ -201,6 +203,7 @@ class KleinPipeline:
             tokens=tokens,
             length=request.max_sequence_length,
             encodes=not self.encodings.knows(request),
+            memories=(1 + (request.guidance > 1)) * (request.reuse_references or self.config.caches_references),
         )
         batched = request.guidance > 1 and request.batch_guidance
         if request.guidance > 1 and request.batch_guidance is None:
@@ -217,8 +220,11 @@ class KleinPipeline:
         events = self._together(runs)
         try:
             while True:
-                with _around(peak, machine):
-                    event = next(events, None)
+                try:
+                    with _around(peak, machine):
+                        event = next(events, None)
+                except RuntimeError as error:
+                    raise of_device(error) or error from None
                 if event is None:
                     return
                 yield event
@@ -303,6 +309,7 @@ class KleinPipeline:
                 latents = next(walk)
                 mx.eval(latents)
             clean = latents - sigmas[index] * steps.velocity
+            mx.eval(clean)  # a preview may be drawn in another thread, where this one's lazy arrays cannot be computed
             preview, sketch = self._preview(run, clean, opened.canvas), partial(self.sketch, clean)
             yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview, sketch)
 

@@ -24,6 +24,11 @@ Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and value
 RunBlock = Callable[..., Any]  # (block, its arguments) -> what the block returns
 
 
+# FLOP that one attention kernel may take: a GPU that also draws a screen is not to be held for seconds (macOS would end
+# the work). At 1024 x 1024 klein 4B needs 0.26e12.
+LONGEST_ATTENTION = 10**12
+
+
 class Modulation(NamedTuple):
     """AdaLN's three vectors, each (hidden,): x is normalised, times `scale` (the 1 + is inside), plus `shift`; what a
     branch returns is multiplied by `gate`."""
@@ -57,7 +62,10 @@ def attend(qk: mx.array, v: mx.array, extra: KeysValues | None = None, note: Not
     if extra is not None:
         k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
+    parts = [q[:, :, i : i + rows] for i in range(0, q.shape[2], rows)]
+    parts = [mx.fast.scaled_dot_product_attention(part, k, v, scale=q.shape[-1] ** -0.5) for part in parts]
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
     return out.transpose(0, 2, 1, 3).flatten(2)
 
 

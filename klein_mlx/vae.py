@@ -18,7 +18,7 @@ from klein_mlx.group_norm import GroupNorm
 from klein_mlx.linear import on_cpu
 from klein_mlx.strips import Done, settled
 
-WHOLE_PIXELS, WHOLE_PIXELS_CPU = 768 * 768, 128 * 128  # a picture up to this is done in one piece
+WHOLE_PIXELS, WHOLE_PIXELS_CPU = 512 * 512, 128 * 128  # a picture up to this is done in one piece
 STRIP_PIXELS, STRIP_PIXELS_CPU = 1 << 17, 1 << 15  # in a strip of a larger one
 SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
 
@@ -193,6 +193,12 @@ class VAE(nn.Module):
             self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
         self.latent_mean = mx.zeros((4 * config.latent_channels,))
         self.latent_var = mx.ones((4 * config.latent_channels,))
+
+    def arrange(self) -> None:
+        """Bring the weights into the layout in which convolutions are exact in their dtype, lazily."""
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.arrange()
 
     def encode(self, pixels: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
         """The mean of the posterior: nothing is sampled.

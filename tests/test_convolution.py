@@ -1,5 +1,7 @@
 """The CPU's own way to convolve is MLX's convolution, in less memory."""
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -28,6 +30,39 @@ def test_the_policy_decides() -> None:
     with matmul_policy("direct"):
         mlx = conv(x)
     assert mx.allclose(conv(x), mlx, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["auto", "direct"])
+def test_turned_kernels_are_turned_back(policy: str) -> None:
+    """Bit for bit: the same products in the same order."""
+    conv, x = Conv(32, 8), normal(1, 10, 7, 32).astype(mx.bfloat16)
+    conv.set_dtype(mx.bfloat16)
+    with matmul_policy(policy):
+        plain, strips = conv(x), conv.strips(x, 4)
+        mx.eval(plain, strips)
+        conv.arrange()
+        conv.arrange()  # arranged already, nothing changes
+        assert conv.turned
+        assert mx.array_equal(conv(x), plain)
+        assert mx.array_equal(conv.strips(x, 4), strips)
+
+
+def test_a_gpu_never_takes_half_precision_by_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal takes a convolution that is asked for with `flip` another way; float32 may stay as it is."""
+    asked, real = [], mx.conv_general
+
+    def conv_general(*args: Any, **kwargs: Any) -> mx.array:
+        asked.append(kwargs["flip"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(mx, "conv_general", conv_general)
+    for dtype in (mx.bfloat16, mx.float32):
+        conv, x = Conv(32, 8), normal(1, 10, 7, 32).astype(dtype)
+        conv.set_dtype(dtype)
+        conv.arrange()
+        with matmul_policy("direct"):
+            mx.eval(conv(x), conv.strips(x, 4))
+    assert asked == [True] * 4 + [False] * 4
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 100])

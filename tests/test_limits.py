@@ -42,6 +42,7 @@ def test_memory_is_wired_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (wired == [123]) == (not mx.metal.is_available())
     del wired[1:]
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))
     with memory_limits(peak=500, machine=1000):
         assert wired[-1] == 500
     assert wired[-1] == 123
@@ -59,6 +60,7 @@ def test_of_several_threads_the_last_one_out_puts_the_limits_back(monkeypatch: p
 
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))
     before = mx.set_cache_limit(50_000_000)
     machine = CACHE_SHARE * 1_000_000
     try:

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def measure(pipe: KleinPipeline, **arguments: Any) -> tuple[dict[str, int], dict
         ({"dtype": "float32", "keep": "nothing"}, {"width": 128, "height": 192}),
         ({"dtype": "float32", "keep": "all", "quantize": 4}, {"image": Image.new("RGB", (96, 96))}),
         ({"dtype": "bfloat16", "keep": "transformer", "quantize": 8}, {"width": 128, "height": 192}),
+        (
+            {"dtype": "float32", "keep": "nothing"},
+            {"image": Image.new("RGB", (256, 256)), "width": 64, "height": 64, "reuse_references": True},
+        ),
     ],
 )
 def test_the_estimate_is_what_is_then_measured(model: Path, options: Any, arguments: Any) -> None:
@@ -155,6 +160,28 @@ def test_a_plan_that_is_told_fits(model: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "machine_memory", lambda: 280_000_000)
     pipe = KleinPipeline.from_pretrained(model, dtype="float32", keep="nothing", quantize=4)
     assert pipe.stream(PROMPT, width=256, height=256).expected["steps"] <= 280_000_000
+
+
+def test_less_is_kept_where_a_request_would_not_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user said what to keep. What was kept leaves."""
+    pipe = KleinPipeline.from_pretrained(model, dtype="float32")
+    assert pipe.parts.keep == "all"
+    pipe(PROMPT, width=64, height=64, num_inference_steps=1)
+    assert len(pipe.parts.loaded) == 3
+    monkeypatch.setattr(memory, "machine_memory", lambda: 700_000_000)
+    run = pipe.stream(PROMPT, width=256, height=256)
+    assert max(run.expected.values()) <= 700_000_000
+    assert pipe.parts.keep == "transformer"
+    assert set(pipe.parts.loaded) == {"transformer", "vae"}
+    with pytest.raises(RequestError, match="--keep nothing needs"):
+        KleinPipeline.from_pretrained(model, dtype="float32", keep="all").stream(PROMPT, width=256, height=256)
+
+
+def test_kept_keys_and_values_are_counted() -> None:
+    """Two arrays per block, of all tokens of the references, for each branch of guidance."""
+    work = memory.Work(64, 64, tokens=1000)
+    sizes = [memory.step_bytes(medium.CONFIG, replace(work, memories=n), mx.bfloat16, False) for n in (0, 1, 2)]
+    assert [b - a for a, b in pairwise(sizes)] == [6 * 2 * 1000 * 1024 * 2] * 2
 
 
 def test_keep_follows_the_machine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_mlx import KleinPipeline, RequestError
+from klein_mlx import KleinPipeline, RequestError, encodings
 from klein_mlx.checkpoint import part_bytes
 from klein_mlx.events import Picture, Step
 
@@ -163,6 +163,61 @@ def test_a_repeated_prompt_is_not_encoded_again() -> None:
     other(PROMPT, seed=7)
     again = other(PROMPT, seed=8)
     assert again.seconds["encode"] < 0.005
+
+
+def test_previews_can_be_drawn_in_another_thread() -> None:
+    """As a window does while the steps run in a worker: lazy arrays belong to the thread that made them."""
+    steps: list[Step] = []
+
+    def work() -> None:
+        pipe = KleinPipeline.from_pretrained("tiny", keep="all")
+        steps.extend(e for e in pipe.stream(PROMPT, seed=1, num_inference_steps=2) if isinstance(e, Step))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert [step.preview().size for step in steps] == [(128, 128)] * 2
+    assert all(step.sketch() is not None for step in steps)
+
+
+def test_a_gpu_that_gives_up_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX raises it wherever it notices; the files are not to blame. Any other RuntimeError is a bug, and stays one."""
+    words = "[METAL] Command buffer execution failed: Insufficient Memory"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(words)
+
+    fresh = KleinPipeline.from_pretrained("tiny", keep="nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr("klein_mlx.parts.read_weights", fail)
+        with pytest.raises(RequestError, match=r"the GPU gave up .*Insufficient Memory.*--keep nothing"):
+            fresh(PROMPT)
+    monkeypatch.setattr("klein_mlx.pipeline.decode", fail)
+    with pytest.raises(RequestError, match="the GPU gave up"):
+        fresh(PROMPT)
+    words = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        fresh(PROMPT)
+
+
+def test_a_changed_prompt_keeps_the_references_latents(pipe: KleinPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a changed seed keeps both: nothing is encoded twice."""
+    calls: list[str] = []
+    for name in ("encode_prompt", "encode_reference"):
+        real = getattr(encodings, name)
+
+        def counted(*args: Any, real: Any = real, name: str = name) -> mx.array:
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(encodings, name, counted)
+    asked: dict[str, Any] = {"image": Image.new("RGB", (80, 64), "teal"), "num_inference_steps": 1}
+    found = []
+    for prompt, seed in (("one prompt", 1), ("one prompt", 2), ("another prompt", 1)):
+        pipe(prompt, seed=seed, **asked)
+        found.append(sorted(calls))
+        calls.clear()
+    assert found == [["encode_prompt", "encode_reference"], [], ["encode_prompt"]]
 
 
 def test_references_and_the_size_they_set(pipe: KleinPipeline) -> None:

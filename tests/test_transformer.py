@@ -10,7 +10,7 @@ from klein_mlx.config import TransformerConfig
 from klein_mlx.fusion import swiglu
 from klein_mlx.latents import image_ids, text_ids
 from klein_mlx.rope import Rope, normed_and_turned, rope_tables
-from klein_mlx.transformer import Transformer, timestep_embedding
+from klein_mlx.transformer import Transformer, attend, timestep_embedding
 
 CONFIG = TransformerConfig(16, 1, 2, 32, 2, 48, 3.0, (8, 8, 8, 8))
 
@@ -62,6 +62,22 @@ def test_rope_keeps_lengths_and_only_sees_differences() -> None:
     second = (turned(q, far) * turned(k, base)).sum().item()
     assert first == pytest.approx(second, abs=1e-4)
     assert mx.abs(mx.linalg.norm(turned(q, far)) - mx.linalg.norm(q)).item() < 1e-5
+
+
+def test_long_attention_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few queries at a time: the same numbers, to the order of sums."""
+    qk, v = mx.random.normal((2, 10, 2, 3, 8)), mx.random.normal((2, 10, 3, 8))
+    whole = attend(qk, v)
+    monkeypatch.setattr("klein_mlx.transformer.LONGEST_ATTENTION", 4 * (4 * 2 * 3 * 10 * 8))
+    calls, real = [], mx.fast.scaled_dot_product_attention
+
+    def counted(q: mx.array, *args: mx.array, scale: float) -> mx.array:
+        calls.append(q.shape[2])
+        return real(q, *args, scale=scale)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    assert mx.allclose(attend(qk, v), whole, atol=1e-6)
+    assert calls == [4, 4, 2]
 
 
 def test_timestep_embedding_has_cosines_first() -> None:
