@@ -127,6 +127,16 @@ def multiply(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx
     return (out if added is None else added + out).astype(x.dtype)
 
 
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+    """MLX's attention with its usual scale. q: (B, heads, L, head_dim); k, v: (B, heads of their own, S, head_dim).
+
+    mask: bool, True where a query sees a key, broadcast to (B, heads, L, S). Returns q's shape and dtype. Its two
+    matmuls follow the policy too: on a CPU they go through float32.
+    """
+    given = [a.astype(mx.float32) for a in (q, k, v)] if _widens(q) else [q, k, v]
+    return mx.fast.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5, mask=mask).astype(q.dtype)
+
+
 def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slice) -> mx.array:
     """The output channels `rows` of layer(x)."""
     weight = _plain_weight(layer, x, rows)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
 from klein_mlx.fusion import swiglu
-from klein_mlx.linear import join, linear, linear_added, separate
+from klein_mlx.linear import attention, join, linear, linear_added, separate
 from klein_mlx.strips import Done
 
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         """Attention of the normed x, added to the residual."""
         q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rope(self.q_norm(q)), self._rope(self.k_norm(k))
-        out = mx.fast.scaled_dot_product_attention(q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask)
+        out = attention(q, k, v.transpose(0, 2, 1, 3), mask)
         return linear_added(self.o_proj, out.transpose(0, 2, 1, 3).flatten(2), residual)
 
     def _rope(self, x: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.linear import cut, join, linear, linear_split, separate
+from klein_mlx.linear import attention, cut, join, linear, linear_split, separate
 from klein_mlx.residual import add_branch, modulated, wide
 from klein_mlx.rope import Rope, normed_and_turned
 
@@ -64,7 +64,7 @@ def attend(qk: mx.array, v: mx.array, extra: KeysValues | None = None, note: Not
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
     parts = [q[:, :, i : i + rows] for i in range(0, q.shape[2], rows)]
-    parts = [mx.fast.scaled_dot_product_attention(part, k, v, scale=q.shape[-1] ** -0.5) for part in parts]
+    parts = [attention(part, k, v) for part in parts]
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
     return out.transpose(0, 2, 1, 3).flatten(2)
 

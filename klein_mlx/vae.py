@@ -15,7 +15,7 @@ import mlx.nn as nn
 from klein_mlx.config import VAEConfig
 from klein_mlx.convolution import Conv, Downsample, upsample_rows
 from klein_mlx.group_norm import GroupNorm
-from klein_mlx.linear import on_cpu
+from klein_mlx.linear import attention, on_cpu
 from klein_mlx.strips import Done, settled
 
 WHOLE_PIXELS, WHOLE_PIXELS_CPU = 512 * 512, 128 * 128  # a picture up to this is done in one piece
@@ -83,8 +83,7 @@ class Attention(nn.Module):
         rows = max(1, SCORES // k.shape[2])
         out = []
         for i in range(0, q.shape[2], rows):
-            part = mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=q.shape[-1] ** -0.5)
-            out.append(settled(part, strips))
+            out.append(settled(attention(q[:, :, i : i + rows], k, v), strips))
         return x + self.to_out(mx.concatenate(out, axis=2)).reshape(x.shape)
 
 

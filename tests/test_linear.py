@@ -1,6 +1,7 @@
 """Linear layers: every way of computing one gives the same numbers."""
 
 from functools import reduce
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +11,7 @@ from mlx.utils import tree_flatten
 from klein_mlx.linear import (
     Cut,
     _dequantized,
+    attention,
     cut,
     expands,
     join,
@@ -18,6 +20,7 @@ from klein_mlx.linear import (
     linear_split,
     linear_terms,
     matmul_policy,
+    on_cpu,
     one_weight_at_a_time,
     separate,
 )
@@ -124,6 +127,38 @@ def test_a_module_of_another_kind_is_called() -> None:
     assert cut(module, 64) is module
     assert mx.allclose(*linear_terms(module, x[:, :64], x[:, 64:]), wanted, atol=1e-5)
     assert mx.allclose(linear_added(module, x, x[:, :1]), wanted + x[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_attention_by_every_policy(policy: str, dtype: mx.Dtype) -> None:
+    """With a mask and shared keys, against the formula in float32; narrow types within two of their roundings."""
+    rng = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate([(1, 4, 6, 16), (1, 2, 6, 16)])]
+    q, k = (a.astype(dtype) for a in rng)
+    mask = mx.tri(6, dtype=mx.bool_)
+    wide_q, wide_k = q.astype(mx.float32), mx.repeat(k.astype(mx.float32), 2, axis=1)
+    scores = mx.where(mask, wide_q @ wide_k.swapaxes(-1, -2) / 4, -mx.inf)
+    wanted = mx.softmax(scores, axis=-1) @ wide_k
+    with matmul_policy(policy):
+        out = attention(q, k, k, mask)
+    assert out.dtype == dtype
+    assert mx.allclose(out, wanted, atol=1e-5 if dtype == mx.float32 else 2**-5)
+
+
+def test_half_precision_attention_is_not_slow_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its matmuls would be: it is asked for in float32."""
+    asked, real = [], mx.fast.scaled_dot_product_attention
+
+    def counted(q: mx.array, *rest: mx.array, **named: Any) -> mx.array:
+        asked.append(q.dtype)
+        return real(q, *rest, **named)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    q = mx.zeros((1, 2, 6, 16), mx.bfloat16)
+    for policy in ("expand", "direct"):
+        with matmul_policy(policy):
+            mx.eval(attention(q, q, q))
+    assert asked == ([mx.float32, mx.bfloat16] if on_cpu() else [mx.bfloat16] * 2)
 
 
 def test_the_policy_ends_with_its_block() -> None:
