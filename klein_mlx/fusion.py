@@ -127,9 +127,3 @@ def _kind(block: nn.Module) -> Hashable:
         (path, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple)))
         for path, module in block.named_modules()
     )
-
-
-@fused
-def swiglu(gate: mx.array, value: mx.array) -> mx.array:
-    """silu(gate) * value."""
-    return gate * mx.sigmoid(gate) * value

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.fusion import fused
+from klein_mlx.linear import sigmoid
 from klein_mlx.strips import settled
 
 EPS = 1e-6  # of every GroupNorm; no config states it
@@ -73,4 +74,4 @@ def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 @fused
 def scale_shift_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     out = x.astype(mx.float32) * scale + shift
-    return (out * mx.sigmoid(out)).astype(x.dtype)
+    return (out * sigmoid(out)).astype(x.dtype)

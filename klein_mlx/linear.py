@@ -6,6 +6,7 @@ So are the GPUs of M1 and M2 with quantised weights. A weight is expanded inside
 still works a few layers ahead, which `one_weight_at_a_time` keeps it from.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,6 +126,13 @@ def multiply(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
     out = x.astype(mx.float32) @ weight.astype(mx.float32).T
     return (out if added is None else added + out).astype(x.dtype)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)), in x's dtype. On a CPU by a power of two, in float32: MLX has that in a third of the time."""
+    if not (on_cpu() and expands()):
+        return mx.sigmoid(x)
+    return (1 / (1 + mx.power(2.0, x.astype(mx.float32) * -math.log2(math.e)))).astype(x.dtype)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:

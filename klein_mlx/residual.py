@@ -9,8 +9,8 @@ lost by that but bits of numbers that are a million times smaller than their nei
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.fusion import fused, swiglu
-from klein_mlx.linear import linear, linear_terms
+from klein_mlx.fusion import fused
+from klein_mlx.linear import linear, linear_terms, sigmoid
 
 SHRINK = 2.0**-6  # in float16 a branch may reach 4e6
 
@@ -49,6 +49,12 @@ def add_branch(
 
 
 @fused
+def swiglu(gate: mx.array, value: mx.array) -> mx.array:
+    """silu(gate) * value."""
+    return gate * sigmoid(gate) * value
+
+
+@fused
 def _gated_sum(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
     """x + gate * branch."""
     return x + gate * branch
@@ -64,7 +70,7 @@ def _gated_sum_of_two(x: mx.array, gate: mx.array, first: mx.array, second: mx.a
 def _small_swiglu(gate: mx.array, value: mx.array) -> mx.array:
     """silu(gate) * value * SHRINK, computed in float32."""
     wide_gate = gate.astype(mx.float32)
-    return (wide_gate * mx.sigmoid(wide_gate) * (value.astype(mx.float32) * SHRINK)).astype(gate.dtype)
+    return (wide_gate * sigmoid(wide_gate) * (value.astype(mx.float32) * SHRINK)).astype(gate.dtype)
 
 
 @fused

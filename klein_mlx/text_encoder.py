@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
-from klein_mlx.fusion import swiglu
 from klein_mlx.linear import attention, join, linear, linear_added, separate
+from klein_mlx.residual import swiglu
 from klein_mlx.strips import Done
 
 

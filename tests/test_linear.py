@@ -23,6 +23,7 @@ from klein_mlx.linear import (
     on_cpu,
     one_weight_at_a_time,
     separate,
+    sigmoid,
 )
 
 
@@ -127,6 +128,19 @@ def test_a_module_of_another_kind_is_called() -> None:
     assert cut(module, 64) is module
     assert mx.allclose(*linear_terms(module, x[:, :64], x[:, 64:]), wanted, atol=1e-5)
     assert mx.allclose(linear_added(module, x, x[:, :1]), wanted + x[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_sigmoids_agree(dtype: mx.Dtype) -> None:
+    """To a few of the dtype's roundings, and at the ends of its range without NaN."""
+    largest = mx.finfo(dtype).max
+    x = mx.concatenate([mx.linspace(-30, 30, 1001), mx.array([-largest, largest, -mx.inf, mx.inf])]).astype(dtype)
+    found = sigmoid(x)
+    assert found.dtype == dtype
+    eps = {mx.float32: 2**-23, mx.bfloat16: 2**-8, mx.float16: 2**-11}[dtype]
+    exact = mx.sigmoid(x.astype(mx.float32))
+    assert mx.allclose(found.astype(mx.float32), exact, rtol=40 * eps, atol=2**-24)
+    assert found[-4:].tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("policy", ["auto", "direct", "expand"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.fusion import swiglu
 from klein_mlx.latents import image_ids, text_ids
+from klein_mlx.residual import swiglu
 from klein_mlx.rope import Rope, normed_and_turned, rope_tables
 from klein_mlx.transformer import Transformer, attend, timestep_embedding
 

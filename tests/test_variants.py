@@ -15,9 +15,9 @@ from klein_mlx.checkpoint import load_part
 from klein_mlx.conditioning import all_ids, join_references
 from klein_mlx.config import VARIANTS, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, gated_notice
 from klein_mlx.convert import convert_checkpoint, open_model
-from klein_mlx.fusion import swiglu
 from klein_mlx.hub import download
 from klein_mlx.latents import latents_to_tokens
+from klein_mlx.residual import swiglu
 from klein_mlx.rope import Rope, rope_tables
 from klein_mlx.transformer import Modulation, Transformer
 from klein_mlx.velocity import Tables, velocity
