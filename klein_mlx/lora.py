@@ -132,6 +132,12 @@ def merged_bias(changes: Scaled, dtype: mx.Dtype) -> mx.array | None:
     return mx.stack(biases).sum(axis=0).astype(dtype) if biases else None
 
 
+def numbers(changes: Scaled) -> int:
+    """How many numbers stand beside a quantised layer: factors, or what is as large as its weight."""
+    deltas = [change.delta for _, change in changes if change.delta is not None]
+    return sum(d.up.size + d.down.size if isinstance(d, LowRank) else d.dense().size for d in deltas)
+
+
 # ---- several of them ----
 
 

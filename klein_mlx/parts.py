@@ -16,7 +16,7 @@ from klein_mlx.checkpoint import Source, load_part, read_weights
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.events import Run
-from klein_mlx.lora import LoraStack
+from klein_mlx.lora import LoraStack, numbers
 from klein_mlx.memory import KEPT, Estimate, Work, choose_keep, estimate, fits_twice, machine_memory, weight_bytes
 from klein_mlx.quantize import Quantization
 from klein_mlx.rows import token_rows
@@ -59,7 +59,15 @@ class Parts:
     def estimate(self, work: Work) -> Estimate:
         """What a request would take now, given what is loaded."""
         loaded = [part for part in self.loaded if part in KEPT[self.keep]]
-        return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=self.weights)
+        weights = {part: size + self._beside(part) for part, size in self.weights.items()}
+        return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=weights)
+
+    def _beside(self, part: str) -> int:
+        """Bytes that LoRAs add to a part's weights: none to plain layers, into which they are merged."""
+        kind = self.source.quantization.get(part) or self.quantization.get(part)
+        changed = self.loras.changes(part).items() if kind else ()
+        found = sum(numbers(changes) for path, changes in changed if kind and kind.of(part, path))
+        return found * self.dtype_of(part).size
 
     def make_room(self, work: Work) -> None:
         """Keep less from now on where a request would not fit beside what is kept, unless the user chose that. Parts

@@ -123,6 +123,23 @@ def test_narrow_types_do_the_same(dtype: str, bits: int | None, model: Path, tmp
     assert float(mx.linalg.norm(moves[0] - moves[1]) / mx.linalg.norm(moves[0])) < 0.1
 
 
+def test_a_branch_s_memory_is_told(tmp_path: Path, model: Path) -> None:
+    """Beside quantised weights a LoRA's factors take memory; plain weights take them in. Off again, nothing is left."""
+    path = save(tmp_path / "lora.safetensors", LAYOUTS["ai-toolkit"](make_twin())[0])
+    for quantize in (4, None):
+        pipe = pipeline(model, quantize=quantize)
+        before = pipe.stream("x", seed=0).expected["steps"]
+        pipe.load_lora(path, name="style")
+        velocity(pipe)
+        transformer: Any = pipe.parts.loaded["transformer"]
+        branches = [module for module in transformer.modules() if isinstance(module, Branched)]
+        bytes_beside = sum(branch.up.nbytes + branch.down.nbytes for branch in branches)
+        assert (bytes_beside > 0) == (quantize is not None)
+        assert pipe.stream("x", seed=0).expected["steps"] - before == bytes_beside
+        pipe.unload_lora()
+        assert pipe.stream("x", seed=0).expected["steps"] == before
+
+
 def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None:
     """A compiled block is a function of what stands beside its weights too: another scale is no other trace."""
     pipe = pipeline(model, quantize=4)
