@@ -60,7 +60,14 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     check_area(width, height)
     count = integer("--references", args.references, 0, MAX_REFERENCES)
     references = ((1024, 1024),) * count
-    work = Work(height, width, references, count * (1024 // multiple) ** 2, source.config.max_sequence_length)
+    work = Work(
+        height,
+        width,
+        references,
+        count * (1024 // multiple) ** 2,
+        source.config.max_sequence_length,
+        memories=int(source.config.caches_references),
+    )
     dtype = compute_dtype(args.dtype)
     found = estimate(source, work, dtype, settle(asked_bits(args), source), args.keep)
     return {

@@ -5,7 +5,9 @@ Quantised layers keep their bits, and get a branch beside them; what is as large
 the layer's expanded weight instead, for as long as it is there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -99,23 +101,17 @@ class Applied:
         self._known = self.touched
         paths = self.touched | set(wanted)
         self.touched = paths  # if this is broken off, the next update mends all of it
-        owners = {id(owner): owner for owner in (_parent(self.module, path)[0] for path in paths)}
-        arranged = [owner for owner in owners.values() if hasattr(owner, "separate")]
-        for owner in arranged:
-            owner.separate()
-        try:
-            for path in sorted(paths):
-                self._change(path, wanted.get(path, ()))
-        finally:
-            for owner in arranged:
-                owner.arrange()
-        for owner in arranged:
-            mx.eval(owner.parameters())
+        for _, own in groupby(sorted(paths, key=_split), key=lambda path: _split(path)[0]):
+            group = list(own)
+            parent, _ = _parent(self.module, group[0])
+            with _separated(parent):
+                for path in group:
+                    self._change(parent, path, wanted.get(path, ()))
         self.touched = set(wanted)
 
-    def _change(self, path: str, changes: Scaled) -> None:
-        """Make one layer what it was loaded as, with these changes, evaluated."""
-        parent, name = _parent(self.module, path)
+    def _change(self, parent: Any, path: str, changes: Scaled) -> None:
+        """Make one of the parent's layers what it was loaded as, with these changes, evaluated."""
+        name = _split(path)[1]
         layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
         setattr(parent, name, layer)
         arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
@@ -183,6 +179,27 @@ def expanded(layer: nn.Module) -> mx.array:
 
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
+
+
+@contextmanager
+def _separated(parent: Any) -> Iterator[None]:
+    """Inside, an arranged module has the layers of its checkpoint; behind it, it is arranged again, and evaluated, so
+    that of one module's joined weights only there is a second copy."""
+    if not hasattr(parent, "separate"):
+        yield
+        return
+    parent.separate()
+    try:
+        yield
+    finally:
+        parent.arrange()
+    mx.eval(parent.parameters())
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The path of a layer's parent in the module, and the layer's name there."""
+    above, _, name = path.rpartition(".")
+    return above, name
 
 
 def _parent(module: nn.Module, path: str) -> tuple[Any, str]:

@@ -118,13 +118,16 @@ def estimate(
 ) -> Estimate:
     """Bytes per phase of one picture.
 
-    quantization: of parts that are quantised while loading. keep: None to choose. loaded: parts that are in memory
-    already and stay there. machine: bytes that there are; None: this machine's. weights: from `weight_bytes`, where
-    that is known already.
+    quantization: of parts that are quantised while loading. keep: None to choose: what suits the machine, or less where
+    only that fits. loaded: parts that are in memory already; those that are not kept leave before. machine: bytes that
+    there are; None: this machine's. weights: from `weight_bytes`, where that is known already.
     """
     weights = weights or weight_bytes(source, dtype, quantization)
     machine = machine_memory() if machine is None else machine
-    keep = keep or choose_keep(weights, machine)
+    if keep is None:
+        kept = [*KEPT][[*KEPT].index(choose_keep(weights, machine)) :]
+        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights) for k in kept]
+        return next((one for one in found if one.fits), found[-1])
     quantized = {part: part in quantization or part in source.quantization for part in PARTS}
     config = source.config
     pictures = [vae_bytes(config.vae, *size, dtype, encodes=True) for size in work.references]
@@ -135,13 +138,13 @@ def estimate(
         "decode": vae_bytes(config.vae, work.height, work.width, dtype),
     }
     needed = {"references": "vae", "encode": "text_encoder", "steps": "transformer", "decode": "vae"}
-    there, phases = set(loaded), {}
+    there, phases = {part for part in loaded if part in KEPT[keep]}, {}
     for phase in PHASES:
         if not arrays[phase]:
             continue
         there.add(needed[phase])
         phases[phase] = sum(weights[part] for part in there) + arrays[phase]
-        there = {part for part in there if part in KEPT[keep] or part in loaded}
+        there = {part for part in there if part in KEPT[keep]}
     return Estimate(phases, weights, keep, machine)
 
 
@@ -182,8 +185,8 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     if not on_cpu():
         expanded = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size if quantized and expands() else 0
         return (16 * stream + expanded) * dtype.size + rope + given
-    together = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
-    scores = work.rows * c.num_attention_heads * tokens * together
+    queries = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
+    scores = work.rows * c.num_attention_heads * tokens * queries
     expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
     return 4 * (30 * stream + scores + expanded) + rope + given
 

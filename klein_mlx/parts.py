@@ -58,9 +58,11 @@ class Parts:
 
     def estimate(self, work: Work) -> Estimate:
         """What a request would take now, given what is loaded."""
-        loaded = [part for part in self.loaded if part in KEPT[self.keep]]
+        return self._estimate(work, self.keep)
+
+    def _estimate(self, work: Work, keep: str | None) -> Estimate:
         weights = {part: size + self._beside(part) for part, size in self.weights.items()}
-        return estimate(self.source, work, self.dtype, self.quantization, self.keep, loaded, weights=weights)
+        return estimate(self.source, work, self.dtype, self.quantization, keep, [*self.loaded], weights=weights)
 
     def _beside(self, part: str) -> int:
         """Bytes that LoRAs add to a part's weights: none to plain layers, into which they are merged."""
@@ -70,14 +72,11 @@ class Parts:
         return found * self.dtype_of(part).size
 
     def make_room(self, work: Work) -> None:
-        """Keep less from now on where a request would not fit beside what is kept, unless the user chose that. Parts
-        that are kept no longer leave at once if no run has them."""
-        for keep in ("transformer", "nothing") if self._chosen else ():
-            if self.estimate(work).fits:
-                break
-            if len(KEPT[keep]) < len(KEPT[self.keep]):
-                self.keep = keep
-                self._let_go(*self.loaded)
+        """Unless the user chose what to keep, keep as much as leaves room for a request. Parts that are kept no longer
+        leave at once if no run has them."""
+        if self._chosen:
+            self.keep = self._estimate(work, None).keep
+            self._let_go(*self.loaded)
 
     def fits_twice(self, work: Work) -> bool:
         """Whether memory allows both branches of guidance in one pass."""

@@ -56,6 +56,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def arrange(self) -> None:
+        """Hold both layers that read x as one, lazily."""
         join(self, "gate_proj", "up_proj", "gate_up_proj")
 
     def separate(self) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 import klein_mlx.memory as memory
 from klein_mlx import KleinPipeline, RequestError, pipeline
 from klein_mlx.cli import main
+from klein_mlx.convert import open_model
 from klein_mlx.events import Step
 
 PROMPT = "a red circle"
@@ -171,10 +172,24 @@ def test_less_is_kept_where_a_request_would_not_fit(model: Path, monkeypatch: py
     monkeypatch.setattr(memory, "machine_memory", lambda: 700_000_000)
     run = pipe.stream(PROMPT, width=256, height=256)
     assert max(run.expected.values()) <= 700_000_000
-    assert pipe.parts.keep == "transformer"
-    assert set(pipe.parts.loaded) == {"transformer", "vae"}
+    assert pipe.parts.keep == "nothing"
+    assert not pipe.parts.loaded
     with pytest.raises(RequestError, match="--keep nothing needs"):
         KleinPipeline.from_pretrained(model, dtype="float32", keep="all").stream(PROMPT, width=256, height=256)
+
+
+def test_what_is_kept_leaves_room(model: Path) -> None:
+    """As much as suits the machine, or less where only that fits; nothing, where nothing does."""
+    source, work, lowered = open_model(model), memory.Work(1024, 1024), 0
+    weights = memory.weight_bytes(source, mx.float32, {})
+    for machine in range(500_000_000, 3_000_000_000, 50_000_000):
+        found = memory.estimate(source, work, mx.float32, {}, machine=machine)
+        suits = memory.choose_keep(weights, machine)
+        own = memory.estimate(source, work, mx.float32, {}, suits, machine=machine)
+        assert found.fits or found.keep == "nothing"
+        assert (found.keep == suits) if own.fits else (len(memory.KEPT[found.keep]) <= len(memory.KEPT[suits]))
+        lowered += found.fits and not own.fits
+    assert lowered
 
 
 def test_kept_keys_and_values_are_counted() -> None:
