@@ -1,28 +1,52 @@
-"""FLUX.2 [klein] on Apple silicon: text to picture and editing, natively in MLX.
+"""FLUX.2 [klein] on Apple silicon: text to image and editing, natively in MLX.
 
 `from klein_mlx import KleinPipeline` is the whole entry point; importing the package itself loads nothing heavy.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.errors import CheckpointError, KleinError, RequestError
 
 if TYPE_CHECKING:
+    from klein_mlx.images.saving import save_image as save
     from klein_mlx.pipeline import KleinPipeline
-    from klein_mlx.saving import save_image as save
+    from klein_mlx.runtime.run import KleinOutput, Picture, Step
 
-__version__ = "0.1.0"
-__all__ = ["CheckpointError", "KleinError", "KleinPipeline", "RequestError", "__version__", "save"]
+    __version__: str
+
+__all__ = [
+    "CheckpointError",
+    "KleinError",
+    "KleinOutput",
+    "KleinPipeline",
+    "Picture",
+    "RequestError",
+    "Step",
+    "__version__",
+    "save",
+]
+
+_LAZY = {
+    "KleinOutput": ("klein_mlx.runtime.run", "KleinOutput"),
+    "KleinPipeline": ("klein_mlx.pipeline", "KleinPipeline"),
+    "Picture": ("klein_mlx.runtime.run", "Picture"),
+    "Step": ("klein_mlx.runtime.run", "Step"),
+    "save": ("klein_mlx.images.saving", "save_image"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline, and MLX with it, only when it is first asked for."""
-    if name == "KleinPipeline":
-        from klein_mlx.pipeline import KleinPipeline
+    """Import the pipeline, and MLX with it, only when first used."""
+    if name == "__version__":
+        from klein_mlx.paths import version
 
-        return KleinPipeline
-    if name == "save":
-        from klein_mlx.saving import save_image
-
-        return save_image
+        return version()
+    if name in _LAZY:
+        module, attribute = _LAZY[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

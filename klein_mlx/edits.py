@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from klein_mlx.checks import flag, integer, is_number, short
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, flag, integer, is_number, short
 
 MASK_BLUR, MAX_BLUR, MAX_MARGIN = 4, 256, 8192  # pixels
 STRENGTH = 0.6  # of an init image without a mask; with one, 1: what is white is painted anew

@@ -15,32 +15,28 @@ from typing import NamedTuple, Self, Unpack
 import mlx.core as mx
 from PIL import Image
 
-from klein_mlx.arguments import Arguments, LoraOptions
-from klein_mlx.bits import Quantize, parse, settle
-from klein_mlx.checkpoint import Source
-from klein_mlx.conditioning import References, join_references
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.decoding import decode
-from klein_mlx.encodings import Encodings
 from klein_mlx.errors import of_device
-from klein_mlx.events import KleinOutput, Picture, Run, Step
-from klein_mlx.fusion import CompiledBlocks, compiles
-from klein_mlx.given import to_array
-from klein_mlx.latents import from_channels_first, noise
-from klein_mlx.limits import ReadAhead, memory_limits
-from klein_mlx.linear import one_weight_at_a_time
-from klein_mlx.lora import LoadedLora
-from klein_mlx.loras import Loras
-from klein_mlx.masks import Canvas
-from klein_mlx.memory import Work, check_fits, machine_memory
-from klein_mlx.opening import Opened, open_pictures
-from klein_mlx.parts import Parts, compute_dtype
-from klein_mlx.recipe import Recorder
-from klein_mlx.request import check
-from klein_mlx.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
-from klein_mlx.sketch import Sketcher
-from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
+from klein_mlx.images.masks import Canvas
+from klein_mlx.model.compile import CompiledBlocks, compiles
+from klein_mlx.model.latents import References, from_channels_first, join_references, noise
+from klein_mlx.model.layers import one_weight_at_a_time
+from klein_mlx.model.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
+from klein_mlx.model.tokenizer import Tokenizer
+from klein_mlx.model.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
+from klein_mlx.request import Arguments, LoraOptions, check
+from klein_mlx.runtime.encodings import Encodings, to_array
+from klein_mlx.runtime.limits import ReadAhead, memory_limits
+from klein_mlx.runtime.loras import Loras
+from klein_mlx.runtime.memory import Work, check_fits, machine_memory
+from klein_mlx.runtime.parts import Parts, compute_dtype
+from klein_mlx.runtime.pictures import Opened, decode, open_pictures
+from klein_mlx.runtime.recipe import Recorder
+from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step
+from klein_mlx.runtime.sketch import Sketcher
+from klein_mlx.weights.bits import Quantize, parse, settle
+from klein_mlx.weights.checkpoint import Source
+from klein_mlx.weights.lora import LoadedLora
 
 MAX_WAITING = 8  # pictures that wait for the decoder where the transformer has to leave for it
 
@@ -102,7 +98,7 @@ class KleinPipeline:
 
         model: a hub id, a folder (ours, or in diffusers' layout), or "tiny", the embedded checkpoint.
         quantize: bits for weights that are not quantised yet: None, 3, 4, 5, 6, 8, a word ("4-g32", "mxfp4",
-            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.bits.
+            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.weights.bits.
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
             float16 is for chips without bfloat16 of their own (M1, M2): the transformer's layers compute in it beside
             a float32 residual stream, encoder and VAE in bfloat16.
@@ -115,7 +111,7 @@ class KleinPipeline:
             encoder, in later processes too; True: the usual place. By default only the newest few are kept, in memory.
         Raises CheckpointError if there is no such model or its files are not whole.
         """
-        from klein_mlx.convert import find_vae, open_model
+        from klein_mlx.formats.open import find_vae, open_model
 
         parts = {"transformer": transformer, "text_encoder": text_encoder}
         if vae is not None:
@@ -130,7 +126,7 @@ class KleinPipeline:
 
         path: a file, a folder with one, a name in the LoRA folder, or a Hub id (owner/name, owner/name/file).
         scale: -100..100, how much of it; 0 is nothing, exactly. name: by which it is unloaded; the file's by default.
-        options: see `klein_mlx.arguments.LoraOptions`.
+        options: see `klein_mlx.request.LoraOptions`.
         Returns what was loaded. Raises CheckpointError for a file that is not whole, that was made for another model,
         or of which a key would not be used; RequestError for a bad scale, a taken name, or while a run is working.
         """
@@ -172,7 +168,7 @@ class KleinPipeline:
         iterated.
 
         prompt: a text, or several; each makes `num_images_per_prompt` pictures.
-        arguments: see `klein_mlx.arguments.Arguments`.
+        arguments: see `klein_mlx.request.Arguments`.
         Raises RequestError.
         """
         run = Run(check(self.config, prompt=prompt, **arguments))
@@ -369,8 +365,9 @@ class KleinPipeline:
         return preview
 
     def sketch(self, latents: mx.array) -> Image.Image | None:
-        """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.sketch. `sketcher` draws it, by
-        default one that keeps nothing on disk: it knows tiny's colours, and others' once it has seen a picture."""
+        """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.runtime.sketch. `sketcher` draws
+        it, by default one that keeps nothing on disk: it knows tiny's colours, and others' once it has seen a picture.
+        """
         self.sketcher = self.sketcher or Sketcher(self.source, None)
         return self.sketcher.draw(latents)
 

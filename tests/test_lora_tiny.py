@@ -11,7 +11,7 @@ from checker import judge_scene, read
 from lora_layouts import LAYOUTS, Factors, Twin, save
 
 from klein_mlx import KleinPipeline
-from klein_mlx.cli import main
+from klein_mlx.cli.main import main
 
 TRAINED = Path(__file__).parent.parent / "examples" / "tiny" / "silhouettes.safetensors"
 COLOUR = "black"

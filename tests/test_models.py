@@ -10,8 +10,9 @@ from folders import GOLDEN, copy_model, refusal, weight_file
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
-from klein_mlx.convert import detect, open_model
-from klein_mlx.hub import wanted
+from klein_mlx.formats import open as detect
+from klein_mlx.formats.open import open_model
+from klein_mlx.weights.hub import wanted
 
 # ---- what a model argument may be ----
 

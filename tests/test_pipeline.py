@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_mlx import KleinPipeline, RequestError, encodings
-from klein_mlx.checkpoint import part_bytes
-from klein_mlx.events import Picture, Step
+from klein_mlx import KleinPipeline, RequestError
+from klein_mlx.runtime import encodings
+from klein_mlx.runtime.run import Picture, Step
+from klein_mlx.weights.checkpoint import part_bytes
 
 PROMPT = "a red circle left of a blue square"
 
@@ -189,7 +190,7 @@ def test_a_gpu_that_gives_up_is_told_as_such(monkeypatch: pytest.MonkeyPatch) ->
 
     fresh = KleinPipeline.from_pretrained("tiny", keep="nothing")
     with monkeypatch.context() as patch:
-        patch.setattr("klein_mlx.parts.read_weights", fail)
+        patch.setattr("klein_mlx.runtime.parts.read_weights", fail)
         with pytest.raises(RequestError, match=r"the GPU gave up .*Insufficient Memory.*--keep nothing"):
             fresh(PROMPT)
     monkeypatch.setattr("klein_mlx.pipeline.decode", fail)

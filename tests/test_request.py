@@ -8,11 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from klein_mlx.arguments import Arguments
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.edits import check_edit
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.request import check
+from klein_mlx.request import Arguments, check
 
 
 def config(is_distilled: bool = True, **changes: Any) -> ModelConfig:

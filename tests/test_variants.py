@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from klein_convert.checkpoint import convert_checkpoint
 from klein_mlx import CheckpointError, KleinPipeline, RequestError
-from klein_mlx.checkpoint import load_part
-from klein_mlx.conditioning import all_ids, join_references
 from klein_mlx.config import VARIANTS, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, gated_notice
-from klein_mlx.convert import convert_checkpoint, open_model
-from klein_mlx.hub import download
-from klein_mlx.latents import latents_to_tokens
-from klein_mlx.residual import swiglu
-from klein_mlx.rope import Rope, rope_tables
-from klein_mlx.transformer import Modulation, Transformer
-from klein_mlx.velocity import Tables, velocity
+from klein_mlx.formats.open import open_model
+from klein_mlx.model.latents import all_ids, join_references, latents_to_tokens
+from klein_mlx.model.layers import swiglu
+from klein_mlx.model.rope import Rope, rope_tables
+from klein_mlx.model.transformer import Modulation, Transformer
+from klein_mlx.model.velocity import Tables, velocity
+from klein_mlx.weights.checkpoint import load_part
+from klein_mlx.weights.hub import download
 
 PROMPT = "a red circle"
 
@@ -244,7 +244,7 @@ def test_the_small_decoder_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, t
     """In diffusers' files, else in the single one."""
     import huggingface_hub
 
-    from klein_mlx.convert import SMALL_DECODER, find_vae
+    from klein_mlx.formats.open import SMALL_DECODER, find_vae
 
     asked: list[list[str]] = []
 

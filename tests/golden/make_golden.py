@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "tools"))
 
 import parity_reference as reference  # noqa: E402
 import random_models  # noqa: E402

@@ -14,15 +14,14 @@ from golden import cases
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from klein_mlx import latents as grids
-from klein_mlx import sampler
-from klein_mlx.checkpoint import load_part
-from klein_mlx.convert import open_model
-from klein_mlx.events import Picture, Step
+from klein_mlx.formats.open import open_model
+from klein_mlx.model import latents as grids
+from klein_mlx.model import sampler
+from klein_mlx.model.rope import rope_tables
+from klein_mlx.model.transformer import Transformer
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.rope import rope_tables
-from klein_mlx.tokenizer import Tokenizer
-from klein_mlx.transformer import Transformer
+from klein_mlx.runtime.run import Picture, Step
+from klein_mlx.weights.checkpoint import load_part, read_tokenizer
 
 Tensors = dict[str, np.ndarray]
 
@@ -48,7 +47,9 @@ class Port:
 
 def text(port: Port, prompts: tuple[str, ...], length: int) -> Tensors:
     """Token ids, mask, prompt_embeds and position ids of `prompts`, padded or cut to `length`."""
-    tokens = Tokenizer(port.source.tokenizer_file, port.source.config.text_encoder.vocab_size)(list(prompts), length)
+    tokens = read_tokenizer(port.source.tokenizer_file, port.source.config.text_encoder.vocab_size)(
+        list(prompts), length
+    )
     embeds = port.part("text_encoder")(tokens.input_ids, tokens.attention_mask)
     return {
         "input_ids": to_numpy(tokens.input_ids),

@@ -1,0 +1,1 @@
+"""Measuring, counting and predicting the cost of a picture."""

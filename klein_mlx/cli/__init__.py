@@ -1,0 +1,1 @@
+"""The command `klein-mlx`: what is typed and printed."""

@@ -1,0 +1,294 @@
+"""`klein-mlx bench`: how long each phase takes and how much memory, on this machine; or on a Mac, as predicted.
+
+A table for people on stdout, and one JSON object as its last line.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.cli.options import DEFAULT_MODEL, add_bit_arguments, asked_bits, refuse_group_size_alone
+from klein_mlx.errors import RequestError
+
+if TYPE_CHECKING:
+    from klein_mlx.bench.measure import Measured
+    from klein_mlx.bench.predict import PictureCost, Prediction
+    from klein_mlx.pipeline import KleinPipeline
+
+__all__ = ["add_arguments", "run"]
+
+MAX_RUNS = 1000
+PREDICTED_SIZES = {"4b": "4b", "base-4b": "4b", "9b": "9b", "base-9b": "9b", "9b-kv": "9b"}
+NOTE = (
+    "Predicted, not measured: counted kernels, FLOPs and bytes on a roofline, the share of the peak fitted to published"
+    " times of mflux, which has the same matmuls. Weights loaded; * the peak is not Apple's own figure."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `klein-mlx bench`."""
+    add = parser.add_argument
+    add("-m", "--model", help=f'a hub id, a folder, or "tiny" (default: {DEFAULT_MODEL})')
+    add("--size", metavar="WxH", help="in pixels, multiples of 16 (default: the model's, 1024x1024; 128x128 for tiny)")
+    add("--steps", type=int, help="denoising steps (default: the variant's)")
+    add("--runs", type=int, default=3, help="pictures that are measured, after one that is not (default: 3)")
+    add("--cold", action="store_true", help="load everything anew for every picture, and leave none out")
+    add("--prompt", default="a red fox in the snow", help="what to draw; a number is added, so that none is known yet")
+    add_bit_arguments(parser, "quantise the weights while loading")
+    add("--dtype", help="as in generate")
+    add("--keep", help="as in generate")
+    add("--offline", action="store_true", help="use only what is on disk")
+    add("-y", "--yes", action="store_true", help="download what is missing without asking")
+    add(
+        "--predict",
+        nargs="?",
+        const="all",
+        metavar="CHIP",
+        help='what a picture takes on "M3 Max", or on every chip from M1 to M5: predicted; nothing is run',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or predict, what the parsed options ask for. Returns the exit code; raises KleinError."""
+    if not 1 <= args.runs <= MAX_RUNS:
+        raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
+    refuse_group_size_alone(vars(args), vars(args))
+    if args.predict is not None:
+        return _predict(args)
+    return _measure(args, _import_seconds())
+
+
+def _import_seconds() -> float:
+    """What importing the pipeline takes, in a process that has nothing imported yet."""
+    code = "import time; start = time.perf_counter(); import klein_mlx.pipeline; print(time.perf_counter() - start)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _size(args: argparse.Namespace, default: int) -> tuple[int, int]:
+    """(width, height) of --size."""
+    if args.size is None:
+        return default, default
+    width, _, height = args.size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(args.size) < 16):
+        raise RequestError(f"--size is {args.size!r}; it must be WIDTHxHEIGHT in pixels, as 1024x1024")
+    return int(width), int(height)
+
+
+# Measuring
+
+
+def _measure(args: argparse.Namespace, import_seconds: float) -> int:
+    from klein_mlx.bench.measure import Bench
+    from klein_mlx.cli.download import obtain
+    from klein_mlx.pipeline import KleinPipeline
+
+    model = obtain(args.model or DEFAULT_MODEL, offline=args.offline, yes=args.yes)
+    own = {"quantize": asked_bits(args), "dtype": args.dtype, "keep": args.keep, "local_files_only": args.offline}
+    bench = Bench(lambda: KleinPipeline.from_pretrained(model, **own), args.prompt, args.steps, args.cold)
+    width, height = _size(args, bench.pipe.config.default_size)
+    runs = []
+    for number in range(1 if args.cold else 0, args.runs + 1):
+        _progress(f"picture {number} of {args.runs}" if number else "warming up")
+        runs.append(bench.picture(width, height, number))
+    if not args.cold:
+        del runs[0]
+    report = _report(args, bench.pipe, runs, (width, height))
+    report["seconds"] = {"import": _spread([import_seconds]), **report["seconds"]}
+    print(_measured_table(report))
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "min": round(min(values), 4),
+        "median": round(statistics.median(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def _report(
+    args: argparse.Namespace, pipe: "KleinPipeline", runs: "list[Measured]", size: tuple[int, int]
+) -> dict[str, Any]:
+    """Everything that was measured, as plain JSON values."""
+    from importlib.metadata import version
+
+    from klein_mlx.bench.measure import device_name, limit
+    from klein_mlx.bench.predict import picture_cost
+    from klein_mlx.paths import version as own_version
+
+    config, steps = pipe.config, runs[0].steps
+    phases = list(runs[0].seconds)
+    seconds = {phase: _spread([r.seconds.get(phase, 0.0) for r in runs]) for phase in phases}
+    totals = [sum(r.seconds.values()) for r in runs]
+    quantization = {**pipe.source.quantization, **pipe.parts.quantization}
+    passes = 2 if config.variant.guidance > 1 else 1
+    cost = picture_cost(config, *size, steps, pipe.dtype, quantization, passes)
+    flops = {"encode": cost.encode.flops, "step": cost.step.flops, "decode": cost.decode.flops}
+    step = statistics.median(t for r in runs for name, t in r.seconds.items() if name.startswith("step "))
+    times = {"step": step, **{name: seconds[name]["median"] for name in ("encode", "decode") if name in seconds}}
+    achieved = {name: round(flops[name] / times[name] / 1e12, 4) for name in times if times[name] > 0}
+    reached, where = limit(pipe.dtype)
+    side = config.pixels_per_token
+    return {
+        "predicted": False,
+        "model": str(args.model or DEFAULT_MODEL),
+        "variant": config.variant.name,
+        "bits": {part: own.bits for part, own in quantization.items()},
+        "dtype": str(pipe.dtype).removeprefix("mlx.core."),
+        "keep": pipe.parts.keep,
+        "device": device_name(),
+        "versions": {"klein_mlx": own_version(), "mlx": version("mlx")},
+        "mode": "cold" if args.cold else "warm",
+        "runs": len(runs),
+        "width": size[0],
+        "height": size[1],
+        "steps": steps,
+        "tokens": {"text": config.max_sequence_length, "image": size[0] // side * (size[1] // side)},
+        "seconds": {**seconds, "total": _spread(totals)},
+        "cpu_seconds": round(min(r.cpu for r in runs), 3),
+        "peak_memory": {phase: max(r.memory.get(phase, 0) for r in runs) for phase in phases},
+        "peak_rss": {phase: max(r.rss.get(phase, 0) for r in runs) for phase in phases},
+        "pictures_per_minute": round(60 / statistics.median(totals), 3),
+        "tflop": {name: round(value / 1e12, 4) for name, value in flops.items()},
+        "tflops": achieved,
+        "limit": {"tflops": round(reached, 4), "source": where},
+        "share_of_limit": {name: round(value / reached, 4) for name, value in achieved.items()},
+    }
+
+
+def _measured_table(report: dict[str, Any]) -> str:
+    """The report, for a person."""
+    bits = _bits(report["bits"])
+    lines = [
+        f"{report['model']} ({report['variant']}, {bits}), {report['width']} x {report['height']}, "
+        f"{report['steps']} steps, {report['dtype']}, keep {report['keep']}",
+        f"{report['device']}, mlx {report['versions']['mlx']}; {report['runs']} {report['mode']} pictures, "
+        f"{report['tokens']['text']} text and {report['tokens']['image']} image tokens",
+        "",
+        f"{'phase':<12}{'median s':>10}{'min':>10}{'max':>10}{'MLX peak':>12}{'RSS peak':>12}",
+    ]
+    for phase, spread in report["seconds"].items():
+        peaks = [_memory(report[name].get(phase)) for name in ("peak_memory", "peak_rss")]
+        times = "".join(f"{spread[name]:>10.3f}" for name in ("median", "min", "max"))
+        lines.append(f"{phase:<12}{times}{peaks[0]:>12}{peaks[1]:>12}")
+    lines += ["", f"{report['pictures_per_minute']:.2f} pictures per minute"]
+    for name, value in report["tflops"].items():
+        share = report["share_of_limit"][name]
+        lines.append(f"{name:<12}{report['tflop'][name]:>10.4f} TFLOP at {value:.3f} TFLOPS, {share:.0%} of the limit")
+    lines.append(f"the limit    {report['limit']['tflops']:.3f} TFLOPS: {report['limit']['source']}")
+    return "\n".join(lines)
+
+
+def _bits(bits: dict[str, int]) -> str:
+    """As "4-bit"; a part whose bits differ is named."""
+    if len(set(bits.values())) <= 1:
+        return f"{next(iter(bits.values()))}-bit" if bits else "unquantised"
+    return ", ".join(f"{part.replace('_', ' ')} {number}-bit" for part, number in bits.items())
+
+
+def _memory(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+# Predicting
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from klein_mlx.bench.predict import CHIPS, named_chip, predict
+
+    chips = CHIPS if args.predict.lower() == "all" else (named_chip(args.predict),)
+    asked, cost, dtype = _predicted_cost(args)
+    rows = [predict(cost, chip, dtype) for chip in chips]
+    report = {
+        "predicted": True,
+        **asked,
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        "steps": cost.steps,
+        "tflop": {part: round(getattr(cost, part).flops / 1e12, 4) for part in ("encode", "step", "decode")},
+        "kernels": {part: getattr(cost, part).total for part in ("encode", "step", "decode")},
+        "traffic": {part: getattr(cost, part).traffic for part in ("encode", "step", "decode")},
+        "chips": {row.chip.name: _row(row) for row in rows},
+    }
+    print(_predicted_table(report, rows))
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureCost, Any]":
+    """(what is asked for, its cost, dtype); the model is one of the published sizes, or on disk."""
+    from types import SimpleNamespace
+
+    import mlx.core as mx
+
+    from klein_mlx.bench.predict import klein, picture_cost
+    from klein_mlx.config import VARIANTS
+    from klein_mlx.request import check
+    from klein_mlx.runtime.parts import compute_dtype
+    from klein_mlx.weights.bits import settle
+
+    dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
+    source: Any = None
+    known = {hub_id: v for v in VARIANTS for hub_id in (v.name, v.hub_id)}
+    variant = known.get(args.model or DEFAULT_MODEL)
+    if variant is not None:
+        config, steps, guidance = klein(PREDICTED_SIZES[variant.name]), variant.steps, variant.guidance
+        name = variant.name
+        source = SimpleNamespace(path=name, config=config, quantization={})  # all that is asked of a model's files
+    else:
+        from klein_mlx.formats.open import open_model
+
+        source = open_model(args.model, local_files_only=True)
+        config, steps, guidance = source.config, source.config.variant.steps, source.config.variant.guidance
+        name = config.variant.name
+    quantization = {**source.quantization, **settle(asked_bits(args), source)}
+    width, height = _size(args, config.default_size)
+    request = check(config, prompt="", width=width, height=height, num_inference_steps=args.steps or steps, seed=0)
+    passes = 2 if guidance > 1 else 1
+    cost = picture_cost(config, width, height, request.steps, dtype, quantization, passes)
+    bits = {part: own.bits for part, own in quantization.items()}
+    asked = {"model": name, "bits": bits, "width": width, "height": height}
+    return asked, cost, dtype
+
+
+def _row(row: "Prediction") -> dict[str, Any]:
+    names = ("encode", "step", "decode", "picture", "fastest", "slowest", "floor")
+    return {
+        **{name: round(getattr(row, name), 3) for name in names},
+        "pictures_per_minute": round(60 / row.picture, 3),
+        "cores": row.chip.cores,
+        "tflops": row.chip.tflops,
+        "bandwidth": row.chip.bandwidth,
+        "tflops_source": row.chip.source,
+        "tflops_estimated": row.chip.is_estimated,
+    }
+
+
+def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
+    bits = _bits(report["bits"])
+    lines = [
+        f"FLUX.2 [klein] {report['model']} ({bits}), {report['width']} x {report['height']}, {report['steps']} steps, "
+        f"{report['dtype']}",
+        NOTE,
+        "",
+        f"{'chip':<10}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}{'encode s':>10}{'step s':>8}{'decode s':>10}"
+        f"{'picture s':>11}{'range s':>15}{'at the peak':>13}{'a minute':>10}",
+    ]
+    for row in rows:
+        chip = row.chip
+        span = f"{row.fastest:.1f} - {row.slowest:.1f}"
+        tflops = f"{chip.tflops:.1f}{'*' if chip.is_estimated else ' '}"
+        lines.append(
+            f"{chip.name:<10}{chip.cores:>6}{tflops:>8}{chip.bandwidth:>6.0f}{row.encode:>10.2f}{row.step:>8.2f}"
+            f"{row.decode:>10.2f}{row.picture:>11.1f}{span:>15}{row.floor:>13.1f}{60 / row.picture:>10.2f}"
+        )
+    return "\n".join(lines)

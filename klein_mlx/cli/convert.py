@@ -1,0 +1,147 @@
+"""`klein-mlx convert SOURCE DESTINATION`: any model that can be read into a checkpoint of our own, or diffusers'."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from klein_mlx.cli.options import (
+    add_bit_arguments,
+    add_lora_arguments,
+    asked_bits,
+    asked_loras,
+    lora_options,
+    refuse_group_size_alone,
+)
+from klein_mlx.cli.terminal import has_bar
+from klein_mlx.config import PARTS
+from klein_mlx.errors import RequestError
+
+if TYPE_CHECKING:
+    from klein_mlx.weights.bits import Asked
+    from klein_mlx.weights.checkpoint import Source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `klein-mlx convert` takes."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
+    add("destination", metavar="DESTINATION", help="the folder to make; its parent must exist")
+    add_bit_arguments(parser, "quantise the weights (default: keep dtypes)")
+    add("--calibrate", action="store_true", help="choose the codes on a few pictures: closer, in minutes to an hour")
+    add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")
+    for part in PARTS:
+        option, name = part.replace("_", "-"), part.replace("_", " ")
+        add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
+    add_lora_arguments(parser, "merge a LoRA into the weights, SCALE times, before they are quantised")
+    add("--to", choices=("klein", "diffusers"), default="klein", help="the layout to write (default: our own)")
+    add("--verify", action="store_true", help="read what was written again and compare it with the source")
+    add("--dry-run", action="store_true", help="print what would be done, with sizes; write nothing")
+    add("--upload", metavar="REPO", help="upload the result to this repository of the Hub (owner/name)")
+    add("--force", action="store_true", help="replace a checkpoint that is there already")
+    add("--variant", metavar="NAME", help='"tiny" marks the embedded checkpoint; others are told from their sizes')
+    add("--revision", help="the source's revision on the hub")
+    add("--offline", action="store_true", help="use only what is on disk")
+    add("-y", "--yes", action="store_true", help="download what is missing without asking")
+    add("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert as the parsed arguments say; prints the destination. Returns the exit code; raises KleinError."""
+    from klein_convert.checkpoint import check_variant, convert_checkpoint, plan_conversion
+    from klein_convert.export import export_diffusers
+    from klein_convert.lora_merge import merge_loras
+    from klein_convert.publish import check_upload, upload
+    from klein_mlx.cli.download import obtain, obtain_vae
+    from klein_mlx.formats.open import find_vae, open_model
+
+    refuse_group_size_alone(vars(args), vars(args))
+    asked = asked_bits(args)  # before a download, which may take long
+    if args.to == "diffusers" and (asked or args.variant or args.verify or args.dry_run):
+        raise RequestError(
+            "--to diffusers writes whole weights; it takes no --quantize, --variant, --verify, --dry-run"
+        )
+    prompts = _prompts(args)
+    check_variant(args.variant)
+    if args.upload:
+        check_upload(args.upload, token=not args.dry_run)
+    parts = {part: getattr(args, part) for part in PARTS}
+    consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
+    if args.vae:
+        parts["vae"] = find_vae(obtain_vae(args.vae, **consent), local_files_only=args.offline)
+    needed = {part for part in PARTS if parts[part] is None}
+    model = obtain(args.source, revision=args.revision, parts=needed, **consent)
+    source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
+    source = merge_loras(source, asked_loras(args), **lora_options(args))
+    if args.dry_run:
+        print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
+        return 0
+    if prompts:
+        source = _calibrated(source, asked, prompts, args.quiet)
+        asked = None
+    odd: list[str] = []
+    with _progress(args.quiet) as show:
+        if args.to == "diffusers":
+            path = export_diffusers(source, args.destination, force=args.force, progress=show)
+        else:
+            options = {"quantize": asked, "force": args.force, "variant": args.variant, "verify": args.verify}
+            warn = lambda line: odd.append(f"warning: {line}")  # noqa: E731
+            path = convert_checkpoint(source, args.destination, **options, progress=show, warn=warn)
+    print(*odd, sep="\n", end="\n" * bool(odd), file=sys.stderr)
+    print(path)
+    if args.upload:
+        print(upload(path, args.upload))
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    """What to calibrate on; nothing if that is not asked for."""
+    if not args.calibrate:
+        if args.calibrate_prompts:
+            raise RequestError("--calibrate-prompts needs --calibrate")
+        return ()
+    if asked_bits(args) is None:
+        raise RequestError("--calibrate needs --quantize, as in --quantize mixed-4")
+    if args.calibrate_prompts is None:
+        from klein_convert.calibrate import PROMPTS
+
+        return PROMPTS
+    try:
+        lines = Path(args.calibrate_prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{args.calibrate_prompts}: cannot be read as text ({error})") from None
+    if not any(line.strip() for line in lines):
+        raise RequestError(f"{args.calibrate_prompts}: holds no prompt; it must have one a line")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _calibrated(source: "Source", asked: "Asked | None", prompts: Sequence[str], quiet: bool) -> "Source":
+    from tqdm import tqdm
+
+    from klein_convert.calibrate import calibrate
+    from klein_mlx.weights.bits import settle
+
+    layers = sum(len(settings.layers or ()) for settings in settle(asked, source).values())
+    with tqdm(
+        total=layers, desc="calibrating", unit="layer", leave=False, disable=quiet or not sys.stderr.isatty()
+    ) as bar:
+        return calibrate(source, asked, prompts=prompts, done=lambda path: (bar.update(), None)[1])
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr with bytes, rate and time left, where stderr is a terminal."""
+    if quiet or not has_bar(sys.stderr):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="converting", leave=False, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -1,0 +1,277 @@
+"""Before the first use of a model: what would be downloaded, a question, and one bar over all of its files.
+
+The command's side of `hub` and `fetch`: it prints and asks. What is whole on disk is used without a network call.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.cli.terminal import has_bar
+from klein_mlx.config import PARTS, VARIANTS
+from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.paths import cached_models, own_model, own_models, own_names
+from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
+
+if TYPE_CHECKING:
+    from klein_mlx.weights.hub import Plan
+
+
+_INTERVAL = 0.1  # seconds between two reports of progress
+
+
+_PATIENCE = 2.0  # seconds for a child that was told to end
+
+
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from klein_mlx.cli.download import serve; serve()"
+
+
+def fetch(plan: Plan, *, patterns: Sequence[str], show: Callable[[int], None]) -> Path:
+    """Bring what a plan lacks; `show` is called with the bytes that have come so far.
+
+    Returns the folder in the cache. Raises CheckpointError; KeyboardInterrupt passes through, once the child is gone.
+    Files that came whole stay in the cache, of the others nothing does.
+    """
+    request = {"hub_id": plan.hub_id, "revision": plan.revision, "patterns": list(patterns)}
+    command = [sys.executable, "-P", "-c", _CHILD, *sys.path]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    result: dict[str, Any] = {}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as child:
+        assert child.stdin
+        assert child.stdout
+        try:
+            child.stdin.write(json.dumps(request) + "\n")
+            child.stdin.flush()
+            for line in child.stdout:
+                result = json.loads(line)
+                if "done" in result:
+                    show(result["done"])
+        except BrokenPipeError:
+            pass  # the child is gone: its exit code is told below
+        finally:
+            _end(child)
+    if "folder" in result:
+        return Path(result["folder"])
+    raise CheckpointError(
+        result.get("error") or f"{plan.hub_id}: the download ended by itself (exit code {child.returncode}); try again"
+    )
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """Close its stdin, which tells it to end; kill it if it does not."""
+    assert child.stdin
+    try:
+        child.stdin.close()
+    except BrokenPipeError:
+        pass
+    try:
+        child.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
+
+def serve() -> None:
+    """Read a request from stdin, download, print what happens; the process ends here."""
+    request = json.loads(sys.stdin.readline())
+    started = _unfinished(request["hub_id"])
+    threading.Thread(target=_end_with_parent, args=(request["hub_id"], started), daemon=True).start()
+    try:
+        patterns, report = request["patterns"], _Report()
+        folder = download(request["hub_id"], revision=request["revision"], patterns=patterns, advance=report)
+        _tell({"folder": str(folder)})
+    except CheckpointError as error:
+        _tell({"error": str(error)})
+    sys.stdout.flush()
+    os._exit(0)  # no thread is waited for
+
+
+class _Report:
+    """Print the bytes that have come, not too often."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.last > _INTERVAL:
+            self.last = now
+            _tell({"done": done})
+
+
+def _tell(message: dict[str, Any]) -> None:
+    try:
+        print(json.dumps(message), flush=True)
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def _end_with_parent(hub_id: str, started: set[Path]) -> None:
+    """Wait until stdin ends; then delete what is unfinished and was not there at the start, and leave."""
+    while sys.stdin.read(1):
+        pass
+    for path in _unfinished(hub_id) - started:
+        path.unlink(missing_ok=True)
+    os._exit(1)
+
+
+def _unfinished(hub_id: str) -> set[Path]:
+    folder = cache_folder() / f"models--{hub_id.replace('/', '--')}" / "blobs"
+    return set(folder.glob("*.incomplete"))
+
+
+def obtain(
+    model: str,
+    *,
+    revision: str | None = None,
+    parts: Collection[str] = PARTS,
+    own: Mapping[str, str] | None = None,
+    offline: bool = False,
+    yes: bool = False,
+    quiet: bool = False,
+) -> str:
+    """See to it that a model is on disk, as far as it is on the Hub; returns what `open_model` is to be given.
+
+    parts: those whose weights are needed. own: short names of the user's; None: the config's. yes: do not ask.
+    quiet: print nothing, no bar.
+    Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
+    """
+    from klein_mlx.formats.open import hub_id_of, open_cached
+    from klein_mlx.weights.hub import wanted
+
+    name = model
+    if not os.path.lexists(model):
+        name = resolve(model, own_names() if own is None else own)
+        if folder := own_model(name):
+            return str(folder)
+    hub_id = hub_id_of(name)
+    if hub_id is None or offline:
+        return hub_id or name
+    try:
+        open_cached(hub_id, revision, needed=parts)
+    except CheckpointError:
+        bring(hub_id, wanted(parts), revision=revision, short=model, yes=yes, quiet=quiet)
+    return hub_id
+
+
+def obtain_vae(vae: str, *, offline: bool = False, yes: bool = False, quiet: bool = False) -> str:
+    """The same for a VAE from a repository of its own; anything else comes back as it is."""
+    from klein_mlx.formats.open import VAE_FILES, cached_vae, is_hub_vae
+
+    if is_hub_vae(vae) and not offline and cached_vae(vae) is None:
+        bring(vae, [name for names in VAE_FILES[:1] for name in names], short=vae, yes=yes, quiet=quiet)
+    return vae
+
+
+def bring(
+    hub_id: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    short: str | None = None,
+    yes: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Say what a download would bring, ask, and fetch it. short: what the user called the model."""
+    from klein_mlx.weights.hub import is_offline, plan_download
+
+    if is_offline():
+        raise CheckpointError(
+            f"{hub_id}: is not complete on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
+            "copy the model here from a machine that has it"
+        )
+    plan = plan_download(hub_id, revision=revision, patterns=patterns)
+    if not plan.missing:
+        return
+    plan.check_disk()
+    asked = sys.stdin.isatty() and sys.stderr.isatty()
+    if not yes and not asked:
+        raise RequestError(
+            f"{hub_id} is not on this machine: {_gb(plan.bytes)} from {_host()}; add --yes to download it, or first: "
+            f"klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
+        )
+    if not quiet or not yes:
+        print("\n".join(facts(plan)), file=sys.stderr)
+    if not yes and not _agreed("Download it? [Y/n] "):
+        raise RequestError(f"{hub_id} was not downloaded; nothing else was done")
+    with_bar(plan, quiet, lambda show: fetch(plan, patterns=patterns, show=show))
+
+
+def facts(plan: "Plan") -> list[str]:
+    """What a person wants to know before a download, a line each."""
+    total = sum(plan.sizes.values())
+    size = f"{_gb(plan.bytes)} in {len(plan.missing)} files"
+    if plan.bytes < total:
+        size += f"; {_gb(total - plan.bytes)} are here already"
+    row = next((row for row in VARIANTS if row.hub_id == plan.hub_id), None)
+    note = next((alias.note for alias in ALIASES.values() if alias.hub_id == plan.hub_id and row is None), None)
+    lines = [
+        f"{plan.hub_id} is not on this machine yet.",
+        f"  from     {_host()}/{plan.hub_id}{f' ({note})' if note else ''}",
+        f"  size     {size}",
+        f"  into     {plan.folder} ({_gb(plan.free)} free)",
+        f"  licence  {plan.licence or 'not stated'}{f' ({row.licence})' if row else ''}",
+    ]
+    if memory := _memory(plan):
+        lines.append(f"  memory   {memory}")
+    if here := _here():
+        lines.append(here)
+    return lines
+
+
+def _memory(plan: "Plan") -> str | None:
+    """What the weights will take, told from the parts' files, and what there is."""
+    sizes = {part: sum(size for name, size in plan.sizes.items() if name.startswith(part)) for part in PARTS}
+    told = ", ".join(f"{part.replace('_', ' ')} {_gb(size)}" for part, size in sizes.items() if size)
+    if not sizes["transformer"] or not sizes["text_encoder"]:
+        return None
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"up to {_gb(max(sizes.values()))} of weights at a time ({told}), of {_gb(here)} here; -q 4 takes a third"
+
+
+def _here() -> str | None:
+    """Other models that are on this machine already, and whole."""
+    from klein_mlx.formats.open import open_cached, open_model
+
+    names = []
+    for name in (*own_models(), *cached_models()):
+        with suppress(CheckpointError):
+            (open_model(name) if isinstance(name, Path) else open_cached(name)).files()
+            names.append(name.name if isinstance(name, Path) else name)
+    return f"  or take  --model {' or --model '.join(names[:3])}: on this machine already" if names else None
+
+
+def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], object]) -> None:
+    """Run `work` with a function that shows the bytes that have come, as one bar over all files."""
+    from tqdm import tqdm
+
+    options = {"unit": "B", "unit_scale": True, "desc": plan.hub_id.split("/")[-1], "leave": False}
+    hidden = quiet or not has_bar(sys.stderr)
+    with tqdm(total=plan.bytes, file=sys.stderr, disable=hidden, dynamic_ncols=True, **options) as bar:
+
+        def show(done: int) -> None:
+            bar.update(min(done, plan.bytes) - bar.n)
+
+        work(show)
+
+
+def _agreed(question: str) -> bool:
+    print(question, end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    return bool(answer) and answer.strip().lower() in ("", "y", "yes")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _host() -> str:
+    from klein_mlx.weights.hub import endpoint
+
+    return endpoint()

@@ -1,0 +1,26 @@
+"""`klein-mlx lora info LORA`: what a LoRA file is, before it is put on a model."""
+
+import argparse
+import json
+
+from klein_mlx.cli.options import add_lora_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `klein-mlx lora` takes."""
+    add = parser.add_argument
+    add("action", choices=("info",), metavar="info", help="what the file is: model, layout, rank, words, licence")
+    add("lora", help="a file, a name in the LoRA folder, or a hub id")
+    add_lora_folder(parser)
+    add("--offline", action="store_true", help="use only what is on disk")
+    add("--json", action="store_true", help="as a JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what a LoRA is. Returns the exit code; raises KleinError."""
+    from klein_mlx.formats.describe import describe_lora, format_lora
+    from klein_mlx.formats.lora_find import find_lora
+
+    found = describe_lora(find_lora(args.lora, folder=args.lora_folder, local_files_only=args.offline))
+    print(json.dumps(found) if args.json else format_lora(found))
+    return 0

@@ -1,0 +1,240 @@
+"""The command `klein-mlx`: which subcommand, its exit code, and every error as one line.
+
+`generate` is the subcommand when none is named. Results (paths, JSON) go to stdout, everything else to stderr. Exit
+codes: 0 done, 1 a bug, 2 what was asked cannot be done, 130 interrupted. Nothing heavy is imported before the arguments
+are known to be good.
+"""
+
+import errno
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
+from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
+
+
+class Command(NamedTuple):
+    """A subcommand. module: has `add_arguments(parser)` and `run(args) -> exit code`; loaded when it is asked for."""
+
+    help: str
+    module: str
+    epilog: str | None = None
+
+
+CONVERT_EXAMPLES = """examples:
+  klein-mlx convert black-forest-labs/FLUX.2-klein-4B klein-4bit --quantize 4 --verify
+  klein-mlx convert FOLDER DESTINATION --transformer flux-2-klein-4b.gguf --dry-run
+  klein-mlx convert klein-4bit klein-diffusers --to diffusers
+"""
+BENCH_EXAMPLES = """examples:
+  klein-mlx bench --model tiny
+  klein-mlx bench --model klein-4bit --size 512x512 --cold
+  klein-mlx bench --predict "M3 Max" --quantize 4
+"""
+AGAIN_EXAMPLES = """examples:
+  klein-mlx again fox.png -o same.png
+  klein-mlx again fox.png --seed 8 --steps 8
+  klein-mlx again autumn.png -i fox.png --prompt "make it winter"
+"""
+SHOW_EXAMPLES = """examples:
+  klein-mlx show fox.png
+  klein-mlx show *.png --json
+"""
+INFO_EXAMPLES = """examples:
+  klein-mlx info tiny
+  klein-mlx info klein-4bit --verify
+  klein-mlx info flux-2-klein-4b-Q4_K_M.gguf --json
+"""
+LORA_EXAMPLES = """examples:
+  klein-mlx lora info style.safetensors
+  klein-mlx generate "a red fox" --lora style.safetensors:0.8
+  klein-mlx convert black-forest-labs/FLUX.2-klein-4B merged --lora style.safetensors
+"""
+MODELS_EXAMPLES = """examples:
+  klein-mlx models
+  klein-mlx models pull 4b-q4
+  klein-mlx models rm black-forest-labs/FLUX.2-klein-4B
+  klein-mlx info "$(klein-mlx models path 4b)"
+"""
+COMPLETION_EXAMPLES = """examples:
+  klein-mlx completion zsh > ~/.zsh/completions/_klein-mlx     (a folder of $fpath)
+  source <(klein-mlx completion bash)
+  klein-mlx completion fish > ~/.config/fish/completions/klein-mlx.fish
+"""
+
+COMMANDS = {
+    "generate": Command("make a picture from a prompt", "klein_mlx.cli.generate", GENERATE_EXAMPLES),
+    "again": Command("make a picture again from its recipe, with changes", "klein_mlx.cli.again", AGAIN_EXAMPLES),
+    "show": Command("how a picture was made, as its file says", "klein_mlx.cli.show", SHOW_EXAMPLES),
+    "models": Command("which models are on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
+    "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
+    "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
+    "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
+    "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),
+    "completion": Command(
+        "a script that completes options in a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES
+    ),
+}
+
+
+HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture; as klein-mlx generate
+       klein-mlx [OPTIONS]              a session: prompt after prompt
+       klein-mlx COMMAND [OPTIONS]      or --help
+
+FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.
+
+commands:
+{commands}
+
+examples:
+  klein-mlx "a red fox in the snow"
+  klein-mlx "make it autumn" -i fox.png -o autumn.png
+  klein-mlx "a red circle left of a blue square" --model tiny -o out.png
+  klein-mlx models pull 4b-q4
+  klein-mlx info tiny
+
+options:
+  -h, --help   this text
+  --version    the version
+"""
+
+
+def top_help() -> str:
+    """What `klein-mlx --help` prints: every command with a line of its own; it loads none of them."""
+    width = max(map(len, COMMANDS))
+    return HELP.format(commands="\n".join(f"  {name:<{width}}  {row.help}" for name, row in COMMANDS.items()))
+
+
+def command_parser(name: str) -> Parser:
+    """A subcommand's parser, with its options; its module is loaded."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"klein-mlx {name}", description=f"{command.help}.", epilog=command.epilog)
+    importlib.import_module(command.module).add_arguments(parser)
+    return parser
+
+
+def choose(given: Sequence[str]) -> tuple[str, list[str]]:
+    """The subcommand that these words ask for, and the words that are its own.
+
+    A first word that is no subcommand begins a prompt, and so does an option. Raises RequestError for a single bare
+    word that is nearly a subcommand: it is a slip more often than a prompt, and must not begin a download.
+    """
+    first = given[0] if given else ""
+    if first in COMMANDS:
+        return first, list(given[1:])
+    if first and not first.startswith("-"):
+        refuse_slip(first)
+    return "generate", list(given)
+
+
+def refuse_slip(prompt: str) -> None:
+    """RequestError for a prompt that is a subcommand, or one word that is nearly one."""
+    if prompt in COMMANDS:
+        raise RequestError(f"options come after the command: klein-mlx {prompt} ... (or klein-mlx generate {prompt})")
+    near = nearest(prompt.lower(), COMMANDS) if prompt.isascii() and prompt.isalpha() else None
+    if near:
+        raise RequestError(
+            f"{prompt!r} is no command; did you mean: klein-mlx {near}? (for a picture: klein-mlx generate {prompt})"
+        )
+
+
+def _run(given: Sequence[str]) -> int:
+    if given and given[0] in ("-h", "--help", "help"):
+        if len(given) == 2 and given[1] in COMMANDS:
+            given = (given[1], "--help")
+        else:
+            print(top_help(), end="")
+            return 0
+    if given and given[0] == "--version":
+        from klein_mlx.paths import version
+
+        print(f"klein-mlx {version()}")
+        return 0
+    name, words = choose(given)
+    args = command_parser(name).parse_args(words)
+    if name == "generate" and given[:1] != ["generate"]:
+        if args.prompt:
+            refuse_slip(args.prompt)
+        elif getattr(args, "prompt_file", None) is None and sys.stdin.isatty() and sys.stdout.isatty():
+            from klein_mlx.cli import repl
+
+            return repl.run(args)
+    return importlib.import_module(COMMANDS[name].module).run(args)
+
+
+def ready_streams() -> None:
+    """Let printing never fail for its words: not where stdout or stderr is closed, nor where it knows ASCII only."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _stopped_gently(stopped: list[int]) -> Iterator[None]:
+    """Let what asks a process to end (kill, a closed terminal) do what Ctrl-C does; its number is put in `stopped`."""
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        raise Stopped
+
+    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.getsignal(number) for number in numbers}
+    numbers = [number for number in numbers if before[number] is signal.SIG_DFL]  # nohup's own choice stays
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    stopped: list[int] = []
+    with _stopped_gently(stopped):
+        code = _main(argv)
+    return 128 + stopped[0] if stopped else code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    ready_streams()
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except KleinError as error:
+        print(f"error: {in_options(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        if not (error.name or "").startswith("mlx"):
+            raise
+        needs = "klein-mlx needs a Mac with Apple silicon, macOS 14 and a native Python, or Linux"
+        print(f"error: MLX cannot be loaded here ({' '.join(str(error).split())}); {needs}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of stdout is gone; point stdout elsewhere so that Python does not complain while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ends
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""`klein-mlx models`: which models are on disk, their sizes and last use; fetch one, delete one, print its path."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.paths import models_folder, own_model, own_models, own_names
+from klein_mlx.weights.hub import ALIASES, resolve, suggestion
+
+if TYPE_CHECKING:
+    from klein_mlx.weights.checkpoint import Source
+
+ACTIONS = ("list", "pull", "rm", "path")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `klein-mlx models` takes."""
+    add = parser.add_argument
+    add("action", nargs="?", choices=ACTIONS, default="list", help="list (the default), pull, rm or path")
+    add("name", nargs="*", metavar="MODEL", help="a hub id, a short name, or a folder of your own models")
+    add("--revision", help="of pull: the model's revision on the hub")
+    add("-y", "--yes", action="store_true", help="of rm: delete without asking")
+    add("--json", action="store_true", help="one JSON object a line on stdout")
+    add("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is asked of the models. Returns the exit code; raises KleinError."""
+    if args.action == "list":
+        if args.name:
+            raise RequestError(f"list takes no model; for one of them: klein-mlx info {args.name[0]}")
+        _list(args)
+        return 0
+    if not args.name:
+        raise RequestError(f"{args.action} needs a model; for example: klein-mlx models {args.action} 4b")
+    act = {"pull": _pull, "rm": _remove, "path": _path}[args.action]
+    for name in args.name:
+        report = act(args, name)
+        print(json.dumps(report) if args.json else report.get("path", ""), flush=True)
+    return 0
+
+
+# ---- what is on disk ----
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A model on disk. where: "hub", "folder" or "package". bits: of its quantised parts. last_used: seconds since
+    1970 as the file system tells it. whole: every file that is needed is there."""
+
+    name: str
+    where: str
+    path: str
+    bytes: int
+    variant: str | None
+    bits: list[int]
+    last_used: float | None
+    whole: bool
+
+
+def on_disk() -> list[OnDisk]:
+    """The embedded checkpoint, one's own models, and klein models of the Hub's cache, in this order."""
+    from klein_mlx.formats.open import open_model
+
+    tiny = open_model("tiny")
+    found = [_entry("tiny", "package", tiny.path, tiny, None)]
+    for folder in own_models():
+        found.append(_entry(folder.name, "folder", folder, _opened(folder), None))
+    known = {alias.hub_id for alias in ALIASES.values()}
+    for repo in sorted(_scanned(), key=lambda repo: repo.repo_id):
+        for revision in sorted(repo.revisions, key=lambda revision: -revision.last_modified)[:1]:
+            source = _opened(revision.snapshot_path)
+            if source or repo.repo_id in known:
+                used = max(repo.last_accessed, repo.last_modified)
+                found.append(_entry(repo.repo_id, "hub", revision.snapshot_path, source, used, repo.size_on_disk))
+    return found
+
+
+def _scanned() -> list[Any]:
+    """The Hub's cache, if there is one."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+    except (CacheNotFound, OSError, ValueError):
+        return []
+
+
+def _opened(folder: Path) -> "Source | None":
+    """As a whole model, or None."""
+    from klein_mlx.formats.open import open_model
+
+    try:
+        source = open_model(folder)
+        source.files()
+        return source
+    except CheckpointError:
+        return None
+
+
+def _entry(
+    name: str, where: str, path: Path, source: "Source | None", used: float | None, size: int | None = None
+) -> OnDisk:
+    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    bits = sorted({bits for q in source.quantization.values() for bits in _bits(q)}) if source else []
+    return OnDisk(
+        name,
+        where,
+        str(path),
+        size if size is not None else sum(file.st_size for file in files),
+        source.config.variant.name if source else None,
+        bits,
+        used or max((max(file.st_atime, file.st_mtime) for file in files), default=None),
+        source is not None,
+    )
+
+
+def _bits(quantization: Any) -> set[int]:
+    layers = quantization.layers
+    return {own.bits for own in layers.values()} if layers else {quantization.bits}
+
+
+def _list(args: argparse.Namespace) -> None:
+    found = on_disk()
+    if args.json:
+        for model in found:
+            print(json.dumps(asdict(model)))
+        return
+    short = {alias.hub_id: name for name, alias in ALIASES.items()}
+    rows = [("NAME", "SHORT", "VARIANT", "BITS", "SIZE", "LAST USE")]
+    for model in found:
+        bits = "+".join(map(str, model.bits)) or ("-" if model.whole else "?")
+        told = model.variant or "incomplete"
+        used = "-" if model.where == "package" or not model.last_used else _ago(time.time() - model.last_used)
+        rows.append((model.name, short.get(model.name, "-"), told, bits, _size(model.bytes), used))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    here = {model.name for model in found}
+    others = [f"{name} ({alias.hub_id})" for name, alias in ALIASES.items() if alias.hub_id not in here]
+    if others and not args.quiet:
+        print("to be had with klein-mlx models pull:", file=sys.stderr)
+        print("\n".join(f"  {other}" for other in others), file=sys.stderr)
+        print(f"your own models, by name: the folders in {models_folder()}", file=sys.stderr)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+# ---- one of them ----
+
+
+def _hub_id(name: str) -> str:
+    from klein_mlx.formats.open import hub_id_of
+
+    if name == "tiny":
+        raise RequestError("tiny is a part of this installation; it is here already")
+    own = own_names()
+    hub_id = hub_id_of(resolve(name, own))
+    if hub_id is None:
+        hint = suggestion(name, own) or "; it must be owner/name or a short name"
+        raise RequestError(f"{name!r} is no model of the Hub{hint}")
+    return hub_id
+
+
+def _pull(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    from klein_mlx.cli.download import bring
+    from klein_mlx.formats.open import open_cached
+    from klein_mlx.weights.hub import wanted
+
+    hub_id = _hub_id(name)
+    try:
+        source = open_cached(hub_id, args.revision)
+    except CheckpointError:
+        bring(hub_id, wanted(), revision=args.revision, short=name, yes=True, quiet=args.quiet)
+        source = open_cached(hub_id, args.revision)
+    return {"name": hub_id, "path": str(source.path)}
+
+
+def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Where a model is; CheckpointError if it is not on disk, or not whole."""
+    from klein_mlx.formats.open import open_cached, open_model
+
+    name = own_names().get(name, name)
+    folder = own_model(name)
+    if folder or name == "tiny" or os.path.isdir(name):
+        source = open_model(folder or name)
+    else:
+        hub_id = _hub_id(name)
+        try:
+            source = open_cached(hub_id, args.revision)
+        except CheckpointError:
+            raise CheckpointError(f"{hub_id} is not whole on this machine: klein-mlx models pull {name}") from None
+    return {"name": resolve(name), "path": str(source.path)}
+
+
+def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Delete a model, after a question."""
+    if name == "tiny":
+        raise RequestError("tiny is a part of this installation; it stays")
+    folder = own_model(name)
+    if folder is None:
+        return _remove_cached(args, _hub_id(name))
+    if folder.is_symlink():
+        raise RequestError(f"{folder} is a link; delete it yourself, what it points to is not among your models")
+    if not any((folder / file).exists() for file in ("klein.json", "model_index.json", "transformer")):
+        raise RequestError(f"{folder} is no model; delete it yourself")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    _ask(args, name, size, folder)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be deleted: {error.strerror}") from None
+    return {"name": name, "path": str(folder), "freed": size}
+
+
+def _remove_cached(args: argparse.Namespace, hub_id: str) -> dict[str, Any]:
+    from huggingface_hub import constants, scan_cache_dir
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    if not folder.is_dir():
+        raise RequestError(f"{hub_id} is not on this machine; klein-mlx models lists what is")
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    size = sum(file.stat().st_size for file in files)
+    _ask(args, hub_id, size, folder)
+    try:
+        cache = scan_cache_dir()
+        commits = [r.commit_hash for repo in cache.repos if repo.repo_path == folder for r in repo.revisions]
+        if commits:
+            cache.delete_revisions(*commits).execute()
+        if folder.is_dir():  # pieces of a download alone: no revision of the cache
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be deleted: {error.strerror}") from None
+    return {"name": hub_id, "path": str(folder), "freed": size}
+
+
+def _ask(args: argparse.Namespace, name: str, size: int, folder: Path) -> None:
+    """RequestError unless the user agrees."""
+    if args.yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise RequestError(f"{name} ({_size(size)} in {folder}) is not deleted without a question; add --yes")
+    print(f"Delete {name}, {_size(size)} in {folder}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RequestError(f"{name} was not deleted")

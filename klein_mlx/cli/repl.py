@@ -1,0 +1,300 @@
+"""`klein-mlx` alone in a terminal: a session with the model kept in memory; a line is a prompt or a command."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klein_mlx.cli.options import in_options
+from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from klein_mlx.pipeline import KleinPipeline
+
+PROMPT = "klein> "
+HISTORY = 1000  # lines that are kept
+WELCOME = "{model}. A line is a prompt; !help lists the rest; Ctrl-C cancels a picture, Ctrl-D ends."
+HELP = """a prompt makes a picture; its number and file are told
+  512x768 a lighthouse     its size first
+  $ make it autumn         changes the last picture; $2 the second; several are several references; $$ is a dollar sign
+  !seed 7                  the seed of all that follows; !seed random
+  !size 768x1024           the size of all that follows; !size 16:9, !size 2mp; !size default
+  !steps 8                 denoising steps; !steps default
+  !show 2                  draws picture 2, or the last; !show on, !show off: draw each; !show steps: sketches too
+  !save fox.png            writes the last picture there too; !save fox.png $2 the second
+  !undo                    forgets the last picture (its file stays)
+  !help, !quit"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A line that asks for a picture. references: numbers of earlier pictures, from 1. size: width, height or None."""
+
+    prompt: str
+    references: list[int] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+
+
+def read_prompt(line: str, pictures: int) -> Asked:
+    """A prompt's line taken apart. pictures: how many there are to refer to. Raises RequestError for any other $N."""
+    size, text = None, line.strip()
+    if found := re.match(r"(\d{2,5})x(\d{2,5})\s+(?=\S)", text):
+        size, text = (int(found[1]), int(found[2])), text[found.end() :]
+    references: list[int] = []
+
+    def refer(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        references.append(_number(found[1], pictures))
+        return " "
+
+    text = re.sub(r"\$\$|\$(\d*)(?!\w|[.,]\d)", refer, text)
+    text = " ".join(text.split())
+    if not text:
+        raise RequestError("there is no prompt in this line; for example: $ make it autumn")
+    return Asked(text, references, size)
+
+
+def _number(text: str, pictures: int) -> int:
+    """Which picture "2" or "$2" means; nothing means the last."""
+    text = text.removeprefix("$")
+    number = int(text) if text.isdecimal() else pictures if not text else 0
+    if not 1 <= number <= pictures:
+        there = f"there are $1 to ${pictures}" if pictures else "there are none yet"
+        raise RequestError(f"${text} is no picture of this session, {there}; $$ is a dollar sign")
+    return number
+
+
+@dataclass
+class Session:
+    """What a session remembers. say: prints a line for the user. settings: arguments of `stream` for every picture.
+
+    suffix: of the pictures' names. metadata: whether they hold their recipes.
+    """
+
+    pipe: "KleinPipeline"
+    settings: dict[str, Any]
+    say: Callable[[str], None]
+    show: bool = False
+    show_steps: bool = False
+    suffix: str = ".png"
+    metadata: bool = True
+    pictures: "list[tuple[Image.Image, Path]]" = field(default_factory=list)
+    recipes: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    def line(self, line: str) -> bool:
+        """Do what a line says; False if it ends the session. Raises KleinError, and KeyboardInterrupt for Ctrl-C."""
+        line = line.strip()
+        if not line:
+            return True
+        if not line.startswith("!"):
+            self.draw(read_prompt(line, len(self.pictures)))
+            return True
+        name, _, rest = line[1:].partition(" ")
+        if name in ("quit", "exit", "q"):
+            return False
+        commands = {
+            "help": self.help,
+            "seed": self.seed,
+            "size": self.size,
+            "steps": self.steps,
+            "show": self.shows,
+            "save": self.save,
+            "undo": self.undo,
+        }
+        if name not in commands:
+            near = nearest(name, [*commands, "quit"])
+            raise RequestError(f"!{name} is no command" + (f"; did you mean !{near}?" if near else "; see !help"))
+        commands[name](rest.strip())
+        return True
+
+    def draw(self, asked: Asked) -> None:
+        """Make a picture, save it under a new name, and show it."""
+        from klein_mlx.cli.naming import free_names
+        from klein_mlx.cli.progress import pictures
+        from klein_mlx.cli.terminal import keep_sketches, view_of
+        from klein_mlx.images.saving import save_image_free
+
+        settings = dict(self.settings)
+        if asked.references:
+            settings["image"] = [self.pictures[number - 1][0] for number in asked.references]
+        if asked.size:
+            settings["width"], settings["height"] = asked.size
+        if self.show_steps and self.pipe.sketcher is None:
+            keep_sketches(self.pipe)
+        run = self.pipe.stream(asked.prompt, **settings)
+        seeds = [seed for _, seed in run.request.pictures]
+        names = free_names(asked.prompt, seeds, self.suffix)
+        try:
+            images = pictures(run, quiet=False, view=view_of(self.show, self.show_steps))
+            for picture, path, seed in zip(images, names, seeds, strict=True):
+                recipe = picture.recipe if self.metadata else None
+                path = save_image_free(picture.image, path, recipe)
+                self.pictures.append((picture.image, path))
+                if recipe is not None:
+                    self.recipes[path] = recipe
+                self.say(f"${len(self.pictures)}  {path}  seed {seed}  {sum(run.seconds.values()):.1f} s")
+        finally:
+            run.close()
+
+    def help(self, rest: str) -> None:
+        self.say(HELP)
+
+    def seed(self, rest: str) -> None:
+        if rest in ("random", "default"):
+            self.settings["seed"] = None
+        elif rest:
+            self.settings["seed"] = _whole("!seed", rest)
+        self.say(f"seed {'random' if self.settings['seed'] is None else self.settings['seed']}")
+
+    def size(self, rest: str) -> None:
+        found = re.fullmatch(r"(\d{1,5})\s*[x ]\s*(\d{1,5})", rest)
+        if found:
+            self._try(width=int(found[1]), height=int(found[2]))
+        elif rest == "default":
+            self._try(width=None, height=None)
+        elif rest:
+            from klein_mlx.cli.options import parse_size
+
+            config = self.pipe.config
+            try:
+                width, height = parse_size(rest, config.pixels_per_token, config.default_size)
+            except RequestError as error:
+                raise RequestError(f"{str(error).replace('--size', '!size')}, or default") from None
+            self._try(width=width, height=height)
+        width, height = self.settings["width"], self.settings["height"]
+        self.say(f"size {f'{width}x{height}' if width else 'default'}")
+
+    def steps(self, rest: str) -> None:
+        if rest:
+            self._try(num_inference_steps=None if rest == "default" else _whole("!steps", rest))
+        self.say(f"steps {self.settings['num_inference_steps'] or 'default'}")
+
+    def _try(self, **settings: Any) -> None:
+        """Take settings over if a request could have them."""
+        from klein_mlx.request import check
+
+        check(self.pipe.config, prompt="x", **settings)
+        self.settings |= settings
+
+    def shows(self, rest: str) -> None:
+        from klein_mlx.cli.terminal import show
+
+        if rest in ("on", "off", "steps"):
+            self.show, self.show_steps = rest != "off", rest == "steps"
+            self.say(f"show {rest}")
+            return
+        image, path = self.pictures[_number(rest, len(self.pictures)) - 1]
+        if not show(image, sys.stdout):
+            self.say(f"this terminal shows no pictures that klein-mlx knows; it is in {path}")
+
+    def save(self, rest: str) -> None:
+        from klein_mlx.images.saving import save_image
+
+        path, _, number = rest.partition(" $")
+        if not path.strip():
+            raise RequestError("!save needs a name; for example: !save fox.png")
+        image, made = self.pictures[_number(number.strip(), len(self.pictures)) - 1]
+        save_image(image, Path(os.path.expanduser(path.strip())), recipe=self.recipes.get(made))
+        self.say(path.strip())
+
+    def undo(self, rest: str) -> None:
+        if not self.pictures:
+            raise RequestError("there is no picture to forget")
+        _, path = self.pictures.pop()
+        self.say(f"${len(self.pictures) + 1} is forgotten; {path} stays")
+
+
+def _whole(what: str, text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,30}", text):
+        raise RequestError(f"{what} is {text!r}; it must be a whole number, or default")
+    return int(text)
+
+
+# ---- the terminal ----
+
+
+def run(args: argparse.Namespace) -> int:
+    """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
+    from klein_mlx.cli.asked import call_arguments, open_pipeline
+    from klein_mlx.cli.progress import say
+    from klein_mlx.cli.settings import complete
+    from klein_mlx.cli.terminal import protocol
+
+    for name in ("output", "grid", "json", "enhance", "force"):
+        if getattr(args, name) is not None:
+            raise RequestError(f"--{name} needs a prompt; a session, which begins without one, does not take it")
+    if args.progress == "json":
+        raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
+    args = complete(args)
+    pipe = open_pipeline(args)
+    draws = not args.quiet and protocol(os.environ) is not None
+    suffix = f".{args.format or 'png'}"
+    steps = draws and args.show_steps
+    session = Session(pipe, call_arguments(args, pipe.config), say, draws, steps, suffix, not args.no_metadata)
+    if not args.quiet:
+        print(WELCOME.format(model=f"{pipe.config.variant.name}: {args.model}"))
+    with _history():
+        while True:
+            try:
+                line = input(PROMPT)
+            except EOFError:
+                print()
+                return 0
+            except Stopped:
+                raise
+            except KeyboardInterrupt:
+                print("\n(!quit or Ctrl-D ends the session)")
+                continue
+            try:
+                if not session.line(line):
+                    return 0
+            except Stopped:
+                raise
+            except KeyboardInterrupt:
+                print("\ncancelled")
+            except KleinError as error:
+                print(f"error: {in_options(error)}", file=sys.stderr)
+
+
+class _history:
+    """Arrow keys, and the lines of earlier sessions, where this Python has readline; the file is the user's alone."""
+
+    def __enter__(self) -> None:
+        from klein_mlx.paths import state_folder
+
+        self.path = None
+        try:
+            import readline
+        except ImportError:
+            return
+        folder = state_folder()
+        if folder is None:
+            return
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = folder / "history"
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            path.chmod(0o600)
+            readline.read_history_file(path)
+        except OSError:
+            return  # a session without a history
+        self.path = path
+
+    def __exit__(self, *error: Any) -> None:
+        if self.path is None:
+            return
+        import readline
+
+        readline.set_history_length(HISTORY)
+        try:
+            readline.write_history_file(self.path)
+            self.path.chmod(0o600)
+        except OSError:
+            pass

@@ -1,0 +1,1 @@
+"""Reading: what a file is, and every foreign layout as a Source; LoRA files."""

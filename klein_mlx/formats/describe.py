@@ -1,0 +1,240 @@
+"""What a model is, told from its configs and headers: nothing is evaluated, so it costs milliseconds at any size."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from klein_mlx.config import PARTS
+from klein_mlx.errors import CheckpointError
+from klein_mlx.formats.lora import LoraFile, open_lora
+from klein_mlx.formats.lora_base import tell_encoder
+from klein_mlx.formats.lora_factors import alpha_of
+from klein_mlx.formats.lora_metadata import told
+from klein_mlx.formats.part import PartFile
+from klein_mlx.weights.checkpoint import CONFIG_FILE, Checkpoint, Source
+from klein_mlx.weights.quantize import Quantization
+from klein_mlx.weights.safetensors import FLOATS, Weight, WeightFiles, digest_file, read_json
+
+
+def describe(source: Source | PartFile) -> dict[str, Any]:
+    """A model as plain JSON values: variant, defaults, origin, licence; and per part parameters, bytes, dtype, bits.
+
+    parameters: as before quantisation. dtype: of the floating weights. bits: of most quantised layers, else None;
+    quantization: in words. Only what is loaded counts: the encoder's layers above the last tap do not. Of a part
+    alone: what it is, in whose names, its sizes, and the variants that it fits.
+    """
+    if isinstance(source, PartFile):
+        return _describe_part(source)
+    config, variant = source.config, source.config.variant
+    parts = {part: _part(source.weights(part), source.quantization.get(part)) for part in PARTS}
+    return {
+        "variant": variant.name,
+        "path": str(source.path),
+        "format": source.info.get("format"),
+        "source": source.info.get("source", {}).get("name"),
+        "licence": source.info.get("licence", variant.licence),
+        "made_by": source.info.get("made_by"),
+        "is_distilled": config.is_distilled,
+        "steps": variant.steps,
+        "guidance": variant.guidance,
+        "default_size": config.default_size,
+        "max_sequence_length": config.max_sequence_length,
+        "taps": list(config.taps),
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+    }
+
+
+def _describe_part(file: PartFile) -> dict[str, Any]:
+    """A file's header holds all of this."""
+    floats = [name for name, entry in file.tensors.entries.items() if entry.dtype in FLOATS]
+    layers = file.quantized_layers
+    sizes = {name: math.prod(entry.shape) for name, entry in file.tensors.entries.items()}
+    parameters = sum(sizes[name] for name in floats if name.rpartition(".")[0] not in layers)
+    parameters += sum(sizes[f"{path}.weight"] // columns * width for path, (columns, width) in file.widths().items())
+    sources = {path.name: path.stat().st_size for path in file.tensors.files}
+    config = file.config.to_dict()
+    return {
+        "path": str(file.path),
+        "part": file.part,
+        "format": file.format,
+        "variants": file.variants,
+        "parameters": parameters,
+        "bytes": sum(sources.values()),
+        "dtype": " and ".join(sorted({file.tensors.entries[name].dtype for name in floats})),
+        "quantized_layers": len(layers),
+        "config": config,
+        "metadata": {key: value[:200] for key, value in file.tensors.metadata.items() if key != "format"},
+    }
+
+
+def _format_part(d: dict[str, Any]) -> str:
+    option = d["part"].replace("_", "-")
+    fits = f", of FLUX.2 [klein] {' or '.join(d['variants'])}" if d["variants"] else ""
+    lines = [
+        f"{d['part']} alone{fits}",
+        f"  path     {d['path']} ({d['format']})",
+        f"  holds    {_count(d['parameters'])} parameters, {_bytes(d['bytes'])}, {d['dtype']}"
+        + (f", {d['quantized_layers']} layers quantised by MLX" if d["quantized_layers"] else ""),
+        f"  use      --{option} {d['path']}, with a whole model for the rest",
+    ]
+    told = [f"  {key[:40]:<8} {value[:100]}" for key, value in d["metadata"].items() if value.isprintable()]
+    return "\n".join([*lines, *told[:8]])
+
+
+def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> dict[str, Any]:
+    parameters = 0
+    for name, array in weights.items():
+        path, _, kind = name.rpartition(".")
+        if f"{path}.scales" not in weights:
+            parameters += array.size
+        elif quantization and kind == "weight" and (own := (quantization.layers or {}).get(path, quantization)):
+            parameters += array.size * 32 // own.bits
+    dtypes = {str(a.dtype).removeprefix("mlx.core.") for a in weights.values() if mx.issubdtype(a.dtype, mx.floating)}
+    return {
+        "parameters": parameters,
+        "bytes": sum(array.nbytes for array in weights.values()),
+        "dtype": " and ".join(sorted(dtypes)),
+        "bits": quantization.bits if quantization else None,
+        "group_size": quantization.group_size if quantization else None,
+        "quantization": quantization.told() if quantization else None,
+    }
+
+
+def format_description(description: dict[str, Any]) -> str:
+    """What `describe` returned, as lines for a person."""
+    d = description
+    if "part" in d:
+        return _format_part(d)
+    kind = "distilled" if d["is_distilled"] else "not distilled"
+    lines = [
+        f"FLUX.2 [klein], variant {d['variant']} ({kind}): {d['steps']} steps, guidance {d['guidance']:g}",
+        f"  folder   {d['path']} ({d['format']} format)",
+        f"  source   {d['source'] or 'not stated'}",
+        f"  licence  {d['licence']}",
+        f"  default  {d['default_size']} x {d['default_size']} pixels, {d['max_sequence_length']} text positions, "
+        f"encoder layers {', '.join(str(tap) for tap in d['taps'])}",
+    ]
+    for name, part in (*d["parts"].items(), ("total", {**d, "dtype": "", "bits": None})):
+        weights = part["dtype"]
+        if part["bits"]:
+            weights = f"{part['quantization']}, the rest {weights}"
+        size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
+        lines.append(f"  {name:<12} {size}  {weights}".rstrip())
+    if "memory" in d:
+        m = d["memory"]
+        phases = ", ".join(f"{phase} {_gigabytes(count)}" for phase, count in m["phases"].items())
+        outlook = "fits" if m["fits"] else "does not fit"
+        lines.append(
+            f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
+            f"{outlook} in {_gigabytes(m['machine'])}"
+        )
+    if "verified" in d:
+        lines.append(f"  verified {len(d['verified'])} files have the sha256 that was recorded when they were written")
+    return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    return _scaled(number, (("", 1), (" k", 10**3), (" M", 10**6), (" B", 10**9)))
+
+
+def _bytes(number: int) -> str:
+    return _scaled(number, ((" B", 1), (" kB", 10**3), (" MB", 10**6), (" GB", 10**9)))
+
+
+def _gigabytes(number: int) -> str:
+    """For a person: 0.52 GB, 14.2 GB."""
+    return f"{number / 1e9:.3g} GB"
+
+
+def _scaled(number: int, units: tuple[tuple[str, int], ...]) -> str:
+    unit, size = max((u for u in units if number >= u[1]), key=lambda u: u[1], default=units[0])
+    return f"{number}{unit}" if size == 1 else f"{number / size:.2f}{unit}"
+
+
+def describe_lora(path: Path) -> dict[str, Any]:
+    """A LoRA as plain JSON values. Reads its header and the alphas, nothing else. Raises CheckpointError."""
+    file = open_lora(path)
+    places = file.places.values()
+    parts = Counter(place.part for place in places)
+    sizes = [math.prod(entry.shape) for entry in file.entries.values()]
+    found: dict[str, Any] = {
+        "path": str(path),
+        "sha256": digest_file(path),
+        "bytes": path.stat().st_size,
+        "parameters": sum(sizes),
+        "dtype": " and ".join(sorted({entry.dtype for entry in file.entries.values() if entry.shape})),
+        "base": file.base.words() if parts["transformer"] or file.homeless else None,
+        "text_encoder": tell_encoder(file.shapes("text_encoder")) if parts["text_encoder"] else None,
+        "layout": file.layout,
+        "kinds": list(file.kinds),
+        "ranks": {str(rank): count for rank, count in file.ranks.items()},
+        "alphas": _alphas(file),
+        "modules": dict(parts),
+        "unknown_keys": [*file.unknown, *(key for name in file.homeless for key in file.groups[name].values())],
+    }
+    return found | told(file.metadata)
+
+
+def _alphas(file: LoraFile) -> dict[str, int]:
+    """alpha -> of how many modules; "none" where nothing is stated, and the strength is 1."""
+    arrays: dict[str, mx.array] = {}
+    if any("alpha" in roles for roles in file.groups.values()):
+        arrays = WeightFiles(file.path, {file.path: dict(file.entries)}).arrays()
+    found: Counter[str] = Counter()
+    for name, place in file.places.items():
+        stated = file.strengths.of(place.part, place.name)
+        alpha = alpha_of(file.group(name, arrays)) if arrays else None
+        alpha = stated.alpha if alpha is None else alpha
+        found["none" if alpha is None else f"{alpha:g}{' by root' if stated.by_root else ''}"] += 1
+    return dict(found)
+
+
+def format_lora(d: dict[str, Any]) -> str:
+    """What `describe_lora` returned, as lines for a person."""
+    modules = ", ".join(f"{count} of the {part.replace('_', ' ')}" for part, count in d["modules"].items()) or "none"
+    ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in d["ranks"].items()) or "none"
+    alphas = ", ".join(f"{alpha} ({count} modules)" for alpha, count in d["alphas"].items()) or "none"
+    lines = [
+        f"{' and '.join(d['kinds'])} for {d['base'] or d['text_encoder'] or 'nothing that klein_mlx knows'}",
+        f"  path     {d['path']}, {d['bytes'] / 1e6:.2f} MB, {d['dtype']}",
+        f"  layout   {d['layout']}",
+        f"  rank     {ranks}",
+        f"  alpha    {alphas}",
+        f"  modules  {modules}",
+    ]
+    if d["text_encoder"] and d["base"]:
+        lines.append(f"  encoder  {d['text_encoder']}")
+    if d["unknown_keys"]:
+        lines.append(f"  unknown  {len(d['unknown_keys'])} keys, {d['unknown_keys'][0][:100]} ...")
+    lines.append(f"  licence  {d.get('licence', 'not stated')}")
+    lines.append(f"  trigger  {', '.join(d.get('trigger_words', ())) or 'not stated'}")
+    for name in ("title", "author", "trained_on", "description"):
+        if name in d:
+            lines.append(f"  {name.replace('_', ' '):<8} {d[name]}")
+    return "\n".join([*lines, f"  sha256   {d['sha256']}"])
+
+
+def verify(source: Source | PartFile) -> list[str]:
+    """Read every file of a checkpoint of ours, and compare. Returns the names that were compared.
+
+    Raises CheckpointError for a file that has changed, is missing from the record, or for a model without a record.
+    """
+    record = read_json(source.path / CONFIG_FILE).get("sha256") if isinstance(source, Checkpoint) else None
+    if not isinstance(source, Checkpoint) or not isinstance(record, dict) or not record:
+        raise CheckpointError(f"{source.path}: holds no record of its files; convert it to have one")
+    files = {path.name: path for path in source.files() if path.name != CONFIG_FILE}
+    if odd := sorted(files.keys() - record.keys()):
+        raise CheckpointError(f"{files[odd[0]]}: is not in the record of {CONFIG_FILE}; convert again")
+    for name in record:
+        path = source.path / str(name)
+        if path.name != name:
+            raise CheckpointError(f"{source.path / CONFIG_FILE}: records {name!r}; it must be a file beside it")
+        if digest_file(path) != record[name]:
+            raise CheckpointError(f"{path}: has changed since it was written; convert or download it again")
+    return sorted(record)

@@ -1,0 +1,139 @@
+"""A folder in diffusers' layout, read as a Source: mapped lazily, translated name by name, never executed.
+
+Reads model_index.json, the parts' config.json, their safetensors and tokenizer/tokenizer.json. diffusers itself is
+not needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from klein_mlx.config import PARTS, ModelConfig, default_taps
+from klein_mlx.errors import CheckpointError
+from klein_mlx.formats.layouts import their_shape, to_ours
+from klein_mlx.formats.names import SAME, diffusers_name, is_left_out
+from klein_mlx.weights.checkpoint import CONFIG_CLASSES, expected, model_config
+from klein_mlx.weights.quantize import Quantization
+from klein_mlx.weights.rows import ReadRows, file_rows
+from klein_mlx.weights.safetensors import WeightFiles, open_weights, read_json, require_file
+
+INDEX_FILE = "model_index.json"
+KV_PIPELINE = "Flux2KleinKVPipeline"  # 9b-kv's: nothing else in its files says that it keeps the references' keys
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+
+STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+# The field of a part's config.json that says what it is, and klein's value.
+_KINDS = {
+    "transformer": ("_class_name", "Flux2Transformer2DModel"),
+    "text_encoder": ("model_type", "qwen3"),
+    "vae": ("_class_name", "AutoencoderKLFlux2"),
+}
+# Settings that klein always has, and that are computed so whatever a file says: another value would be another model.
+_FIXED: dict[str, dict[str, Any]] = {
+    "transformer": {"patch_size": 1},
+    "text_encoder": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
+    "vae": {"act_fn": "silu", "patch_size": [2, 2]},
+}
+
+
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """What `Flux2KleinPipeline.save_pretrained` writes."""
+
+    path: Path
+    config: ModelConfig
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantization(self) -> Mapping[str, Quantization]:
+        return {}
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER_FILE
+
+    def weights(self, part: str) -> dict[str, mx.array]:
+        files, renames = self._open(part), self._renames(part)
+        arrays = files.arrays()
+        return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        theirs, layout, _ = self._renames(part)[name]
+        return file_rows(self._open(part), theirs) if layout == SAME else None
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        configs = [self.path / part / "config.json" for part in PARTS]
+        weights = [path for part in parts for path in self._open(part).shards]
+        return [self.path / INDEX_FILE, *configs, self.tokenizer_file, *weights]
+
+    def _renames(self, part: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Our name -> diffusers' name, its layout there, and its shape here."""
+        return {ours: (*diffusers_name(part, ours), shape) for ours, shape in expected(part, self.config).items()}
+
+    def _open(self, part: str) -> WeightFiles:
+        """The part's files, checked: what must be in them is, as it must be, and nothing else is."""
+        files = open_weights(self.path / part, STEMS[part])
+        shapes = {theirs: their_shape(layout, shape) for theirs, layout, shape in self._renames(part).values()}
+        files.check(shapes, left_out=lambda name: is_left_out(part, name, self.config))
+        return files
+
+
+def open_diffusers(folder: Path, name: str | None = None, revision: str | None = None) -> DiffusersFolder:
+    """Open a folder that has a model_index.json.
+
+    name, revision: where it comes from, for the record (a Hub id, a commit); the folder's own name by default.
+    model_index.json may also state `text_encoder_out_layers`, `max_sequence_length` and `default_size`, which
+    diffusers keeps as default arguments.
+    """
+    index = folder / INDEX_FILE
+    values = read_json(index)
+    parts = {part: _read_config(folder / part / "config.json", part) for part in PARTS}
+    if "text_encoder_out_layers" in values:
+        values["taps"] = values["text_encoder_out_layers"]
+    cached = values.get("_class_name") == KV_PIPELINE  # whose own default is a distilled model
+    defaults = {
+        "caches_references": cached,
+        "taps": default_taps(parts["text_encoder"].num_hidden_layers),
+        "max_sequence_length": 512,
+        "default_size": 1024,
+        "is_distilled": cached,
+    }
+    config = model_config(parts, values, where=index, defaults=defaults)
+    require_file(folder / TOKENIZER_FILE)
+    origin = {
+        "name": name or folder.resolve().name,
+        "format": "diffusers",
+        **({"revision": revision} if revision else {}),
+    }
+    info = {"format": "diffusers", "source": origin, "licence": config.variant.licence}
+    return DiffusersFolder(folder, config, info)
+
+
+def is_encoded(folder: Path, part: str) -> bool:
+    """Whether a part is quantised: by MLX, with its own names beside each weight, or as floats of few bits with scales.
+    What cannot be opened is not: it is told when it is needed.
+    """
+    try:
+        shards = open_weights(folder / part, STEMS[part]).shards.values()
+    except CheckpointError:
+        return False
+    stored = [(name, entry.dtype) for entries in shards for name, entry in entries.items()]
+    return any(name.endswith((".scales", ".weight_scale")) or dtype.startswith("F8") for name, dtype in stored)
+
+
+def _read_config(path: Path, part: str) -> Any:
+    """A part's config.json as a dataclass, once it has said that it is klein's kind of part."""
+    values = read_json(path)
+    name, right = _KINDS[part]
+    if values.get(name) != right:
+        raise CheckpointError(f"{path}: {name} is {values.get(name)!r}; FLUX.2 [klein] has {right!r}")
+    for name, right in _FIXED[part].items():
+        if values.get(name, right) != right:
+            raise CheckpointError(f"{path}: {name} is {values[name]!r}; FLUX.2 [klein] has {right!r}")
+    rope = values.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{path}: rope_type is {rope['rope_type']!r}; FLUX.2 [klein] has 'default'")
+    return CONFIG_CLASSES[part].from_dict(values, str(path))

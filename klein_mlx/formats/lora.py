@@ -1,0 +1,250 @@
+"""A LoRA file as a table of our modules: every layout that is out there, applied in full or refused with the reason.
+
+Every key is used, or it is an error that names the first one that is not. What the names mean is
+`klein_mlx.formats.lora_keys`' business, what the factors mean `lora_factors`', for which model `lora_base`'s.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+
+from klein_mlx.config import ModelConfig
+from klein_mlx.errors import CheckpointError
+from klein_mlx.formats.lora_base import Base, foreign_base, shapes_of, tell_base, tell_encoder
+from klein_mlx.formats.lora_factors import Group, check_group, make_changes, rank_of, weight_shape
+from klein_mlx.formats.lora_keys import Place, find_module, read_key, refused_kind
+from klein_mlx.formats.lora_metadata import Strengths, read_strengths
+from klein_mlx.formats.names import THIRDS, find_parts
+from klein_mlx.weights.lora import Change, Lora
+from klein_mlx.weights.safetensors import Entry, WeightFiles, digest_file, is_finite, read_header, read_metadata
+
+_PARTS = ("transformer", "text_encoder")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file, its header read: which of its tensors belong to which module. Nothing is evaluated.
+
+    groups: module's name in the file -> role -> tensor's name. unknown: keys that name no factor of anything.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    groups: Mapping[str, Mapping[str, str]]
+    places: Mapping[str, Place]
+    unknown: tuple[str, ...]
+
+    @cached_property
+    def homeless(self) -> tuple[str, ...]:
+        """Modules that are none of FLUX.2's, in the file's words."""
+        return tuple(name for name in self.groups if name not in self.places)
+
+    @cached_property
+    def strengths(self) -> Strengths:
+        return read_strengths(self.path, self.metadata)
+
+    def group(self, name: str, arrays: Mapping[str, mx.array] | None = None) -> Group:
+        roles = self.groups[name]
+        entries = {role: self.entries[key] for role, key in roles.items()}
+        return Group(str(self.path), name, entries, {r: arrays[key] for r, key in roles.items()} if arrays else {})
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Our module path -> the shape that this file's change has there; fused ones divided by three."""
+        found = {}
+        for name, place in self.places.items():
+            shape = weight_shape(self.group(name)) if place.part == part else None
+            for target in place.targets if shape else ():
+                assert shape is not None
+                found[target.path] = (shape[0] // 3, *shape[1:]) if target.layout in THIRDS else shape
+        return found
+
+    @cached_property
+    def base(self) -> Base:
+        foreign = foreign_base(self.homeless)
+        if foreign:
+            return Base(foreign, None)
+        return tell_base(self.shapes("transformer"))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """LoRA, LoHa, LoKr, full difference; with DoRA where there are magnitudes."""
+        roles = {role for group in self.groups.values() for role in group}
+        marks = (("LoRA", "down"), ("LoRA of an embedding", "embedding_down"), ("LoHa", "hada_w1_a"))
+        found = [word for word, mark in marks if mark in roles]
+        found += ["LoKr"] if {"lokr_w1", "lokr_w1_a"} & roles else []
+        found += ["full difference"] if {"diff", "diff_b"} & roles else []
+        return (*found, "DoRA") if "magnitude" in roles else tuple(found)
+
+    @property
+    def layout(self) -> str:
+        """Whose names, in words."""
+        if not self.places:
+            return "unknown names"
+        ordered = sorted(self.places.items(), key=lambda item: item[1].part != _PARTS[0])
+        name, place = ordered[0]
+        dialects = " and ".join(dict.fromkeys(place.dialect for _, place in ordered))
+        flat = all("." not in other.name for other in self.places.values())
+        spelled = next(key for role, key in self.groups[name].items() if role != "alpha").removeprefix(name)
+        prefix = f" behind {place.prefix}" if place.prefix else ""
+        words = " with underscores" if flat and any("_blocks_" in n or "layers_" in n for n in self.places) else ""
+        return f"{dialects} names{words}{prefix}, as in {spelled.lstrip('._')}"
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """rank -> how many modules have it."""
+        found: dict[int, int] = {}
+        for name in self.groups:
+            rank = rank_of(self.group(name).entries)
+            if rank is not None:
+                found[rank] = found.get(rank, 0) + 1
+        return dict(sorted(found.items()))
+
+
+def open_lora(path: Path) -> LoraFile:
+    """Read a LoRA's header, and refuse what is none, or is malformed. Raises CheckpointError."""
+    entries = read_header(path)
+    groups: dict[str, dict[str, str]] = {}
+    unknown, adapters = [], {}
+    for name in entries:
+        key = read_key(name)
+        if key is None:
+            unknown.append(name)
+            continue
+        adapters.setdefault(key.adapter, name)
+        roles = groups.setdefault(key.module, {})
+        if key.role in roles:
+            raise CheckpointError(f"{path}: {key.module[:100]}: both {roles[key.role]} and {name} are there")
+        roles[key.role] = name
+    kind = refused_kind(entries)
+    if kind:
+        raise CheckpointError(f"{path}: is {kind}; klein_mlx applies LoRA, DoRA, LoHa, LoKr and full differences")
+    if not groups:
+        raise CheckpointError(f"{path}: is not a LoRA: {_what(entries)}")
+    named = [adapter for adapter in adapters if adapter]
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{path}: holds {len(named)} adapters ({', '.join(named[:5])}); klein_mlx reads one a file"
+        )
+    places = {name: place for name in groups if (place := find_module(name)) is not None}
+    file = LoraFile(path, entries, read_metadata(path), groups, places, tuple(unknown))
+    for name in groups:
+        check_group(file.group(name))
+        weight_shape(file.group(name))
+    return file
+
+
+def _what(entries: Mapping[str, Entry]) -> str:
+    found = find_parts(entries)
+    if found:
+        option = found[0].part.replace("_", "-")
+        return f"it is a {found[0].part.replace('_', ' ')}; give it as --{option}"
+    return f"it holds {next(iter(entries), 'nothing')[:80]} ..."
+
+
+def read_lora(path: Path, config: ModelConfig, partial: bool = False) -> Lora:
+    """A LoRA as changes of a model's modules, read and checked.
+
+    config: the model's. partial: leave out what belongs to nothing, instead of refusing the file.
+    Raises CheckpointError: for another model (told by what it is), for keys that are not used, for damaged ones.
+    """
+    file = open_lora(path)
+    left_out, needless = _fit(file, config)
+    used = [name for name in file.places if name not in left_out and name not in needless]
+    unused = [*file.unknown, *(key for name in (*file.homeless, *left_out) for key in file.groups[name].values())]
+    unused.sort(key=list(file.entries).index)
+    if not used:
+        raise CheckpointError(
+            f"{path}: none of its {len(file.groups)} modules is one of this model's ({unused[0]} ...)"
+        )
+    if unused and not partial:
+        count = f"{len(unused)} of {len(file.entries)} keys are not used"
+        raise CheckpointError(f"{path}: {count}: {_some(unused)}; --lora-partial leaves them out")
+    arrays = WeightFiles(path, {path: dict(file.entries)}).arrays()
+    _refuse_damaged(file, used, arrays)
+    changes: dict[str, dict[str, tuple[Change, ...]]] = {part: {} for part in _PARTS}
+    for name in used:
+        place, group = file.places[name], file.group(name, arrays)
+        stated = file.strengths.of(place.part, place.name)
+        rows = _their_shape(place, shapes_of(config, place.part)[place.targets[0].path])[0]
+        for target, change in make_changes(group, place.targets, rows, stated).items():
+            own = changes[place.part]
+            own[target] = (*own.get(target, ()), change)
+    mx.eval([a for group in changes.values() for own in group.values() for change in own for a in _arrays(change)])
+    return Lora(path.name, digest_file(path), file.layout, changes, len(used), tuple(unused), len(needless))
+
+
+def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
+    """The modules that this model has not, and those of encoder layers that no picture depends on; a CheckpointError
+    if the others do not fit it."""
+    foreign = foreign_base(file.homeless)
+    if foreign and not any(place.part == "transformer" for place in file.places.values()):
+        raise _other_model(file, foreign, config)
+    absent, needless, wrong = [], [], []
+    for name, place in file.places.items():
+        shapes = shapes_of(config, place.part)
+        if place.targets[0].path not in shapes:
+            (needless if _is_needless(place, config) else absent).append(name)
+            continue
+        shape, right = weight_shape(file.group(name)), _their_shape(place, shapes[place.targets[0].path])
+        bias = file.group(name).entries.get("diff_b") or file.group(name).entries.get("up_bias")
+        if (shape is not None and shape != right) or (bias is not None and bias.shape != right[:1]):
+            wrong.append((name, place, shape or (bias.shape if bias else ()), right))
+        elif (role := _homeless_role(file.groups[name], place, right)) is not None:
+            raise CheckpointError(f"{file.path}: {role} has no use: {place.targets[0].path} is no linear layer")
+    mine = tell_base({path: s for path, s in shapes_of(config, "transformer").items() if len(s) == 2})
+    if wrong and all(place.part == "text_encoder" for _, place, _, _ in wrong):
+        encoder = tell_encoder(file.shapes("text_encoder"))
+        raise _other_model(file, f"the text encoder {encoder}", config)
+    if foreign or ((wrong or absent) and file.base != mine and file.base.hidden is not None):
+        raise _other_model(file, foreign or file.base.words(), config)
+    if wrong:
+        name, _, shape, right = wrong[0]
+        raise CheckpointError(f"{file.path}: {name[:100]} is made for a weight of shape {shape}; here it is {right}")
+    return absent, needless
+
+
+def _other_model(file: LoraFile, what: str, config: ModelConfig) -> CheckpointError:
+    variant, hidden = config.variant.name, config.transformer.hidden_size
+    return CheckpointError(f"{file.path}: is a LoRA for {what}; this model is klein {variant} (hidden size {hidden})")
+
+
+def _homeless_role(roles: Mapping[str, str], place: Place, shape: tuple[int, ...]) -> str | None:
+    """The key of a bias that is no linear layer's, or of DoRA's magnitude of what is no matrix."""
+    is_matrix, is_embedding = len(shape) == 2, place.targets[0].path == "embed_tokens"
+    barred = ("diff_b", "up_bias") if is_embedding else () if is_matrix else ("diff_b", "up_bias", "magnitude")
+    return next((roles[role] for role in barred if role in roles), None)
+
+
+def _is_needless(place: Place, config: ModelConfig) -> bool:
+    """Whether a module is of an encoder layer above the last tap."""
+    if place.part != "text_encoder" or not place.targets[0].path.startswith("layers."):
+        return False
+    return config.taps[-1] <= int(place.targets[0].path.split(".")[1]) < config.text_encoder.num_hidden_layers
+
+
+def _their_shape(place: Place, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return (3 * ours[0], *ours[1:]) if place.targets[0].layout in THIRDS else ours
+
+
+def _refuse_damaged(file: LoraFile, used: Iterable[str], arrays: Mapping[str, mx.array]) -> None:
+    keys = [key for name in used for role, key in file.groups[name].items() if role != "alpha"]
+    checks = [is_finite(arrays[key]) for key in keys]
+    mx.eval(checks)
+    for key, check in zip(keys, checks, strict=True):
+        if not check.item():
+            raise CheckpointError(f"{file.path}: {key[:100]} holds NaN or infinity: the file is damaged; get it again")
+
+
+def _arrays(change: Change) -> list[mx.array]:
+    """Every array that a change holds."""
+    values = [change.bias, change.magnitude, *(vars(change.delta).values() if change.delta else ())]
+    return [value for value in values if isinstance(value, mx.array)]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name[:100] if name.isprintable() else ascii(name)[:100] for name in names[:3])
+    return f"{shown} ..." if len(names) > 3 else shown

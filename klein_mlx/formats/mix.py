@@ -1,0 +1,83 @@
+"""A model put together: a base, and parts from files of their own in place of the base's."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from klein_mlx.config import PARTS, ModelConfig
+from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.formats.part import PartFile, open_part
+from klein_mlx.weights.checkpoint import Source
+from klein_mlx.weights.quantize import Quantization
+from klein_mlx.weights.rows import ReadRows
+from klein_mlx.weights.safetensors import Weight
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A Source whose parts come from several. The tokenizer and what no part states are the base's."""
+
+    base: Source
+    parts: Mapping[str, PartFile]
+    config: ModelConfig
+    quantization: Mapping[str, Quantization]
+    info: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.base.tokenizer_file
+
+    def weights(self, part: str) -> Mapping[str, Weight]:
+        return self.parts[part].weights(self.config) if part in self.parts else self.base.weights(part)
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return self.parts[part].rows(self.config, name) if part in self.parts else self.base.rows(part, name)
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        own = [path for part in parts if part in self.parts for path in self.parts[part].tensors.files]
+        return [*self.base.files([part for part in parts if part not in self.parts]), *own]
+
+
+def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
+    """Put parts in place of the base's.
+
+    paths: part -> a file, or a folder of such files. A part that is None or absent stays the base's.
+    Raises CheckpointError if a file is not that part of a FLUX.2 [klein], or if the parts do not fit together.
+    """
+    unknown = sorted(set(paths) - set(PARTS))
+    if unknown:
+        raise RequestError(f"part is {unknown[0]!r}; it must be one of {', '.join(PARTS)}")
+    chosen = {part: Path(os.path.expanduser(path)) for part, path in paths.items() if path is not None}
+    if not chosen:
+        return base
+    for part, path in chosen.items():
+        if not os.path.lexists(path):
+            raise CheckpointError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
+    parts = {part: open_part(path, part, getattr(base.config, part)) for part, path in chosen.items()}
+    try:
+        config = replace(base.config, **{part: file.config for part, file in parts.items()})
+    except CheckpointError as error:
+        told = ", ".join(f"{file.path}{_known(file)}" for file in parts.values())
+        raise CheckpointError(f"{told}, in {base.path} ({base.config.variant.name}): {error}") from None
+    if config.variant != base.config.variant:
+        config = replace(config, variant_name=None)
+    own = {part: file.quantization(config) for part, file in parts.items()}
+    quantization = {part: q for part, q in base.quantization.items() if part not in parts}
+    quantization |= {part: q for part, q in own.items() if q}
+    told = {part: {"name": file.path.name, "format": file.format} for part, file in parts.items()}
+    origin = {**base.info.get("source", {}), "parts": told}
+    format = "mixed" if base.info.get("format") != "klein_mlx" else "klein_mlx"
+    info = {**base.info, "format": format, "source": origin}
+    if "transformer" in parts and config.variant.licence != base.config.variant.licence:
+        info["licence"] = config.variant.licence
+    return Mixed(base, parts, config, quantization, info)
+
+
+def _known(file: PartFile) -> str:
+    return f" (of FLUX.2 [klein] {' or '.join(file.variants)})" if file.variants else ""

@@ -1,0 +1,284 @@
+"""One part of a model from a file or folder of its own: a single file of BFL's, one of ComfyUI's three, a GGUF, a
+folder of mflux's or mlx-lm's. What it is, its header says; its name says nothing."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from klein_mlx.config import VARIANTS, ModelConfig
+from klein_mlx.errors import CheckpointError
+from klein_mlx.formats.gguf import open_gguf
+from klein_mlx.formats.infer import infer_config
+from klein_mlx.formats.layouts import BY_ROWS, their_shape, to_ours
+from klein_mlx.formats.names import (
+    DIFFUSERS,
+    MFLUX,
+    OURS,
+    POINTWISE,
+    SAME,
+    Found,
+    canonical,
+    find_parts,
+    is_left_out,
+    stranger,
+    their_name,
+)
+from klein_mlx.formats.scaled import decode
+from klein_mlx.formats.tensors import Tensors
+from klein_mlx.weights.checkpoint import CONFIG_CLASSES, CONFIG_FILE, expected, open_checkpoint, packed_dtypes
+from klein_mlx.weights.quantize import Quantization, find_settings
+from klein_mlx.weights.rows import ReadRows, file_rows
+from klein_mlx.weights.safetensors import (
+    Deferred,
+    Weight,
+    WeightFiles,
+    open_weights,
+    read_header,
+    read_json,
+    read_metadata,
+    require_file,
+)
+
+_STEMS = ("model", "diffusion_pytorch_model")
+
+
+def open_tensors(path: Path, stem: str | None = None) -> Tensors:
+    """The tensors of a safetensors or GGUF file, or of a folder's shards; told apart by their first bytes.
+
+    stem: how the wanted file in a folder begins, where that is known.
+    """
+    if path.is_dir():
+        return _open_folder(path, stem)
+    if require_file(path) >= 4:
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return open_gguf(path)
+    files = WeightFiles(path, {path: read_header(path)})
+    return Tensors(
+        path, "safetensors", (path,), files.shards[path], files.arrays, read_metadata(path), partial(file_rows, files)
+    )
+
+
+def _open_folder(folder: Path, stem: str | None) -> Tensors:
+    stem = stem or next((s for s in _STEMS if any(folder.glob(f"{s}.safetensors*"))), None)
+    if stem is None:
+        loose = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("._")]
+        if len(loose) == 1:
+            return open_tensors(loose[0])
+        if loose:
+            raise CheckpointError(f"{folder}: holds {len(loose)} safetensors files and no index; name one of them")
+        stem = _STEMS[0]  # its absence is told with its remedy
+    files = open_weights(folder, stem)
+    entries = {name: entry for shard in files.shards.values() for name, entry in shard.items()}
+    metadata = {key: value for shard in files.shards for key, value in read_metadata(shard).items()}
+    return Tensors(
+        folder, "safetensors", tuple(files.shards), entries, files.arrays, metadata, partial(file_rows, files)
+    )
+
+
+_WANTED = "klein_mlx reads the parts of FLUX.2 [klein]"
+
+
+_DEV_HIDDEN = 6144
+
+
+_MAX_LEVELS = 16
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One part, seen as ours. Opening it reads headers only.
+
+    tensors: of this part alone, under the dialect's names. config: told from the shapes.
+    """
+
+    path: Path
+    found: Found
+    tensors: Tensors
+    config: Any
+
+    @property
+    def part(self) -> str:
+        return self.found.part
+
+    @property
+    def format(self) -> str:
+        """In words: whose names, in which kind of file."""
+        return f"{self.found.dialect} names, {self.tensors.kind}"
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants that a transformer of these sizes fits; of another part, none."""
+        if self.part != "transformer":
+            return []
+        c = self.config
+        return [v.name for v in VARIANTS if v.dimensions == (c.hidden_size, c.num_layers, c.num_single_layers)]
+
+    @cached_property
+    def quantized_layers(self) -> dict[str, tuple[int, int, bool]]:
+        """Their names of the layers that MLX quantised -> columns of the weight and of its scales, any biases."""
+        layers = {}
+        for name, entry in self.tensors.entries.items():
+            path, _, kind = name.rpartition(".")
+            weight = self.tensors.entries.get(f"{path}.weight")
+            if kind == "scales" and weight and weight.dtype == "U32" and len(weight.shape) == len(entry.shape) == 2:
+                layers[path] = (weight.shape[1], entry.shape[1], f"{path}.biases" in self.tensors.entries)
+        return layers
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """The quantised layers -> columns of the packed weight, and of what it stands for."""
+        stored = self.quantized_layers.items()
+        return {path: (n, _width(self.tensors, n, groups)) for path, (n, groups, _) in stored}
+
+    def quantization(self, config: ModelConfig) -> Quantization | None:
+        """How this part is stored, layer by layer, once the whole model's config is known."""
+        if not self.quantized_layers:
+            return None
+        layers = {}
+        for ours, shape in expected(self.part, config).items():
+            theirs, layout = self._place(config, ours)
+            found = self.quantized_layers.get(theirs.removesuffix(".weight")) if ours.endswith(".weight") else None
+            if found is None:
+                continue
+            settings = find_settings(shape[-1], *found)
+            if settings is None or layout not in BY_ROWS:
+                raise CheckpointError(f"{self.path}: {theirs} is quantised in a way that klein_mlx does not read")
+            layers[ours.removesuffix(".weight")] = settings
+        return Quantization.of_layers(layers) if layers else None
+
+    def weights(self, config: ModelConfig) -> dict[str, Weight]:
+        """The weights under our names, lazily, once they have been checked against the whole model's config."""
+        quantization = self.quantization(config)
+        shapes = expected(self.part, config, quantization)
+        places = {ours: self._place(config, ours) for ours in shapes}
+        dtypes = packed_dtypes(self.part, shapes, quantization)
+        self.tensors.check(
+            {theirs: their_shape(layout, shapes[ours]) for ours, (theirs, layout) in places.items()},
+            {places[ours][0]: allowed for ours, allowed in dtypes.items()},
+            lambda name: is_left_over(self.found, name, config),
+        )
+        arrays = self.tensors.arrays()
+        return {o: _to_ours(layout, arrays[theirs], shapes[o]) for o, (theirs, layout) in places.items()}
+
+    def rows(self, config: ModelConfig, name: str) -> ReadRows | None:
+        """As `Source.rows`."""
+        theirs, layout = self._place(config, name)
+        return self.tensors.rows(theirs) if layout == SAME else None
+
+    def _place(self, config: ModelConfig, ours: str) -> tuple[str, str]:
+        return _place(self.tensors, self.found, len(config.vae.block_out_channels), ours)
+
+
+def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile:
+    """Open a file or folder that holds a part of a model, and tell what it is.
+
+    part: which one is wanted; needed only where a file holds several. like: the config of the model that it will
+    belong to, for what its shapes do not say; a config.json beside the weights goes first.
+    Raises CheckpointError, with what the file is instead, if it is none.
+    """
+    if part and path.is_dir() and (path / part).is_dir():
+        path = path / part
+    ours = path.is_dir() and (path / CONFIG_FILE).exists()
+    if ours and part:
+        like = getattr(open_checkpoint(path).config, part)
+    tensors = open_tensors(path, part if ours else None)
+    found = _choose(tensors, find_parts(tensors.entries), part)
+    known = path / "config.json"
+    if path.is_dir() and known.exists() and found.dialect != MFLUX:
+        like = CONFIG_CLASSES[found.part].from_dict(read_json(known), str(known))
+    mine = {canonical(n.removeprefix(found.prefix)): n for n in tensors.entries if n.startswith(found.prefix)}
+    if found.prefix == "":  # what stands behind another part's prefix is that part's
+        mine = {new: old for new, old in mine.items() if new != old or not _is_prefixed(old)}
+    tensors = decode(tensors.renamed(mine))
+    marks = ("encoder.down.{}.block.0.norm1.weight", "encoder.down_blocks.{}.resnets.0.norm1.weight")
+    levels = sum(mark.format(i) in tensors.entries for i in range(_MAX_LEVELS) for mark in marks)
+    try:
+        config = infer_config(found.part, lambda ours: _shape(tensors, found, levels, ours), like)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return PartFile(path, found, tensors, config)
+
+
+def _is_prefixed(name: str) -> bool:
+    return name.startswith(("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders."))
+
+
+def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
+    """The part that is wanted, of those that a file holds; or what it is instead."""
+    mine = [f for f in found if part in (None, f.part)]
+    names = tensors.entries
+    what = stranger(names)
+    if what and (not found or what.startswith(("FLUX.2 [dev]", "a LoRA"))):
+        raise CheckpointError(f"{tensors.path}: is {what}; {_WANTED}")
+    if len(mine) > 1:
+        parts = ", ".join(f.part for f in mine)
+        raise CheckpointError(f"{tensors.path}: holds {parts}; say which one to take")
+    if not mine and found:
+        other = found[0].part
+        raise CheckpointError(f"{tensors.path}: is a {other}, not a {part}; give it as --{other.replace('_', '-')}")
+    if not mine:
+        held = next(iter(names), "no tensor")[:80]
+        raise CheckpointError(f"{tensors.path}: is no model that klein_mlx knows (it holds {held} ...); {_WANTED}")
+    chosen = mine[0]
+    wide = names.get(chosen.prefix + "img_in.weight") or names.get("x_embedder.weight")
+    if chosen.part == "transformer" and wide and wide.shape[:1] == (_DEV_HIDDEN,):
+        raise CheckpointError(f"{tensors.path}: is FLUX.2 [dev] (hidden size {_DEV_HIDDEN}); {_WANTED}")
+    if chosen.part == "vae" and chosen.dialect != OURS and chosen.prefix + "bn.running_mean" not in names:
+        raise CheckpointError(
+            f"{tensors.path}: is a VAE without the latent statistics of FLUX.2's (is it FLUX.1's?); "
+            "take the VAE of black-forest-labs/FLUX.2-klein-4B"
+        )
+    return chosen
+
+
+def is_left_over(found: Found, theirs: str, config: ModelConfig) -> bool:
+    """As `is_left_out`, for any dialect: what a file may hold and a picture never needs."""
+    path, _, kind = theirs.rpartition(".")
+    if kind in ("scales", "biases"):
+        theirs = f"{path}.weight"
+    if found.part != "text_encoder" or found.dialect == DIFFUSERS:
+        return is_left_out(found.part, theirs, config)
+    if found.dialect == MFLUX:
+        return theirs.startswith("rotary_emb.") or is_left_out(found.part, f"model.{theirs}", config)
+    if theirs in ("output_norm.weight", "output.weight", "rope_freqs.weight"):
+        return True
+    return is_left_out(found.part, theirs.replace("blk.", "model.layers.", 1), config)
+
+
+def _place(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[str, str]:
+    """A weight's name in the file and its layout there."""
+    theirs, layout = their_name(found.part, found.dialect, ours, levels)
+    entry = tensors.entries.get(theirs)
+    if layout == POINTWISE and entry and len(entry.shape) == 2:
+        return theirs, SAME  # stored as the linear layer that it is
+    return theirs, layout
+
+
+def _shape(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[int, ...] | None:
+    """The shape that one of our weights has in the file, unpacked and in our order."""
+    theirs, layout = _place(tensors, found, levels, ours)
+    entry = tensors.entries.get(theirs)
+    if entry is None:
+        return None
+    shape = entry.shape
+    scales = tensors.entries.get(theirs.removesuffix("weight") + "scales")
+    if entry.dtype == "U32" and scales and scales.shape:
+        shape = (*shape[:-1], _width(tensors, shape[-1], scales.shape[-1]))
+    if layout == "conv" and len(shape) == 4:
+        return shape[0], shape[2], shape[3], shape[1]
+    return shape
+
+
+def _width(tensors: Tensors, packed: int, groups: int) -> int:
+    """A quantised layer's number of inputs: from the bits that the file states, else in groups of 64."""
+    level = tensors.metadata.get("quantization_level", "")
+    bits = int(level) if level in ("2", "3", "4", "5", "6", "8") else None
+    width = packed * 32 // bits if bits else groups * 64
+    return width if find_settings(width, packed, groups, True) else groups * 64
+
+
+def _to_ours(layout: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
+    if isinstance(weight, Deferred):
+        return weight if layout == SAME else Deferred(shape, weight.dtype, lambda: to_ours(layout, weight.load()))
+    return to_ours(layout, weight)

@@ -1,0 +1,1 @@
+"""The network: arrays and their configuration only; knows no files, pictures or prompts' sources."""

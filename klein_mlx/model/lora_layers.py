@@ -1,0 +1,99 @@
+"""A linear layer with something beside it: low-rank factors, Kronecker products, DoRA's gains, a bias.
+
+The layer itself, quantised as a rule, is computed as it always is; the branch reads the same input and is added. It
+also takes part in the ways in which `klein_mlx.model.layers` saves copies: outputs in two pieces, inputs in two pieces.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from klein_mlx.model.layers import linear, linear_split, linear_terms, multiply
+
+
+class KroneckerBranch(nn.Module):
+    """x @ kron(left, right).T without ever making the product. left: (a, b); right: (c, d); of the product's rows those
+    from `start` to `stop` are taken."""
+
+    def __init__(self, left: mx.array, right: mx.array, start: int, stop: int):
+        super().__init__()
+        self.left, self.right = left, right
+        self.start, self.stop = start, stop
+        self.rows: mx.array | None = None  # what each output, or input, is multiplied by
+        self.columns: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: (..., b * d). Returns (..., stop - start)."""
+        if self.columns is not None:
+            x = x * self.columns
+        (a, b), (c, d) = self.left.shape, self.right.shape
+        x = mx.unflatten(x, -1, (b, d))
+        if c * b * (d + a) <= a * d * (b + c):  # the cheaper of two orders
+            x = self._left(multiply(x, self.right))
+        else:
+            x = multiply(self._left(x), self.right)
+        x = x.flatten(-2)
+        if self.stop - self.start < a * c:
+            x = x[..., self.start : self.stop]
+        return x if self.rows is None else x * self.rows
+
+    def _left(self, x: mx.array) -> mx.array:
+        """(..., b, n) -> (..., a, n)."""
+        return multiply(x.swapaxes(-1, -2), self.left).swapaxes(-1, -2)
+
+
+class Branched(nn.Module):
+    """base(x), and beside it x @ down.T @ up.T and whatever else there is.
+
+    down: (rank, in); up: (out, rank). rows, columns: what base's outputs and inputs are multiplied by, less one.
+    bias: (out,). others: modules that are added. All but base may be missing.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.up: Any = None
+        self.down: Any = None
+        self.rows: mx.array | None = None
+        self.columns: mx.array | None = None
+        self.bias: mx.array | None = None
+        self.others: list[nn.Module] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self._gained(x)
+        if self.up is not None:
+            out = multiply(multiply(x, self.down), self.up, out)
+        for other in self.others:
+            out = out + other(x)  # type: ignore[operator]
+        return out if self.bias is None else out + self.bias
+
+    def split(self, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
+        """self(x), cut at output channel `at`."""
+        if not self._is_low_rank():
+            whole = self(x)
+            return whole[..., :at], whole[..., at:]
+        first, second = linear_split(self.base, x, at)
+        narrow = multiply(x, self.down)
+        return multiply(narrow, self.up[:at], first), multiply(narrow, self.up[at:], second)
+
+    def terms(self, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
+        """Arrays that add up to self([first, second])."""
+        if not self._is_low_rank():
+            return (self(mx.concatenate([first, second], axis=-1)),)
+        at = first.shape[-1]
+        narrow = multiply(second, self.down[:, at:], multiply(first, self.down[:, :at]))
+        one, *rest = linear_terms(self.base, first, second)
+        return multiply(narrow, self.up, one), *rest
+
+    def _is_low_rank(self) -> bool:
+        """Whether nothing but the low-rank factors stands beside the layer: then nothing needs joining or cutting."""
+        return self.up is not None and not self.others and all(a is None for a in (self.rows, self.columns, self.bias))
+
+    def _gained(self, x: mx.array) -> mx.array:
+        """The layer itself, with DoRA's gains: of outputs, of inputs, or the sum of both kinds' parts."""
+        if self.rows is None:
+            return linear(self.base, x if self.columns is None else x + x * self.columns)
+        out = linear(self.base, x)
+        out = out + out * self.rows
+        return out if self.columns is None else out + linear(self.base, x * self.columns)

@@ -1,0 +1,73 @@
+"""Positions of tokens as rotations of their heads' channels, and the norm of q and k that goes with them.
+
+Source: diffusers, models/transformers/transformer_flux2.py (Flux2PosEmbed) and models/embeddings.py (apply_rotary_emb).
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from klein_mlx.model.compile import fused
+
+
+class Rope(NamedTuple):
+    """What tokens are to the heads that they pass, first axis: the tokens.
+
+    first, second: rotary tables, (tokens, 1, head_dim / 2, 2) float32: what the first and the second channel of each
+    pair add to both, (cos, sin) and (-sin, cos). text: (tokens, 1, 1) bool, which of them are the prompt's.
+    """
+
+    first: mx.array
+    second: mx.array
+    text: mx.array
+
+
+def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length: int) -> Rope:
+    """The rotary tables of tokens at `ids`.
+
+    ids: (S, 4) integers, a token's (t, h, w, l). axes_dims: how many of a head's channels each axis turns. length: how
+    many of the first tokens are the prompt's.
+    Frequencies and angles are float64, as in the reference; the tables are float32.
+    Source: diffusers, Flux2PosEmbed.
+    """
+    import numpy as np
+
+    positions = np.array(ids, dtype=np.float64)
+    angles = [
+        np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim))
+        for axis, dim in enumerate(axes_dims)
+    ]
+    angle = np.concatenate(angles, axis=-1)[:, None, :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return Rope(
+        mx.array(np.stack([cos, sin], axis=-1).astype(np.float32)),
+        mx.array(np.stack([-sin, cos], axis=-1).astype(np.float32)),
+        (mx.arange(len(positions)) < length)[:, None, None],
+    )
+
+
+def normed_and_turned(qk: mx.array, scale: mx.array, rope: Rope, eps: float) -> mx.array:
+    """RMSNorm of every head's q and k, then neighbouring pairs of channels turned by the tables' angles.
+
+    qk: (B, S, 2, heads, head_dim), any float dtype, returned in it. scale: the norms' weights, float32: (2, head_dim),
+    or (S, 2, head_dim) where each token has its own.
+    """
+    qk = mx.fast.rms_norm(qk, None, eps)  # q and k together; their weights follow with the rotation, in one kernel
+    scales = _halves(mx.expand_dims(scale, -2))
+    tables = (mx.expand_dims(table, 1) for table in (rope.first, rope.second))
+    return _scale_and_turn(*_halves(qk), *scales, *tables).flatten(-2)
+
+
+def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    """The first and the second channel of each pair, each (..., head_dim / 2, 1)."""
+    pairs = mx.unflatten(x, -1, (-1, 2))
+    return pairs[..., :1], pairs[..., 1:]
+
+
+# The halves are taken before the cast to float32, outside of this chain, so that it is one kernel.
+@fused
+def _scale_and_turn(
+    first: mx.array, second: mx.array, scale_1: mx.array, scale_2: mx.array, table_1: mx.array, table_2: mx.array
+) -> mx.array:
+    turned = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return turned.astype(first.dtype)

@@ -1,0 +1,363 @@
+"""FLUX.2's transformer: text and image tokens in, velocity out.
+
+Reads top to bottom: modulation, rotary positions, attention, the double block (text and image keep their own weights
+and meet in attention), the single block (one stream, attention and MLP in parallel), the model. It knows arrays and
+their config; not prompts, pictures, files or the sampler.
+
+Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DModel). Weight names are our own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from klein_mlx.config import TransformerConfig
+from klein_mlx.model.layers import add_branch, attention, cut, join, linear, linear_split, modulated, separate, wide
+from klein_mlx.model.rope import Rope, normed_and_turned
+
+KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
+Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
+RunBlock = Callable[..., Any]  # (block, its arguments) -> what the block returns
+
+
+# FLOP that one attention kernel may take: a GPU that also draws a screen is not to be held for seconds (macOS would end
+# the work). At 1024 x 1024 klein 4B needs 0.26e12.
+LONGEST_ATTENTION = 10**12
+
+
+class Modulation(NamedTuple):
+    """AdaLN's three vectors, each (hidden,): x is normalised, times `scale` (the 1 + is inside), plus `shift`; what a
+    branch returns is multiplied by `gate`."""
+
+    shift: mx.array
+    scale: mx.array
+    gate: mx.array
+
+
+class Modulations(NamedTuple):
+    """All that a noise level decides; the same for every block of a kind, so it is computed once per step.
+
+    txt, img: (attention, mlp) of the double blocks' streams; single: of the single blocks; final: the shift and scale
+    of the last layer, which has no gate.
+    """
+
+    txt: tuple[Modulation, Modulation]
+    img: tuple[Modulation, Modulation]
+    single: Modulation
+    final: tuple[mx.array, mx.array]
+
+
+def attend(qk: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None) -> mx.array:
+    """Full attention. qk: (B, S, 2, heads, head_dim), q and k, turned already; v: (B, S, heads, head_dim).
+
+    Returns (B, S, heads * head_dim). extra: keys and values of more tokens that q attends to. note: is shown k and v.
+    """
+    q, k = qk[:, :, 0], qk[:, :, 1]
+    if note is not None:
+        note(k, v)
+    if extra is not None:
+        k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+    rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
+    parts = [q[:, :, i : i + rows] for i in range(0, q.shape[2], rows)]
+    parts = [attention(part, k, v) for part in parts]
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+    return out.transpose(0, 2, 1, 3).flatten(2)
+
+
+def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
+    """Sinusoids of a timestep in 0..1000. timestep: (1,), any float dtype. Returns (1, channels) in its dtype.
+
+    Cosines before sines, the reverse of the usual order. Source: diffusers, get_timestep_embedding(flip_sin_to_cos).
+    """
+    import numpy as np
+
+    half = channels // 2
+    # numpy's exp: MLX's is some ulp off in float32, which a timestep near 1000 magnifies.
+    frequencies = mx.array(np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0)) / half))
+    angle = timestep.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(timestep.dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> `vec`, from which all modulations are projected."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, hidden, bias=False)
+        self.linear_2 = nn.Linear(hidden, hidden, bias=False)
+
+    def __call__(self, timestep: mx.array) -> mx.array:
+        return self.linear_2(_silu(self.linear_1(timestep_embedding(timestep, self.channels))))
+
+
+class Heads(nn.Module):
+    """What both kinds of blocks have: heads whose q and k are normalised by weights of their own, then turned.
+
+    Arranged (see Transformer.arrange), a module has norm_qk in place of norm_q and norm_k.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.head_dim, self.eps = config.attention_head_dim, config.eps
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
+        self._dtype: mx.Dtype | None = None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the layers compute in."""
+        return self._dtype or self.norm_q.weight.dtype
+
+    def scale(self) -> mx.array:
+        """Weights of the q and the k norm, (2, head_dim) float32."""
+        if "norm_qk" in self:
+            return self.norm_qk
+        return mx.stack([self.norm_q.weight, self.norm_k.weight]).astype(mx.float32)
+
+    def arrange(self) -> None:
+        """Bring the weights into the layout that is fastest to use, lazily. Arranged already, nothing changes."""
+        if "norm_qk" not in self:
+            self._dtype, self.norm_qk = self.dtype, self.scale()
+            del self.norm_q, self.norm_k
+
+    def separate(self) -> None:
+        """Undo `arrange`, as far as checkpoint names that are gone must be there again."""
+        if "norm_qk" in self:
+            for index, name in enumerate(("norm_q", "norm_k")):
+                norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+                norm.weight = self.norm_qk[index].astype(self.dtype)
+                self[name] = norm
+            self._dtype = None
+            del self.norm_qk
+
+    def split_heads(self, x: mx.array) -> mx.array:
+        """(B, S, n * head_dim) -> (B, S, n, head_dim)."""
+        return mx.unflatten(x, -1, (-1, self.head_dim))
+
+
+class Stream(Heads):
+    """One stream's own weights inside a double block: attention projections, q/k norms and the MLP.
+
+    Arranged, it has to_qk in place of to_q and to_k, if those are of one kind.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        hidden, mlp = config.hidden_size, config.mlp_size
+        self.to_q = nn.Linear(hidden, hidden, bias=False)
+        self.to_k = nn.Linear(hidden, hidden, bias=False)
+        self.to_v = nn.Linear(hidden, hidden, bias=False)
+        self.to_out = nn.Linear(hidden, hidden, bias=False)
+        self.mlp_in = nn.Linear(hidden, 2 * mlp, bias=False)
+        self.mlp_out = nn.Linear(mlp, hidden, bias=False)
+
+    def arrange(self) -> None:
+        super().arrange()
+        join(self, "to_q", "to_k", "to_qk")
+
+    def separate(self) -> None:
+        super().separate()
+        separate(self, "to_q", "to_k", "to_qk")
+
+    def qk_and_v(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array]:
+        """Of the modulated stream: q and k, (B, S, 2, heads, head_dim), not normed yet; v, (B, S, heads, head_dim)."""
+        x = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+        if "to_qk" in self:
+            qk = linear(self["to_qk"], x)
+        else:
+            qk = mx.concatenate([linear(self.to_q, x), linear(self.to_k, x)], axis=-1)
+        return mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.split_heads(linear(self.to_v, x))
+
+    def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
+        """Add what attention returned for this stream, then the MLP."""
+        mod_attention, mod_mlp = mods
+        x = add_branch(x, mod_attention.gate, self.to_out, attention)
+        h = linear(self.mlp_in, modulated(x, mod_mlp.shift, mod_mlp.scale, self.eps, attention.dtype))
+        return add_branch(x, mod_mlp.gate, self.mlp_out, None, *mx.split(h, 2, axis=-1))
+
+    def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
+        """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
+        qk, v = self.qk_and_v(x, mods[0])
+        return self.finish(x, attend(normed_and_turned(qk, self.scale(), rope, self.eps), v, note=note), mods)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with weights of their own, joined in one attention over [text, image, references]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.txt = Stream(config)
+        self.img = Stream(config)
+
+    def arrange(self) -> None:
+        """As of both streams."""
+        self.txt.arrange()
+        self.img.arrange()
+
+    def __call__(
+        self,
+        txt: mx.array,
+        img: mx.array,
+        mod_txt: tuple[Modulation, Modulation],
+        mod_img: tuple[Modulation, Modulation],
+        rope: Rope,
+        extra: KeysValues | None = None,
+        note: Note | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes. extra, note: as in `attend`."""
+        pairs = zip(self.txt.qk_and_v(txt, mod_txt[0]), self.img.qk_and_v(img, mod_img[0]), strict=True)
+        qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
+        scale = mx.where(rope.text, self.txt.scale(), self.img.scale())
+        attention = attend(normed_and_turned(qk, scale, rope, self.txt.eps), v, extra, note)
+        length = txt.shape[1]
+        txt = self.txt.finish(txt, attention[:, :length], mod_txt)
+        img = self.img.finish(img, attention[:, length:], mod_img)
+        return txt, img
+
+
+class SingleBlock(Heads):
+    """One stream over all tokens; attention and MLP read the same input and share the projections in and out.
+
+    Arranged, its linear_out is cut for its two inputs.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        hidden, mlp = config.hidden_size, config.mlp_size
+        self.hidden, self.mlp = hidden, mlp
+        self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
+        self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
+
+    def arrange(self) -> None:
+        super().arrange()
+        self.linear_out = cut(self.linear_out, self.hidden)
+
+    def __call__(
+        self, x: mx.array, mod: Modulation, rope: Rope, extra: KeysValues | None = None, note: Note | None = None
+    ) -> mx.array:
+        """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`. Returns x's shape."""
+        h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+        qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
+        v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
+        qk = normed_and_turned(mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.scale(), rope, self.eps)
+        attention = attend(qk, self.split_heads(v), extra, note)
+        return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
+
+
+def call_block(block: nn.Module, *args: Any) -> Any:
+    return block(*args)  # type: ignore[operator]
+
+
+class Transformer(nn.Module):
+    """FLUX.2 [klein]'s velocity model. Token order everywhere: text, image, references."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden = config.hidden_size
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, hidden, bias=False)
+        self.txt_in = nn.Linear(config.joint_attention_dim, hidden, bias=False)
+        self.time_in = TimeEmbedding(config.timestep_guidance_channels, hidden)
+        self.mod_img = nn.Linear(hidden, 6 * hidden, bias=False)
+        self.mod_txt = nn.Linear(hidden, 6 * hidden, bias=False)
+        self.mod_single = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.double_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
+        self.single_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
+        self.final_mod = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.final_out = nn.Linear(hidden, config.in_channels, bias=False)
+
+    def arrange(self) -> None:
+        """Bring the weights from the checkpoint's layout into that of a step, lazily. Call once they are loaded; names
+        and shapes of parameters change, results only by the order of sums."""
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.arrange()
+
+    def modulations(self, sigma: float, dtype: mx.Dtype) -> Modulations:
+        """What noise level `sigma` (0..1) asks of every block, in the compute dtype."""
+        return self.all_modulations([sigma], dtype)[0]
+
+    def all_modulations(self, sigmas: Sequence[float], dtype: mx.Dtype) -> list[Modulations]:
+        """The modulations of several noise levels, by one matmul per projection. dtype: that of the layers.
+
+        The reference rounds the timestep to the compute dtype, divides by 1000 and multiplies again: in bfloat16 that
+        moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact, and so it is kept beside
+        float16 layers.
+        """
+        timesteps = mx.array([1000.0 * sigma for sigma in sigmas]).astype(wide(dtype)) / 1000 * 1000
+        vec = _silu(self.time_in(timesteps))
+        projections = (self.mod_txt, self.mod_img, self.mod_single, self.final_mod)
+        return [_modulations(*rows) for rows in zip(*(list(layer(vec)) for layer in projections), strict=True)]
+
+    def embed_text(self, prompt_embeds: mx.array) -> mx.array:
+        """prompt_embeds (B, L, joint dim) as the text stream's start, (B, L, hidden): the same in all steps.
+
+        prompt_embeds: `wide` of the layers' dtype; some are so large that float16 could not hold them.
+        """
+        return linear(self.txt_in, prompt_embeds)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        txt: mx.array,
+        modulations: Modulations,
+        rope: Rope,
+        num_img: int,
+        extras: Sequence[KeysValues] | None = None,
+        note: Note | None = None,
+        run: RunBlock = call_block,
+    ) -> mx.array:
+        """The velocity at one noise level.
+
+        tokens: (B, N, in_channels), the image's tokens, then the references'. txt: (B, L, hidden), from `embed_text`.
+        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. extras, note: for
+        every block in turn, as in `attend`. run: calls a block with its arguments; it may compile, evaluate, or stop.
+        Returns (B, num_img, in_channels), in the dtype of `tokens`, which is the layers'; all else is `wide` of it.
+        """
+        blocks = len(self.double_blocks) + len(self.single_blocks)
+        later = iter([None] * blocks if extras is None else extras)
+        told = () if note is None else (note,)
+        img = linear(self.img_in, tokens).astype(wide(tokens.dtype))
+        for block in self.double_blocks:
+            txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
+        x = mx.concatenate([txt, img], axis=1)
+        for block in self.single_blocks:
+            x = run(block, x, modulations.single, rope, next(later), *told)
+        shift, scale = modulations.final
+        x = x[:, txt.shape[1] : txt.shape[1] + num_img]
+        return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
+
+    def remember(
+        self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note, run: RunBlock = call_block
+    ) -> None:
+        """Run references alone, as 9b-kv wants them: they see each other only, at the modulations of sigma 0.
+
+        tokens: (B, N, in_channels), all references'. rope: of their ids. note: is shown every block's keys and values.
+        run: calls a block, as in a step; of the double blocks only their image streams.
+        Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
+        Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
+        """
+        x = linear(self.img_in, tokens).astype(wide(tokens.dtype))
+        for block in self.double_blocks:
+            x = run(block.img, x, modulations.img, rope, note)
+        for block in self.single_blocks:
+            x = run(block, x, modulations.single, rope, None, note)
+
+
+def _modulations(txt: mx.array, img: mx.array, single: mx.array, final: mx.array) -> Modulations:
+    """One noise level's, from its row of each projection."""
+    vectors = [*mx.split(txt, 6), *mx.split(img, 6), *mx.split(single, 3)]
+    one, two, three, four, five = (
+        Modulation(shift, 1 + scale, gate) for shift, scale, gate in zip(*[iter(vectors)] * 3, strict=True)
+    )
+    shift, scale = mx.split(final, 2)
+    return Modulations((one, two), (three, four), five, (shift, 1 + scale))
+
+
+def _silu(x: mx.array) -> mx.array:
+    # mlx.nn's own is compiled, which on a CPU would call a C++ compiler.
+    return x * mx.sigmoid(x)

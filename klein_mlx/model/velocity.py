@@ -1,0 +1,163 @@
+"""The transformer as the sampler's `predict`: a function of latents and sigma, with the conditioning inside."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from klein_mlx.model.compile import CompiledBlocks
+from klein_mlx.model.latents import References, all_ids, latents_to_tokens, tokens_to_latents
+from klein_mlx.model.layers import wide
+from klein_mlx.model.rope import Rope, rope_tables
+from klein_mlx.model.sampler import Predict, guide, with_cfg
+from klein_mlx.model.transformer import KeysValues, Modulations, RunBlock, Transformer, call_block
+
+Reuse = Literal["alone", "first step"]
+
+
+class Tracked:
+    """A predict function that remembers its last velocity, for previews."""
+
+    def __init__(self, predict: Predict):
+        self._predict = predict
+        self.velocity = mx.array(0.0)
+
+    def __call__(self, latents: mx.array, sigma: float) -> mx.array:
+        self.velocity = self._predict(latents, sigma)
+        return self.velocity
+
+
+class ReferenceMemory:
+    """Every block's keys and values of the references, in the order in which the blocks run.
+
+    count: how many of the last tokens are the references'.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.kept: list[KeysValues] = []
+
+    def note(self, k: mx.array, v: mx.array) -> None:
+        """Keep the references' part of a block's keys and values."""
+        # Copied, or the slices would keep all tokens' arrays alive.
+        self.kept.append((mx.contiguous(k[:, -self.count :]), mx.contiguous(v[:, -self.count :])))
+
+    def extras(self, batch: int) -> list[KeysValues]:
+        """What was kept, for `batch` rows."""
+        return [tuple(mx.broadcast_to(a, (batch, *a.shape[1:])) for a in pair) for pair in self.kept]  # type: ignore[misc]
+
+
+class Tables:
+    """What all steps, and all pictures of one size, share: rotary tables and the modulations of every noise level.
+
+    grid: rows and columns of the picture's tokens. sigmas: the noise levels that will be asked for. still: with those
+    of sigma 0, which references alone have. Evaluated at once: the transformer's weights are not held.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        references: References | None,
+        grid: tuple[int, int],
+        sigmas: Sequence[float],
+        dtype: mx.Dtype,
+        still: bool = False,
+    ):
+        self.references, self.grid, self.dtype = references, grid, dtype
+        self._config = transformer.config
+        self._ropes: dict[int, Rope] = {}
+        levels = [*sigmas, 0.0] if still else [*sigmas]
+        self._modulations = dict(zip(levels, transformer.all_modulations(levels, dtype), strict=True))
+        mx.eval(list(self._modulations.values()))
+
+    def rope(self, length: int) -> Rope:
+        """The rotary tables of [text of this length, image, references]."""
+        if length not in self._ropes:
+            ids = all_ids(length, *self.grid, self.references)
+            self._ropes[length] = rope_tables(ids, self._config.axes_dims_rope, self._config.rope_theta, length)
+        return self._ropes[length]
+
+    def modulations(self, sigma: float) -> Modulations:
+        """Those of one of the noise levels that the tables were made for."""
+        return self._modulations[sigma]
+
+
+def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
+    """Calls a transformer's blocks one by one. part_done: called after each with its result; what it raises ends the
+    step there."""
+
+    def call(block: Any, *args: Any) -> Any:
+        out = blocks(block, *args)
+        part_done(out)
+        return out
+
+    return call
+
+
+def velocity(
+    transformer: Transformer,
+    prompt_embeds: mx.array,
+    tables: Tables,
+    reuse: Reuse | None = None,
+    run: RunBlock = call_block,
+) -> Predict:
+    """`transformer` as a function of latents and sigma; the text is embedded once.
+
+    prompt_embeds: (B, L, D); the latents (1, h, w, C) are the same for all, and the velocity is (B, h, w, C).
+    tables: with the references and the noise levels. reuse: how the references' keys and values serve several steps,
+    or None: they are computed in each. "alone": the references see only each other, as 9b-kv was trained; exact.
+    "first step": those of the first step, as an approximation for the other variants. run: calls a block.
+    """
+    (h, w), references = tables.grid, tables.references
+    batch, length = prompt_embeds.shape[:2]
+    rope = tables.rope(length)
+    txt = transformer.embed_text(prompt_embeds.astype(wide(tables.dtype)))
+    mx.eval(txt)
+    memory = None if reuse is None or references is None else ReferenceMemory(references.ids.shape[0])
+
+    def predict(latents: mx.array, sigma: float) -> mx.array:
+        tokens, table, note, extras = latents_to_tokens(latents), rope, None, None
+        if memory is not None and reuse == "alone" and not memory.kept:
+            assert references is not None
+            apart = Rope(*(a[length + h * w :] for a in rope))
+            transformer.remember(references.tokens, tables.modulations(0.0), apart, memory.note, run)
+            mx.eval(memory.kept)
+        if memory is not None and memory.kept:
+            table, extras = Rope(*(a[: length + h * w] for a in rope)), memory.extras(batch)
+        elif references is not None:
+            tokens = mx.concatenate([tokens, references.tokens], axis=1)
+            note = None if memory is None else memory.note
+        tokens = mx.broadcast_to(tokens, (batch, *tokens.shape[1:]))
+        out = transformer(tokens, txt, tables.modulations(sigma), table, h * w, extras, note, run)
+        if memory is not None and note is not None:
+            mx.eval(out, memory.kept)  # else the next step would hold all of this one's arrays
+        return tokens_to_latents(out, h, w)
+
+    return predict
+
+
+def guided_velocity(
+    transformer: Transformer,
+    prompt_embeds: mx.array,
+    negative: mx.array,
+    tables: Tables,
+    guidance: float,
+    batched: bool,
+    reuse: Reuse | None = None,
+    run: RunBlock = call_block,
+) -> Predict:
+    """The velocity under classifier-free guidance.
+
+    prompt_embeds, negative: (1, L, D). batched: both branches in one pass, which needs one L.
+    tables, reuse, run: as in `velocity`.
+    """
+    if not batched:
+        conditional = velocity(transformer, prompt_embeds, tables, reuse, run)
+        return with_cfg(conditional, velocity(transformer, negative, tables, reuse, run), guidance)
+    both = velocity(transformer, mx.concatenate([prompt_embeds, negative]), tables, reuse, run)
+
+    def predict(latents: mx.array, sigma: float) -> mx.array:
+        conditional, unconditional = mx.split(both(latents, sigma), 2)
+        return guide(conditional, unconditional, guidance)
+
+    return predict

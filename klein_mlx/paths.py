@@ -1,0 +1,86 @@
+"""Where this program keeps things on the user's disk, as the environment says when it is asked.
+
+Models of one's own: `$KLEIN_MLX_HOME/models`, by default `~/.local/share/klein-mlx/models` (`$XDG_DATA_HOME`). What a
+session remembers: `~/.local/state/klein-mlx` (`$XDG_STATE_HOME`). What can be made again: `~/.cache/klein-mlx`
+(`$XDG_CACHE_HOME`). None of them where there is no home.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+
+TINY_FOLDER = Path(__file__).resolve().parent / "tiny"
+
+
+def version(package: str = "klein-mlx") -> str:
+    """An installed package's version; "unknown" where only the source lies there."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def models_folder() -> Path | None:
+    """The folder whose subfolders are models that can be named without a path."""
+    home = os.environ.get("KLEIN_MLX_HOME")
+    folder = Path(os.path.expanduser(home)) if home else _place("XDG_DATA_HOME", ".local/share")
+    return folder / "models" if folder else None
+
+
+def state_folder() -> Path | None:
+    """For the history of prompts."""
+    return _place("XDG_STATE_HOME", ".local/state")
+
+
+def cache_folder() -> Path | None:
+    """For what is only kept because it takes time to make."""
+    return _place("XDG_CACHE_HOME", ".cache")
+
+
+def _place(variable: str, default: str) -> Path | None:
+    given = os.environ.get(variable, "")
+    if os.path.isabs(given):
+        return Path(given) / "klein-mlx"
+    home = os.path.expanduser("~")
+    return Path(home) / default / "klein-mlx" if os.path.isabs(home) else None
+
+
+def own_names() -> dict[str, str]:
+    """The user's short names of models: [models] in ~/.config/klein-mlx/config.toml (`$XDG_CONFIG_HOME`), each for a
+    folder, a hub id or another short name. Of a config that cannot be read, none."""
+    folder = _place("XDG_CONFIG_HOME", ".config")
+    try:
+        text = (folder / "config.toml").read_text() if folder else ""
+        names = tomllib.loads(text).get("models", {}) if "[models" in text else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: os.path.expanduser(model) for name, model in names.items() if isinstance(model, str)}
+
+
+def own_model(name: str) -> Path | None:
+    """The folder of that name among one's own models, if there is one."""
+    folder = models_folder()
+    plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    found = folder / name if folder and plain else None
+    return found if found is not None and found.is_dir() else None
+
+
+def own_models() -> list[Path]:
+    """Every folder among one's own models, by name."""
+    folder = models_folder()
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def cached_models() -> list[str]:
+    """Repositories in the Hub's cache whose names say klein, whole or not; told by their folders' names alone."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    folder = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir() if path.name.startswith("models--"))
+    return [name.removeprefix("models--").replace("--", "/", 1) for name in names if "klein" in name.lower()]

@@ -1,0 +1,1 @@
+"""One run in bounded memory: what is loaded, encoded, kept, recorded."""

@@ -1,0 +1,257 @@
+"""How much memory a request takes, phase by phase, told before anything is loaded; and what fits in the machine's.
+
+On a GPU nothing can catch a lack of memory: Metal ends the process. So a request that cannot fit is refused first.
+Weights are counted exactly, from shapes; the arrays of a step or a layer by how many of them are alive at its fullest
+moment, which differs by device: a CPU expands quantised weights to float32, has no attention in one kernel, and so on.
+Those counts were measured on a CPU; on a GPU they are those of the traced graph.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from klein_mlx.config import PARTS, ModelConfig, VAEConfig
+from klein_mlx.errors import RequestError
+from klein_mlx.model.layers import expands, on_cpu
+from klein_mlx.model.transformer import LONGEST_ATTENTION
+from klein_mlx.model.vae import strip_rows
+from klein_mlx.weights.checkpoint import Source, part_bytes
+from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
+
+KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
+PHASES = ("references", "encode", "steps", "decode")
+_BESIDE = 5_000_000  # masks, rows of embeddings, a matrix on its way: what no formula below counts
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a request decides its memory.
+
+    height, width: in pixels. references: (height, width) of every picture that the VAE encodes. tokens: how many of
+    the references' tokens the transformer sees. length: text positions. rows: 2 where guidance's two branches run in
+    one pass. encodes: whether a prompt has to be encoded. memories: how many times every block's keys and values of the
+    references are kept: for each branch of guidance, where they serve several steps.
+    """
+
+    height: int
+    width: int
+    references: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+    length: int = 512
+    rows: int = 1
+    encodes: bool = True
+    memories: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the fullest moment of every phase; phases that there are not are absent.
+
+    weights: of each part, once it is in memory. keep: as asked for or chosen. machine: what there is.
+    """
+
+    phases: Mapping[str, int]
+    weights: Mapping[str, int]
+    keep: str
+    machine: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine
+
+
+def machine_memory() -> int:
+    """Bytes that there are for weights and arrays: what Metal recommends, or the machine's, its container's or MLX's
+    own limit, whichever is least."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        told = mx.device_info()
+        for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+            if told.get(name):
+                return min(int(told[name]), mx.get_memory_limit())
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), mx.get_memory_limit()]
+    try:
+        limits.append(int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return min(limits)
+
+
+def weight_bytes(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization]) -> dict[str, int]:
+    """What each part's weights take once they are loaded; the encoder's table of tokens stays on disk."""
+    sizes = {part: part_bytes(part, source, dtype, quantization.get(part)) for part in PARTS}
+    encoder = source.config.text_encoder
+    table = encoder.vocab_size * encoder.hidden_size
+    stored = source.quantization.get("text_encoder")
+    own = stored.of("text_encoder", "embed_tokens") if stored else None
+    if own is None:
+        sizes["text_encoder"] -= table * dtype.size
+    else:
+        scales = table // own.group_size * (2 * dtype.size if own.mode == "affine" else 1)
+        sizes["text_encoder"] -= table * own.bits // 8 + scales
+    return sizes
+
+
+def choose_keep(weights: Mapping[str, int], machine: int) -> str:
+    """What stays in memory between calls: what fits in half of the machine's."""
+    if sum(weights.values()) <= machine / 2:
+        return "all"
+    return "transformer" if weights["transformer"] + weights["vae"] <= machine / 2 else "nothing"
+
+
+def estimate(
+    source: Source,
+    work: Work,
+    dtype: mx.Dtype,
+    quantization: Mapping[str, Quantization],
+    keep: str | None = None,
+    loaded: Sequence[str] = (),
+    machine: int | None = None,
+    weights: Mapping[str, int] | None = None,
+) -> Estimate:
+    """Bytes per phase of one picture.
+
+    quantization: of parts that are quantised while loading. keep: None to choose: what suits the machine, or less where
+    only that fits. loaded: parts that are in memory already; those that are not kept leave before. machine: bytes that
+    there are; None: this machine's. weights: from `weight_bytes`, where that is known already.
+    """
+    weights = weights or weight_bytes(source, dtype, quantization)
+    machine = machine_memory() if machine is None else machine
+    if keep is None:
+        kept = [*KEPT][[*KEPT].index(choose_keep(weights, machine)) :]
+        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights) for k in kept]
+        return next((one for one in found if one.fits), found[-1])
+    quantized = {part: part in quantization or part in source.quantization for part in PARTS}
+    config = source.config
+    pictures = [vae_bytes(config.vae, *size, dtype, encodes=True) for size in work.references]
+    arrays = {
+        "references": max(pictures, default=0),
+        "encode": encoder_bytes(config, work, dtype, quantized["text_encoder"]) if work.encodes else 0,
+        "steps": step_bytes(config, work, dtype, quantized["transformer"]),
+        "decode": vae_bytes(config.vae, work.height, work.width, dtype),
+    }
+    needed = {"references": "vae", "encode": "text_encoder", "steps": "transformer", "decode": "vae"}
+    there, phases = {part for part in loaded if part in KEPT[keep]}, {}
+    for phase in PHASES:
+        if not arrays[phase]:
+            continue
+        there.add(needed[phase])
+        phases[phase] = sum(weights[part] for part in there) + arrays[phase]
+        there = {part for part in there if part in KEPT[keep]}
+    return Estimate(phases, weights, keep, machine)
+
+
+# ---- arrays ----
+
+
+def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
+    """Beside the encoder's weights, while a prompt runs through it."""
+    c, length = config.text_encoder, work.length
+    hidden, mlp = length * c.hidden_size, length * c.intermediate_size
+    taps = len(config.taps) * hidden
+    scores = c.num_attention_heads * length**2
+    matrix = 2 * c.hidden_size * c.intermediate_size  # gate and up are joined
+    if not on_cpu():
+        expanded = 2 * matrix if quantized and expands() else 0
+        return (6 * hidden + 3 * mlp + taps + expanded) * dtype.size + length**2
+    if quantized:  # each matrix is expanded after what comes before it, so the layer runs in its written order
+        return 4 * (3 * max(scores, mlp) + matrix) + dtype.size * (5 * hidden + taps) + _BESIDE
+    return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores) + _BESIDE
+
+
+def fits_twice(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, known: Estimate) -> bool:
+    """Whether guidance's two branches may run in one pass: it fits beside the weights, and its arrays in a quarter of
+    the machine's memory. work, known: of one branch at a time."""
+    one, both = (step_bytes(config, replace(work, rows=rows), dtype, quantized) for rows in (1, 2))
+    return known.phases["steps"] + both - one <= known.machine and both <= known.machine / 4
+
+
+def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
+    """Beside the transformer's weights, while a single block runs: the longest moment and the fullest."""
+    c, side = config.transformer, config.pixels_per_token
+    tokens = work.length + work.height // side * (work.width // side) + work.tokens
+    stream = work.rows * tokens * c.hidden_size
+    rope = 2 * tokens * c.attention_head_dim * 4
+    given = (work.rows * work.length * c.joint_attention_dim + stream) * dtype.size
+    blocks = c.num_layers + c.num_single_layers
+    given += work.memories * blocks * 2 * work.tokens * c.hidden_size * dtype.size
+    if not on_cpu():
+        expanded = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size if quantized and expands() else 0
+        return (16 * stream + expanded) * dtype.size + rope + given
+    queries = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
+    scores = work.rows * c.num_attention_heads * tokens * queries
+    expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
+    return 4 * (30 * stream + scores + expanded) + rope + given
+
+
+def vae_bytes(config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encodes: bool = False) -> int:
+    """Beside the VAE's weights: a resnet's input, middle and result, and what one strip of it is made of."""
+    channels = config.block_out_channels
+    if not encodes:
+        channels = config.decoder_block_out_channels or channels
+    rows = strip_rows(height, width)
+    share = 1.0 if rows is None else min(1.0, rows / height)
+    strip = dtype.size * share
+    if on_cpu():  # in float32 whatever the dtype
+        strip = 4 * share * (1.1 if dtype == mx.float32 else 1.4) * (1.2 if rows is None else 1.0)
+    most = 0.0
+    neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])
+    for level, (own, neighbour) in enumerate(zip(channels, neighbours, strict=False)):
+        pixels = (height >> level) * (width >> level)
+        whole = dtype.size * (neighbour + 2 * own)
+        most = max(most, pixels * (whole + strip * 3 * (neighbour + own)))
+    return round(most)
+
+
+# ---- refusal ----
+
+
+def check_fits(
+    source: Source, work: Work, dtype: mx.Dtype, quantization: Mapping[str, Quantization], own: Estimate
+) -> None:
+    """Raise a RequestError with a plan that would fit, unless the request does. own: its estimate, as it stands."""
+    if own.fits:
+        return
+    plans = _plans(source, work, quantization)
+    estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", machine=own.machine)) for p in plans]
+    told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
+    plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])
+    outlook = "needs" if found.fits else "is the least that it can be, and needs"
+    raise RequestError(f"{told}; {plan.words} {outlook} {gigabytes(found.peak)}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A way to need less. words: in options of the command line."""
+
+    words: str
+    quantization: Mapping[str, Quantization]
+    work: Work
+
+
+def _plans(source: Source, work: Work, quantization: Mapping[str, Quantization]) -> list[_Plan]:
+    """The least loss first: keep less, quantise, make a smaller picture."""
+    found = [_Plan("--keep nothing", quantization, work)]
+    free = [part for part in QUANTIZED_PARTS if part not in source.quantization]
+    if free and not quantization:
+        found += [
+            _Plan(f"-q {bits} --keep nothing", {part: Quantization(bits) for part in free}, work) for bits in (8, 4)
+        ]
+    least = found[-1]
+    for side in (1024, 768, 512, 256):
+        if side**2 < work.height * work.width:
+            words = f"{least.words} --width {side} --height {side}"
+            found.append(_Plan(words, least.quantization, replace(work, height=side, width=side)))
+    return found
+
+
+def gigabytes(count: int) -> str:
+    """12.3 GB, or with two digits more below 1."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e9:.3f} GB"

@@ -1,0 +1,183 @@
+"""The memory plan: which part's weights are in memory, and when they leave it."""
+
+import gc
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from klein_mlx.config import PARTS
+from klein_mlx.errors import CheckpointError, RequestError, of_device
+from klein_mlx.model.text_encoder import TextEncoder
+from klein_mlx.runtime.memory import (
+    KEPT,
+    Estimate,
+    Work,
+    choose_keep,
+    estimate,
+    fits_twice,
+    machine_memory,
+    weight_bytes,
+)
+from klein_mlx.runtime.run import Run
+from klein_mlx.weights.checkpoint import Source, load_part, read_weights
+from klein_mlx.weights.lora import LoraStack, numbers
+from klein_mlx.weights.lora_apply import Applied
+from klein_mlx.weights.quantize import Quantization
+from klein_mlx.weights.rows import token_rows
+from klein_mlx.weights.safetensors import load_now
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+class Parts:
+    """A model's three modules, loaded when first asked for and released as `keep` says.
+
+    Runs share them: a part leaves when the last run that took it has released it.
+
+    quantization: of the parts that are quantised while they are loaded (klein_mlx.weights.bits.settle).
+    keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
+    Raises RequestError for another `keep`.
+    """
+
+    def __init__(self, source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization], keep: str | None):
+        if keep is not None and keep not in KEPT:
+            raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEPT)}")
+        self.source, self.dtype, self.quantization = source, dtype, quantization
+        self.weights = weight_bytes(source, dtype, quantization)
+        self.keep = keep or choose_keep(self.weights, machine_memory())
+        self._chosen = keep is None
+        self.loaded: dict[str, nn.Module] = {}
+        self.loras = LoraStack()
+        self._applied: dict[str, Applied] = {}
+        self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
+        self.working: WeakSet[Run] = WeakSet()  # runs that have begun and have not ended, whatever they hold just now
+        for part in PARTS:
+            source.weights(part)  # maps, reads nothing: a damaged file is told now, not after the steps
+
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """What a part computes in. Only the transformer is made for float16, with a wider residual stream; the others
+        would leave its range, and take bfloat16 beside it."""
+        return mx.bfloat16 if self.dtype == mx.float16 and name != "transformer" else self.dtype
+
+    def estimate(self, work: Work) -> Estimate:
+        """What a request would take now, given what is loaded."""
+        return self._estimate(work, self.keep)
+
+    def _estimate(self, work: Work, keep: str | None) -> Estimate:
+        weights = {part: size + self._beside(part) for part, size in self.weights.items()}
+        return estimate(self.source, work, self.dtype, self.quantization, keep, [*self.loaded], weights=weights)
+
+    def _beside(self, part: str) -> int:
+        """Bytes that LoRAs add to a part's weights: none to plain layers, into which they are merged."""
+        kind = self.source.quantization.get(part) or self.quantization.get(part)
+        changed = self.loras.changes(part).items() if kind else ()
+        found = sum(numbers(changes) for path, changes in changed if kind and kind.of(part, path))
+        return found * self.dtype_of(part).size
+
+    def make_room(self, work: Work) -> None:
+        """Unless the user chose what to keep, keep as much as leaves room for a request. Parts that are kept no longer
+        leave at once if no run has them."""
+        if self._chosen:
+            self.keep = self._estimate(work, None).keep
+            self._let_go(*self.loaded)
+
+    def fits_twice(self, work: Work) -> bool:
+        """Whether memory allows both branches of guidance in one pass."""
+        quantized = "transformer" in self.quantization or "transformer" in self.source.quantization
+        return fits_twice(self.source.config, work, self.dtype, quantized, self.estimate(work))
+
+    def files_ahead(self, encoding: int) -> list[Path]:
+        """What can be read while the prompt is encoded: the transformer's files, unless it is loaded, or they would
+        crowd the encoder out of memory. encoding: bytes that the encoder takes."""
+        if "transformer" in self.loaded:
+            return []
+        files = self.source.files(["transformer"])
+        needed = sum(path.stat().st_size for path in files) + encoding
+        return files if needed <= machine_memory() * 0.9 else []
+
+    def get(self, name: str, run: Run) -> Any:
+        """A part with its weights in memory, held for this run until it is released; reading it counts as `load`."""
+        self._holders[name].add(run)
+        if name not in self.loaded:
+            with run.timed("load"):
+                self.loaded[name] = self._load(name)
+        return self.loaded[name]
+
+    def _load(self, name: str) -> nn.Module:
+        module: Any = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
+        if isinstance(module, TextEncoder):
+            module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
+        applied = Applied(module, partial(self._original, name), self.dtype_of(name))
+        try:
+            damaged = read_weights(module)
+            if damaged:
+                raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
+            module.arrange()
+            for _, array in tree_flatten(module.parameters()):
+                mx.eval(array)  # one by one: what it was made of leaves before the next is made
+            applied.update(self.loras.changes(name))
+        except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
+            unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
+            raise of_device(error) or unread from None
+        self._applied[name] = applied
+        return module
+
+    def release(self, run: Run, *names: str) -> None:
+        """Free these parts' weights, except those that are kept or held by another run. Nothing else of this run may
+        still refer to them."""
+        for name in names:
+            self._holders[name].discard(run)
+        self._let_go(*names)
+
+    def _let_go(self, *names: str) -> None:
+        """Free those of these parts that are neither kept nor held."""
+        leaving = [n for n in names if n in self.loaded and n not in KEPT[self.keep] and not self._holders[n]]
+        for name in leaving:
+            del self.loaded[name], self._applied[name]
+        if leaving:
+            gc.collect()
+        mx.clear_cache()
+
+    def check_idle(self, *names: str) -> None:
+        """Raise RequestError while a run works, or holds one of these parts: its pictures would change half-way."""
+        busy = [f"using the {name}" for name in names if self._holders[name]] + ["working"] * bool(self.working)
+        if busy:
+            raise RequestError(f"a run is {busy[0]}; LoRAs can change when it has finished or is closed")
+
+    def apply_loras(self, *names: str) -> None:
+        """Make these parts, as far as they are loaded, what `loras` says."""
+        for name in names:
+            if name in self.loaded:
+                try:
+                    self._applied[name].update(self.loras.changes(name))
+                except RuntimeError as error:
+                    unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
+                    raise of_device(error) or unread from None
+        mx.clear_cache()
+
+    def _original(self, part: str, path: str) -> mx.array:
+        """A module's weight as it was loaded, from its file."""
+        weights, stored = self.source.weights(part), self.source.quantization.get(part)
+        weight = load_now(weights[f"{path}.weight"])
+        if stored and (own := stored.of(part, path)):
+            kinds = (weights.get(f"{path}.{kind}") for kind in ("scales", "biases"))
+            scales, biases = (None if kind is None else load_now(kind) for kind in kinds)
+            assert scales is not None
+            weight = mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode)
+        return weight.astype(self.dtype_of(part))
+
+
+def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
+    """A dtype or its name; None: bfloat16 on a GPU, float32 on a CPU. Raises RequestError for any other."""
+    if dtype is None:
+        return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,151 @@
+"""What a picture's recipe holds: everything that decides its pixels, in the words of the command's options.
+
+A recipe is a dict of JSON values. Files are named by their names alone and known by their digests: no recipe holds a
+folder, a user's name or the time. `klein_mlx.images.metadata` puts it into a file, `klein-mlx again` reads it back.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image
+
+from klein_mlx.edits import SIDES, Edit
+from klein_mlx.paths import TINY_FOLDER, version
+from klein_mlx.request import Request
+from klein_mlx.weights.checkpoint import Source
+from klein_mlx.weights.lora import LoadedLora
+from klein_mlx.weights.quantize import Quantization
+
+FORMAT = 1
+NAMES = {"negative_prompt": "negative", "padding_mask_crop": "mask_crop"}  # a request's words, as options say them
+_OWN = {"prompts", "seeds", "images", "edit", "latents", "prompt_embeds", "output_type", "sigmas"}
+_SAMPLE = 64 * 1024  # bytes of a model's file at its beginning, middle and end
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Writes recipes of one opened model.
+
+    quantize: as it was asked for, or None. quantized: the parts that are quantised while they are loaded. dtype: of the
+    computation.
+    """
+
+    source: Source
+    quantize: Any
+    quantized: Mapping[str, Quantization]
+    dtype: mx.Dtype
+
+    def of_request(self, request: Request, schedule: Sequence[float]) -> dict[str, Any]:
+        """All that a request's pictures share; pictures that are files are read and their digests taken.
+
+        schedule: the noise levels that the steps go through. `loras` is left empty: see `of_loras`.
+        """
+        told = {
+            NAMES.get(field.name, field.name): getattr(request, field.name)
+            for field in fields(request)
+            if field.name not in _OWN and isinstance(getattr(request, field.name), bool | int | float | str | None)
+        }
+        return {
+            "recipe": FORMAT,
+            "klein_mlx": version(),
+            "mlx": version("mlx"),
+            "device": mx.default_device().type.name,
+            **told,
+            "sigmas": None if request.sigmas is None else list(request.sigmas),
+            "schedule": [round(sigma, 6) for sigma in schedule],
+            "image": [describe_picture(image) for image in request.images],
+            **({} if request.edit is None else _edit(request.edit)),
+            "quantize": str(self.quantize) if isinstance(self.quantize, int | str) else None,
+            "dtype": str(self.dtype).removeprefix("mlx.core."),
+            "loras": [],
+            **({"given": given} if (given := _given(request)) else {}),
+        }
+
+    def of_loras(self, loras: Iterable[LoadedLora]) -> list[dict[str, Any]]:
+        """The LoRAs with which a run begins."""
+        return [asdict(lora) for lora in loras]
+
+    def of_picture(self, shared: dict[str, Any], prompt: str | None, seed: int | None, image: Any) -> dict[str, Any]:
+        """One picture's: what it shares with the others, its prompt, its seed, its size."""
+        size = f"{image.width}x{image.height}" if isinstance(image, Image.Image) else None
+        return {**shared, "prompt": prompt, "seed": seed, "size": size, "model": self.model}
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """The model: the id by which it is found again, or its folder's name; the fingerprint of its files."""
+        source = self.source
+        told = {"variant": source.config.variant.name, **_identity(source.path), "fingerprint": self.fingerprint}
+        quantized = {part: {"bits": q.bits, "group_size": q.group_size, "mode": q.mode} for part, q in self._quantized}
+        parts = {part: entry.get("name") for part, entry in source.info.get("source", {}).get("parts", {}).items()}
+        return {**told, **({"quantization": quantized} if quantized else {}), **({"parts": parts} if parts else {})}
+
+    @property
+    def _quantized(self) -> list[tuple[str, Any]]:
+        return sorted({**self.source.quantization, **self.quantized}.items())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' sizes and of samples of their bytes: 16 GB are not read for every picture."""
+        digest = hashlib.sha256()
+        for path in self.source.files():
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                for start in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
+        return digest.hexdigest()
+
+
+def describe_picture(source: Any) -> dict[str, Any]:
+    """A picture that a request was given: a file by its name, size and digest; one in memory by its pixels' digest."""
+    if isinstance(source, Image.Image):
+        return {"pixels": hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()}
+    path = Path(source)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest_file(path)}
+
+
+def digest_file(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    extend = None
+    if edit.margins is not None:
+        extend = ",".join(f"{side}={pixels}" for side, pixels in zip(SIDES, edit.margins, strict=True) if pixels)
+    elif edit.extend_to is not None:
+        extend = "{}x{}".format(*edit.extend_to)
+    return {
+        "init_image": describe_picture(edit.init_image),
+        "strength": edit.strength,
+        "mask": None if edit.mask_image is None else describe_picture(edit.mask_image),
+        "mask_blur": edit.mask_blur if edit.mask_image is not None or extend else None,
+        "invert_mask": edit.invert_mask,
+        "mask_crop": edit.padding_mask_crop,
+        "extend": extend,
+        "init_reference": edit.init_reference,
+    }
+
+
+def _given(request: Request) -> list[str]:
+    """The arrays that a caller gave instead of what a recipe can say."""
+    return [name for name in ("latents", "prompt_embeds") if getattr(request, name) is not None]
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Of a model's folder: tiny, a repository of the Hub at a revision, or the folder's name."""
+    path = path.resolve()
+    if path == TINY_FOLDER:
+        return {"id": "tiny"}
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        owner, _, name = path.parent.parent.name.removeprefix("models--").partition("--")
+        return {"id": f"{owner}/{name}", "revision": path.name}
+    return {"name": path.name}

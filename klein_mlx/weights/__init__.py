@@ -1,0 +1,1 @@
+"""Weights on disk and in memory: our checkpoint, safetensors, quantization, LoRA arithmetic, the Hub."""

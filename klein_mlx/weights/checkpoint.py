@@ -1,0 +1,306 @@
+"""Our own checkpoint format, and strict loading.
+
+A checkpoint is a folder: klein.json, tokenizer.json, and one safetensors file per part (or shards with an index),
+whose weight names are the modules' attribute names. Foreign layouts are `klein_mlx.convert`'s business; they reach
+this file as a `Source`, the same way as our own. No weight is ever evaluated here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.errors import CheckpointError
+from klein_mlx.model.text_encoder import TextEncoder
+from klein_mlx.model.tokenizer import Tokenizer
+from klein_mlx.model.transformer import Transformer
+from klein_mlx.model.vae import VAE
+from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization, check_shapes, prepare, quantize_weights
+from klein_mlx.weights.rows import ReadRows, file_rows
+from klein_mlx.weights.safetensors import (
+    BYTES,
+    PACKED,
+    Weight,
+    is_finite,
+    load_now,
+    one_line,
+    open_weights,
+    read_json,
+    require_file,
+)
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "klein.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+
+_ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
+_MAX_LAYERS = 1024
+_CHECKED_AT_ONCE = 1 << 22  # numbers
+
+
+class Source(Protocol):
+    """A model's files, in whatever layout, seen as ours. Opening one reads headers and configs, never weights."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def quantization(self) -> Mapping[str, Quantization]:
+        """Per part; a part that is not quantised is absent."""
+        ...
+
+    @property
+    def tokenizer_file(self) -> Path: ...
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the files are and where they come from: `format`, `source`, `licence`, `made_by`."""
+        ...
+
+    def weights(self, part: str) -> Mapping[str, Weight]:
+        """The part's weights under our names, lazily mapped, their names, shapes and dtypes checked."""
+        ...
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        """Every file that the model is read from; of the weights, only those of these parts."""
+        ...
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        """A reader of some rows of one of the part's matrices; None where it can only be read whole."""
+        ...
+
+
+# ---- our format ----
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in our own format: the Source whose names need no translation."""
+
+    path: Path
+    config: ModelConfig
+    quantization: dict[str, Quantization] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER_FILE
+
+    def weights(self, part: str) -> dict[str, mx.array]:
+        quantization = self.quantization.get(part)
+        files = open_weights(self.path, part)
+        shapes = expected(part, self.config, quantization)
+        files.check(shapes, packed_dtypes(part, shapes, quantization))
+        return files.arrays()
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return file_rows(open_weights(self.path, part), name)
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        weights = [path for part in parts for path in open_weights(self.path, part).shards]
+        return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder in our format: read klein.json, and make sure that the tokenizer is there."""
+    where = folder / CONFIG_FILE
+    values = read_json(where)
+    version = values.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where}: format_version is {version!r}; is this a klein_mlx checkpoint?")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format {version} is newer than this klein_mlx reads ({FORMAT_VERSION}): update it"
+        )
+    parts = {
+        part: kind.from_dict(_table(values, part, where), f"{where}: {part}") for part, kind in CONFIG_CLASSES.items()
+    }
+    config = model_config(
+        parts, values, where=where, variant_name=TINY.name if values.get("variant") == TINY.name else None
+    )
+    quantization = {}
+    for part, settings in _table(values, "quantization", where).items():
+        quantization[part] = Quantization.from_dict(settings, str(where))
+        if part not in (PARTS if quantization[part].layers else QUANTIZED_PARTS):
+            raise CheckpointError(f"{where}: quantization of {part!r}; only {' and '.join(QUANTIZED_PARTS)} can be")
+    require_file(folder / TOKENIZER_FILE)
+    told = {name: values[name] for name in ("source", "licence", "made_by") if name in values}
+    for name, value in told.items():
+        known = isinstance(value, Mapping) if name == "source" else isinstance(value, str) and value.isprintable()
+        if not known:
+            kind = "an object" if name == "source" else "one line of text"
+            raise CheckpointError(f"{where}: {name} is {value!r:.60}; it must be {kind}")
+    return Checkpoint(folder, config, quantization, {"format": "klein_mlx", **told})
+
+
+def model_config(
+    parts: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    where: Path,
+    variant_name: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """The three configs with what belongs to none of them, read from a parsed JSON object and checked."""
+    merged = {**(defaults or {}), **values}
+    taps, distilled = merged.get("taps"), merged.get("is_distilled")
+    if not isinstance(taps, list | tuple) or not all(type(t) is int for t in taps):
+        raise CheckpointError(f"{where}: the tapped layers are {taps!r}; they must be a list of integers")
+    if not isinstance(distilled, bool):
+        raise CheckpointError(f"{where}: is_distilled is {distilled!r}; it must be true or false")
+    caches = merged.get("caches_references", False)
+    if not isinstance(caches, bool):
+        raise CheckpointError(f"{where}: caches_references is {caches!r}; it must be true or false")
+    numbers: dict[str, Any] = {"caches_references": caches}
+    for name, limit in (("max_sequence_length", 1 << 16), ("default_size", 1 << 14)):
+        numbers[name] = merged.get(name)
+        if type(numbers[name]) is not int or not 0 < numbers[name] <= limit:
+            raise CheckpointError(
+                f"{where}: {name} is {numbers[name]!r}; it must be a positive integer, at most {limit}"
+            )
+    try:
+        return ModelConfig(**parts, is_distilled=distilled, taps=tuple(taps), variant_name=variant_name, **numbers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where.parent}: {error}") from None
+
+
+def _table(values: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
+    table = values.get(name)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where}: {name} is {'missing' if table is None else 'not an object'}")
+    return table
+
+
+# ---- modules ----
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """mlx.nn draws a module's first weights from the user's generator: it is set back to where it was."""
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def build(part: str, config: ModelConfig) -> nn.Module:
+    """A part's module with weights that are not to be used: its structure, before loading."""
+    t, e = config.transformer, config.text_encoder
+    deepest = max(t.num_layers, t.num_single_layers, e.num_hidden_layers, config.vae.layers_per_block)
+    if deepest > _MAX_LAYERS:
+        raise CheckpointError(f"{part}: a config asks for {deepest} layers; klein_mlx builds {_MAX_LAYERS} at most")
+    try:
+        with kept_random_state():
+            if part == "transformer":
+                return Transformer(t)
+            if part == "text_encoder":
+                return TextEncoder(e, config.taps)
+            return VAE(config.vae)
+    except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
+
+
+def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:
+    """Every weight's name and shape, as the module of this part has them."""
+    return _shapes(_structure(part, config, quantization))
+
+
+def packed_dtypes(part: str, names: Iterable[str], quantization: Quantization | None) -> dict[str, tuple[str, ...]]:
+    """Which of these weights are stored as integers, and as which: what quantisation makes of a weight."""
+    dtypes = {}
+    for name in names if quantization else ():
+        path, _, kind = name.rpartition(".")
+        own = quantization.of(part, path) if quantization and kind in ("weight", "scales") else None
+        if own and (kind == "weight" or own.mode != "affine"):
+            dtypes[name] = PACKED if kind == "weight" else BYTES
+    return dtypes
+
+
+def _structure(part: str, config: ModelConfig, quantization: Quantization | None) -> nn.Module:
+    module = build(part, config)
+    if quantization:
+        check_shapes(part, _shapes(module), quantization)
+        prepare(module, part, quantization)
+    return module
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in tree_flatten(module.parameters())}  # type: ignore[union-attr]
+
+
+def part_bytes(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> int:
+    """Bytes that `load_part` would hold in memory once it is evaluated."""
+    quantization = source.quantization.get(part) or (quantize if part in QUANTIZED_PARTS else None)
+    module = _structure(part, source.config, quantization)
+    arrays = [array for _, array in tree_flatten(module.parameters())]
+    floating = [mx.issubdtype(array.dtype, mx.floating) for array in arrays]  # type: ignore[union-attr]
+    return sum(a.size * (dtype.size if f else a.itemsize) for a, f in zip(arrays, floating, strict=True))  # type: ignore[union-attr]
+
+
+def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> nn.Module:
+    """Build one part and give it its weights: all of them, of the right shapes, or a CheckpointError.
+
+    dtype: that of every floating weight, except the VAE's latent statistics, which stay float32.
+    quantize: quantise here, unless the source is quantised so already. The VAE is never quantised.
+    Weights are read from disk when they are first used; only what has to be decoded, or whose scales are searched for,
+    is made here, one weight at a time.
+    """
+    stored = source.quantization.get(part)
+    quantize = quantize if part in QUANTIZED_PARTS else None
+    if stored and quantize and (stored.bits, stored.mode) != (quantize.bits, quantize.mode):
+        raise CheckpointError(
+            f"{source.path}: the {part} is {stored.bits}-bit already; for {quantize.bits} bits start from the original"
+        )
+    found = dict(source.weights(part))
+    if quantize and not stored:
+        found = quantize_weights(part, found, quantize)
+    weights = {}
+    for name in list(found):
+        weight = found.pop(name)  # what was read for it is not needed by the others
+        array = load_now(weight)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)
+        if array is not weight and not isinstance(weight, mx.array):
+            mx.eval(array)  # so that what it was decoded from is freed
+        weights[name] = array
+    module = _structure(part, source.config, stored or quantize)
+    module.load_weights(list(weights.items()), strict=True)
+    module.eval()
+    return module
+
+
+def read_weights(module: nn.Module) -> str | None:
+    """Read all of a module's weights, one after the other: beside them, only what one is made of is ever in memory.
+
+    Returns the name of one that holds NaN or infinity, if there is one.
+    """
+    for name, array in tree_flatten(module.parameters()):
+        mx.eval(array)
+        flat = array.reshape(-1)  # type: ignore[union-attr]
+        checks = (is_finite(flat[at : at + _CHECKED_AT_ONCE]) for at in range(0, flat.size, _CHECKED_AT_ONCE))
+        if not all(check.item() for check in checks):
+            return name
+    return None
+
+
+UNFINISHED = ".converting"  # the hidden folder's ending
+
+
+def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer.json, for a text encoder whose embedding has `vocab_size` rows.
+
+    Raises CheckpointError if it cannot be read or is another model's.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a tokenizer.json ({one_line(error)})") from None
+    return Tokenizer(text, vocab_size, str(path))

@@ -1,0 +1,90 @@
+"""How well the port draws what it is told with the embedded checkpoint, by the geometric checker.
+
+    python tests/adherence.py --prompts 200 --edits 50
+
+Prompts and edits are of combinations of shape, colour and background that training never saw.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checker import judge_edit, judge_scene
+from PIL import Image
+
+from klein_mlx import KleinPipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "tiny"))
+import world  # noqa: E402
+
+KINDS = (*world.EDIT_KINDS, "combine")
+
+
+def prompts(pipe: KleinPipeline, count: int, seed: int = 0, **arguments: Any) -> dict[str, float]:
+    """Shares of `count` held-out prompts, alternately of one and two shapes, that are right in each respect.
+
+    arguments: of the pipeline's call, such as guidance_scale.
+    """
+    tally: dict[str, list[bool]] = defaultdict(list)
+    for number, (words, scene) in enumerate(world.held_out_prompts(count, seed)):
+        picture = np.asarray(pipe(words, seed=1000 * seed + number, **arguments).images[0])
+        verdict: dict[str, Any] = judge_scene(picture, scene)
+        arity = "single" if len(scene.shapes) == 1 else "pair"
+        tally["background"].append(verdict["background"])
+        tally[f"{arity} colour"] += verdict["colours"]
+        tally[f"{arity} shape"] += verdict["kinds"]
+        if arity == "pair":
+            tally["relation"].append(verdict["relation"])
+        tally["all"].append(verdict["all"])
+    return {name: float(np.mean(right)) for name, right in tally.items()}
+
+
+def edits(pipe: KleinPipeline, kind: str, count: int, seed: int = 0, **arguments: Any) -> float:
+    """The share of `count` edits of a kind that are right, the rest of the picture unchanged (as `prompts`)."""
+    rng = np.random.default_rng((seed, KINDS.index(kind)))
+    right = []
+    for number in range(count):
+        words, before, after = edit_case(kind, number, rng)
+        references = [Image.fromarray(world.render(scene)) for scene in before]
+        picture = np.asarray(pipe(words, image=references, seed=1000 * seed + number, **arguments).images[0])
+        verdict = judge_edit(picture, world.render(before[0]), world.render(after), after)
+        right.append(verdict["all"])
+    return float(np.mean(right))
+
+
+def edit_case(kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[world.Scene, ...], world.Scene]:
+    """Instruction, the references' scenes, the wanted scene; scenes of one and two shapes take turns."""
+    if kind != "combine":
+        # What a removal leaves is the rest of its reference, so there the reference is of unseen combinations.
+        removes = kind == "remove"
+        scene = world.random_scene(rng, 2 if removes else 1 + number % 2, held=removes)
+        edit = world.random_edit(scene, kind, rng, held=True)
+        return world.instruction(scene, edit, rng), (scene,), world.apply_edit(scene, edit)
+    first = second = world.random_scene(rng, 1)
+    while not world.is_valid(world.combine(first, second)) or not world.is_held_out(world.combine(first, second)):
+        first, second = world.random_scene(rng, 1), world.random_scene(rng)
+    return world.combine_instruction(first, rng), (first, second), world.combine(first, second)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--edits", type=int, default=50, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float, help="for a base checkpoint")
+    options = parser.parse_args()
+    run: dict[str, Any] = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    pipe = KleinPipeline.from_pretrained(options.model, keep="all")
+    figures = prompts(pipe, options.prompts, options.seed, **run)
+    figures |= {f"edit: {kind}": edits(pipe, kind, options.edits, options.seed, **run) for kind in KINDS}
+    print(json.dumps({name: round(share, 3) for name, share in figures.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Which subcommand the words of a command line mean, and what is suggested for those that mean none."""
+
+import pytest
+
+from klein_mlx.cli.main import COMMANDS, choose, command_parser, main, top_help
+from klein_mlx.errors import RequestError, nearest
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "words"),
+    [
+        (["a red fox"], "generate", ["a red fox"]),
+        (["fox"], "generate", ["fox"]),
+        (["winter"], "generate", ["winter"]),
+        (["generate", "info"], "generate", ["info"]),
+        (["--seed", "7", "a fox"], "generate", ["--seed", "7", "a fox"]),
+        (["-m", "tiny"], "generate", ["-m", "tiny"]),
+        ([], "generate", []),
+        (["info", "tiny"], "info", ["tiny"]),
+        (["info tiny"], "generate", ["info tiny"]),
+        (["日本"], "generate", ["日本"]),
+    ],
+)
+def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
+    assert choose(given) == (name, words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["inof", "tiny"], "'inof' is no command; did you mean: klein-mlx info?"),
+        (["Convrt"], "did you mean: klein-mlx convert?"),
+        (["genrate", "a fox"], "did you mean: klein-mlx generate?"),
+        (["--model", "tiny", "info"], "options come after the command: klein-mlx info"),
+        (["--model", "tiny", "infoo"], "did you mean: klein-mlx info?"),
+        (["--wdith", "128", "a fox"], "did you mean --width? (see klein-mlx generate --help)"),
+        (["--sede=3", "a fox"], "did you mean --seed?"),
+        (["a", "red", "fox"], "unrecognized arguments: red fox; put the prompt in quotes"),
+        (["info", "tiny", "--jsno"], "did you mean --json? (see klein-mlx info --help)"),
+        (["info", "tiny", "--qqqqqq"], "unrecognized arguments: --qqqqqq (see klein-mlx info --help)"),
+    ],
+)
+def test_slips(given: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with what was probably meant, exit code 2, and no model is opened."""
+    assert main(given) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    assert words in told.err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["convert", "tiny", "out", "--dry-run", "--upload", "nope"], "upload is 'nope'; it must be owner/name"),
+        (["convert", "tiny", "out", "--dry-run", "--variant", "foo"], "variant is 'foo'; only 'tiny' can be forced"),
+        (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
+        (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
+    ],
+)
+def test_what_would_be_refused_or_ignored_is_told_first(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dry run refuses what the run would; an option that does nothing is no option."""
+    assert main(given) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err
+
+
+def test_a_slip_is_a_request_error() -> None:
+    with pytest.raises(RequestError, match="klein-mlx convert"):
+        choose(["convetr"])
+
+
+@pytest.mark.parametrize("given", [["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 0
+    told = capsys.readouterr().out
+    assert told == top_help()
+    assert all(f"\n  {name} " in told for name in COMMANDS)
+    assert max(map(len, told.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str) -> None:
+    told = command_parser(name).format_help()
+    assert told.startswith(f"usage: klein-mlx {name}")
+    assert "\nexamples:\n  klein-mlx " in told
+
+
+def test_nearest() -> None:
+    assert nearest("modles", ["models", "info"]) == "models"
+    assert nearest("zebra", ["models", "info"]) is None

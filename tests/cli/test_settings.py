@@ -1,0 +1,95 @@
+"""The config file: what goes before what, and errors that name file, line and key."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from klein_mlx.cli.options import Parser, add_generate_arguments
+from klein_mlx.cli.settings import complete, config_folder, read_settings
+from klein_mlx.errors import RequestError
+
+
+def typed(*words: str) -> argparse.Namespace:
+    parser = Parser()
+    add_generate_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The config at its usual place."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "klein-mlx").mkdir()
+    path = tmp_path / "klein-mlx" / "config.toml"
+    path.write_text(
+        'model = "mine"\nsteps = 8\nsize = "3:2"\nquiet = true\n[presets.fast]\nsteps = 2\nguidance = 1\n'
+        'max-sequence-length = 20\n[models]\nmine = "~/klein"\n[folders]\nloras = "~/loras"\n'
+    )
+    return path
+
+
+def test_what_goes_before_what(config: Path) -> None:
+    plain = complete(typed("a fox"))
+    assert (plain.prompt, plain.model, plain.steps, plain.size, plain.quiet) == ("a fox", "mine", 8, "3:2", True)
+    assert (plain.count, plain.force, plain.negative) == (1, False, None)
+    assert plain.settings.models == {"mine": str(Path("~/klein").expanduser())}
+    assert plain.lora_folder == str(Path("~/loras").expanduser())
+    fast = complete(typed("a fox", "--preset", "fast"))
+    assert (fast.steps, fast.guidance, fast.max_sequence_length, fast.size) == (2, 1.0, 20, "3:2")
+    given = complete(typed("a fox", "--preset", "fast", "--steps", "3", "--width", "64", "-m", "tiny"))
+    assert (given.steps, given.width, given.size, given.model) == (3, 64, None, "tiny")
+    assert complete(typed("a fox", "--sigmas", "1,0.5")).steps is None
+    recipe = complete(typed("a fox"), {"steps": 5, "size": None})
+    assert (recipe.steps, recipe.size, recipe.quiet) == (5, None, True)
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_folder() == tmp_path / ".config" / "klein-mlx"
+    assert read_settings().values == {}
+    other = tmp_path / "other.toml"
+    other.write_text("steps = 3\n")
+    assert complete(typed("a fox", "--config", str(other))).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = 4\nwidth = \n", ":2: Invalid value (column 9)"),
+        ("steps = 4\nstep = 5\n", ":2: step is unknown; did you mean steps?"),
+        ("\nsteps = 'four'\n", ":2: steps is 'four'; it must be a whole number"),
+        ("guidance = true", ":1: guidance is True; it must be a number"),
+        ("quiet = 1", ":1: quiet is 1; it must be true or false"),
+        ("format = 'gif'", ":1: format is 'gif'; it must be one of png, jpg, webp"),
+        ("presets = 3", ":1: presets is 3; it must be a table: [presets]"),
+        ("[presets]\nfast = 3", ":2: fast is 3; it must be a table: [presets.fast]"),
+        ("steps = 1\n[presets.fast]\nsteps = 'x'", ":3: steps is 'x'"),
+        ("[presets.fast]\npreset = 'slow'", ":2: preset is unknown"),
+        ("[models]\nmine = 3", ":2: mine is 3; it must be a text in quotes"),
+        ("[folders]\nphotos = 'x'", ":2: photos is unknown; there are loras, wildcards"),
+        ("[preset.fast]\nsteps = 1", ": preset is {'fast': {'steps': 1}}; it must be a text"),
+        ("preset = 'fast'", ":1: preset is 'fast'; there are none"),
+        ("prompt = 'x'", ":1: prompt is unknown"),
+        ("steps = 1\nsteps = 2", ":2: Cannot overwrite a value"),
+        ("a = " + "[" * 5000, "config.toml"),
+    ],
+)
+def test_configs_that_are_refused(config: Path, text: str, words: str) -> None:
+    config.write_text(text)
+    with pytest.raises(RequestError) as refused:
+        complete(typed("a fox"))
+    assert str(refused.value).startswith(str(config))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_refusals(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--preset fats is not in the config; did you mean fast"):
+        complete(typed("a fox", "--preset", "fats"))
+    with pytest.raises(RequestError, match="none.toml cannot be read: No such file"):
+        complete(typed("a fox", "--config", str(tmp_path / "none.toml")))
+    config.write_bytes(b"steps = 1\n# \xff\n")
+    with pytest.raises(RequestError, match="config.toml:2: is not UTF-8"):
+        complete(typed("a fox"))

@@ -1,0 +1,162 @@
+"""Folders that MLX programs quantised: mflux's whole models, mlx-lm's Qwen3; kept at their bits."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from folders import assert_equal, loaded, parameters, quantizable_model, read_weights, refusal, weight_file
+from foreign import Weights, to_mflux
+
+from klein_convert.checkpoint import convert_checkpoint
+from klein_mlx.config import PARTS
+from klein_mlx.formats import infer
+from klein_mlx.formats.describe import describe
+from klein_mlx.formats.open import open_any, open_model
+from klein_mlx.weights.checkpoint import load_part
+from klein_mlx.weights.quantize import Quantization
+
+
+def quantise(weights: Weights, bits: int, group_size: int = 64) -> Weights:
+    """Every matrix that MLX can quantise, as nn.quantize does."""
+    out: Weights = {}
+    for name, array in weights.items():
+        if array.ndim != 2 or array.shape[1] % group_size:
+            out[name] = array
+            continue
+        path = name.removesuffix(".weight")
+        arrays = mx.quantize(array, group_size, bits)
+        out |= {f"{path}.{kind}": a for kind, a in zip(("weight", "scales", "biases"), arrays, strict=True)}
+    return out
+
+
+def save_mflux(folder: Path, model: Path, bits: int | None) -> Path:
+    """As mflux-save lays a model out: numbered shards with an index, the bits in the metadata, no configs."""
+    shutil.copytree(model / "tokenizer", folder / "tokenizer")
+    for part in PARTS:
+        weights = to_mflux(part, read_weights(weight_file(model, part)))
+        if bits:
+            weights = quantise(weights, bits)
+        (folder / part).mkdir()
+        names = sorted(weights)
+        told = {"quantization_level": str(bits), "mflux_version": "0.17.0"}
+        weight_map = {}
+        for number in range(2):
+            mine = names[number::2]
+            path = folder / part / f"{number}.safetensors"
+            mx.save_safetensors(str(path), {name: weights[name] for name in mine}, told)
+            weight_map |= dict.fromkeys(mine, path.name)
+        index = {"metadata": told, "weight_map": weight_map}
+        (folder / part / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mflux's folders state no groups of the VAE's norms: they are klein's. The golden model has fewer channels."""
+    monkeypatch.setitem(infer.KLEIN, "vae", replace(infer.KLEIN["vae"], norm_num_groups=4))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return quantizable_model(tmp_path / "model")
+
+
+def test_an_unquantised_mflux_folder_is_the_model_it_was_saved_from(tmp_path: Path, model: Path) -> None:
+    folder = save_mflux(tmp_path / "saved", model, None)
+    source = open_model(folder)
+    assert (source.info["format"], source.info["made_by"]) == ("mflux", "mflux 0.17.0")
+    for part in PARTS:
+        assert_equal(source.weights(part), open_model(model).weights(part))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_quantised_mflux_folder_keeps_its_bits(tmp_path: Path, model: Path, bits: int) -> None:
+    folder = save_mflux(tmp_path / "saved", model, bits)
+    source = open_model(folder)
+    assert describe(source)["parts"]["transformer"]["bits"] == bits
+    ours = source.weights("transformer")
+    theirs = {n: a for s in (0, 1) for n, a in read_weights(folder / "transformer" / f"{s}.safetensors").items()}
+    for kind in ("weight", "scales", "biases"):
+        assert mx.array_equal(ours[f"mod_img.{kind}"], theirs[f"double_stream_modulation_img.linear.{kind}"])
+        halves = mx.split(theirs[f"norm_out.linear.{kind}"], 2)  # (scale, shift) there
+        assert mx.array_equal(ours[f"final_mod.{kind}"], mx.concatenate(halves[::-1]))
+    module = load_part("text_encoder", source, mx.bfloat16)
+    assert isinstance(module.embed_tokens, nn.QuantizedEmbedding)
+    assert module.embed_tokens.bits == bits
+    whole = parameters(load_part("text_encoder", open_model(model), mx.bfloat16))
+    packed = [module.embed_tokens[kind] for kind in ("weight", "scales", "biases")]
+    restored = mx.dequantize(*packed, group_size=64, bits=bits)
+    assert mx.abs(restored - whole["embed_tokens.weight"]).max().item() < 0.2
+
+
+def test_it_converts_to_the_same_and_says_so_layer_by_layer(tmp_path: Path, model: Path) -> None:
+    folder = save_mflux(tmp_path / "saved", model, 4)
+    ours = convert_checkpoint(folder, tmp_path / "ours")
+    assert_equal(loaded(ours, mx.bfloat16), loaded(folder, mx.bfloat16))
+    stored = json.loads((ours / "klein.json").read_text())["quantization"]["text_encoder"]
+    assert stored["layers"]["embed_tokens"] == {"bits": 4, "group_size": 64, "mode": "affine"}
+    assert open_model(ours).quantization == open_model(folder).quantization
+
+
+def test_it_computes_what_the_dequantised_weights_do(tmp_path: Path, model: Path) -> None:
+    from klein_mlx import KleinPipeline
+
+    folder = save_mflux(tmp_path / "saved", model, 8)
+    values = {}
+    for name, path in (("whole", model), ("eight", folder)):
+        pipe = KleinPipeline(open_model(path), dtype=mx.float32)
+        taps = {"num_inference_steps": 1, "seed": 1, "width": 64, "height": 64, "output_type": "latent"}
+        values[name] = pipe("a red fox", **taps).images
+    error = mx.linalg.norm(values["whole"] - values["eight"]) / mx.linalg.norm(values["whole"])
+    assert 0 < error.item() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode"),
+    [(4, 64, "affine"), (6, 32, "affine"), (4, 32, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8")],
+)
+def test_mlx_lm_s_qwen3_is_the_encoder(tmp_path: Path, model: Path, bits: int, group_size: int, mode: str) -> None:
+    """Written by mlx-lm's own quantiser and saver."""
+    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    from mlx_lm.models.qwen3 import Model, ModelArgs
+
+    values = json.loads((model / "text_encoder" / "config.json").read_text())
+    values = {**values, "rope_theta": 1e6, "tie_word_embeddings": True}
+    qwen = Model(ModelArgs.from_dict(values))
+    qwen.load_weights(list(qwen.sanitize(read_weights(weight_file(model, "text_encoder"))).items()))
+    qwen, values = mlx_lm.quantize_model(qwen, values, group_size, bits, mode=mode)
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    mlx_lm.save_model(folder, qwen)
+    mlx_lm.save_config(values, folder / "config.json")
+
+    source = open_model(model, parts={"text_encoder": folder})
+    quantization = source.quantization["text_encoder"]
+    assert quantization.layers
+    assert set(quantization.layers.values()) == {Quantization(bits, group_size, mode)}
+    theirs = read_weights(folder / "model.safetensors")
+    ours = source.weights("text_encoder")
+    assert all(mx.array_equal(array, theirs[f"model.{name}"]) for name, array in ours.items())
+    assert describe(open_any(folder))["part"] == "text_encoder"
+    path = convert_checkpoint(source, tmp_path / "ours")
+    assert_equal(loaded(path, mx.bfloat16), {**loaded_from(source)})
+
+
+def loaded_from(source: object) -> Weights:
+    modules = {part: load_part(part, source, mx.bfloat16) for part in PARTS}  # type: ignore[arg-type]
+    return {f"{part}.{name}": a for part, module in modules.items() for name, a in parameters(module).items()}
+
+
+def test_a_width_that_no_setting_explains_is_refused(tmp_path: Path, model: Path) -> None:
+    folder = save_mflux(tmp_path / "saved", model, 4)
+    path = folder / "transformer" / "0.safetensors"
+    weights = read_weights(path)
+    name = next(n for n in sorted(weights) if n.startswith("single") and n.endswith(".scales"))
+    weights[name] = mx.repeat(weights[name], 8, axis=1)
+    path.unlink()
+    mx.save_safetensors(str(path), weights, {"quantization_level": "4"})
+    assert "is quantised in a way that klein_mlx does not read" in refusal(lambda: open_model(folder).quantization)

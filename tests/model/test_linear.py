@@ -1,0 +1,233 @@
+"""Linear layers: every way of computing one gives the same numbers."""
+
+from functools import reduce
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from klein_mlx.model.layers import (
+    Cut,
+    _dequantized,
+    attention,
+    cut,
+    expands,
+    join,
+    linear,
+    linear_added,
+    linear_split,
+    linear_terms,
+    matmul_policy,
+    on_cpu,
+    one_weight_at_a_time,
+    separate,
+    sigmoid,
+)
+
+
+def layer(kind: str, dtype: mx.Dtype) -> nn.Module:
+    mx.random.seed(0)
+    plain = nn.Linear(128, 192, bias=kind == "bias")
+    plain.set_dtype(dtype)
+    if kind in ("plain", "bias"):
+        return plain
+    return nn.QuantizedLinear.from_linear(plain, group_size=64, bits=int(kind))
+
+
+def exact(module: nn.Module, x: mx.array) -> mx.array:
+    """The layer in float32."""
+    weight, bias = module["weight"], module.get("bias", mx.array(0.0))
+    if isinstance(module, nn.QuantizedLinear):
+        scales = (module[name].astype(mx.float32) for name in ("scales", "biases"))
+        weight = mx.dequantize(weight, *scales, group_size=module.group_size, bits=module.bits)
+    return x.astype(mx.float32) @ weight.astype(mx.float32).T + bias.astype(mx.float32)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "4", "8"])
+def test_all_ways_agree(kind: str, policy: str, dtype: mx.Dtype) -> None:
+    """With float32 arithmetic on the same weights: in float32 to 1e-5, in bfloat16 to two roundings of values up to 2.
+
+    MLX's quantised matmul on a CPU adds up in bfloat16 itself: 128 terms, an error of several roundings.
+    """
+    module, x = layer(kind, dtype), mx.random.normal((2, 7, 128), key=mx.random.key(1)).astype(dtype)
+    wanted = exact(module, x)
+    tolerance = 1e-5 if dtype == mx.float32 else 0.1 if kind in "48" and policy == "direct" else 2 * 2**-7
+    with matmul_policy(policy):
+        out = linear(module, x)
+        first, second = linear_split(module, x, 64)
+        joined, in_two = (reduce(mx.add, linear_terms(m, x[..., :64], x[..., 64:])) for m in (module, cut(module, 64)))
+        added = linear_added(module, x, wanted.astype(dtype))
+    assert out.dtype == added.dtype == joined.dtype == in_two.dtype == dtype
+    assert mx.allclose(out, wanted, atol=tolerance)
+    assert mx.allclose(mx.concatenate([first, second], axis=-1), wanted, atol=tolerance)
+    assert mx.allclose(joined, wanted, atol=tolerance)
+    assert mx.allclose(in_two, wanted, atol=tolerance)
+    assert mx.allclose(added, wanted + wanted, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("kind", ["plain", "4", "8"])
+def test_a_cut_layer_is_called_like_a_whole_one(kind: str) -> None:
+    module, x = layer(kind, mx.float32), mx.random.normal((2, 7, 128), key=mx.random.key(1))
+    in_two = cut(module, 64)
+    assert isinstance(in_two, Cut)
+    assert mx.allclose(in_two(x), module(x), atol=1e-5)  # type: ignore[operator]
+
+
+def test_what_cannot_be_cut_is_left_whole() -> None:
+    """A layer with a bias, or a packed one where a group of columns that share a scale would fall apart."""
+    assert not isinstance(cut(layer("bias", mx.float32), 64), Cut)
+    assert not isinstance(cut(layer("4", mx.float32), 32), Cut)
+
+
+class Pair(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+
+@pytest.mark.parametrize("kind", ["plain", "4", "8"])
+def test_joined_layers_are_one_matmul_and_come_back_as_they_were(kind: str) -> None:
+    one, two = layer(kind, mx.float32), layer(kind, mx.float32)
+    two["weight"] = two["weight"][::-1]
+    x, pair = mx.random.normal((7, 128), key=mx.random.key(1)), Pair(one, two)
+    before = dict(tree_flatten(pair.parameters()))
+    wanted = mx.concatenate([linear(one, x), linear(two, x)], axis=-1)
+    for _ in range(2):  # joined already: nothing changes
+        join(pair, "first", "second", "both")
+        assert set(pair.children()) == {"both"}
+    assert mx.allclose(linear(pair["both"], x), wanted, atol=1e-5)
+    for _ in range(2):
+        separate(pair, "first", "second", "both")
+        after = dict(tree_flatten(pair.parameters()))
+        assert after.keys() == before.keys()
+        assert all(mx.array_equal(after[name], before[name]) for name in before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kinds", [("plain", "4"), ("4", "8"), ("plain", "bias")])
+def test_layers_of_two_kinds_are_not_joined(kinds: tuple[str, str]) -> None:
+    pair = Pair(*(layer(kind, mx.float32) for kind in kinds))
+    join(pair, "first", "second", "both")
+    assert set(pair.children()) == {"first", "second"}
+
+
+def test_a_module_of_another_kind_is_called() -> None:
+    """A layer with something beside it (a LoRA branch) decides for itself."""
+
+    class Doubled(nn.Linear):
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * super().__call__(x)
+
+    module, x = Doubled(128, 192, bias=False), mx.random.normal((3, 128))
+    wanted = 2 * (x @ module.weight.T)
+    assert mx.allclose(linear(module, x), wanted, atol=1e-5)
+    assert mx.allclose(linear_split(module, x, 64)[1], wanted[:, 64:], atol=1e-5)
+    assert cut(module, 64) is module
+    assert mx.allclose(*linear_terms(module, x[:, :64], x[:, 64:]), wanted, atol=1e-5)
+    assert mx.allclose(linear_added(module, x, x[:, :1]), wanted + x[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_sigmoids_agree(dtype: mx.Dtype) -> None:
+    """To a few of the dtype's roundings, and at the ends of its range without NaN."""
+    largest = mx.finfo(dtype).max
+    x = mx.concatenate([mx.linspace(-30, 30, 1001), mx.array([-largest, largest, -mx.inf, mx.inf])]).astype(dtype)
+    found = sigmoid(x)
+    assert found.dtype == dtype
+    eps = {mx.float32: 2**-23, mx.bfloat16: 2**-8, mx.float16: 2**-11}[dtype]
+    exact = mx.sigmoid(x.astype(mx.float32))
+    assert mx.allclose(found.astype(mx.float32), exact, rtol=40 * eps, atol=2**-24)
+    assert found[-4:].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_attention_by_every_policy(policy: str, dtype: mx.Dtype) -> None:
+    """With a mask and shared keys, against the formula in float32; narrow types within two of their roundings."""
+    rng = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate([(1, 4, 6, 16), (1, 2, 6, 16)])]
+    q, k = (a.astype(dtype) for a in rng)
+    mask = mx.tri(6, dtype=mx.bool_)
+    wide_q, wide_k = q.astype(mx.float32), mx.repeat(k.astype(mx.float32), 2, axis=1)
+    scores = mx.where(mask, wide_q @ wide_k.swapaxes(-1, -2) / 4, -mx.inf)
+    wanted = mx.softmax(scores, axis=-1) @ wide_k
+    with matmul_policy(policy):
+        out = attention(q, k, k, mask)
+    assert out.dtype == dtype
+    assert mx.allclose(out, wanted, atol=1e-5 if dtype == mx.float32 else 2**-5)
+
+
+def test_half_precision_attention_is_not_slow_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its matmuls would be: it is asked for in float32."""
+    asked, real = [], mx.fast.scaled_dot_product_attention
+
+    def counted(q: mx.array, *rest: mx.array, **named: Any) -> mx.array:
+        asked.append(q.dtype)
+        return real(q, *rest, **named)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    q = mx.zeros((1, 2, 6, 16), mx.bfloat16)
+    for policy in ("expand", "direct"):
+        with matmul_policy(policy):
+            mx.eval(attention(q, q, q))
+    assert asked == ([mx.float32, mx.bfloat16] if on_cpu() else [mx.bfloat16] * 2)
+
+
+def test_the_policy_ends_with_its_block() -> None:
+    with (
+        pytest.raises(ValueError, match="policy is 'fast'; it must be one of auto, direct, expand"),
+        matmul_policy("fast"),
+    ):
+        pass
+    with pytest.raises(ZeroDivisionError), matmul_policy("direct"):
+        raise ZeroDivisionError
+    from klein_mlx.model import layers as module
+
+    assert module._policy.get() == "auto"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("4", mx.float32), ("8", mx.bfloat16), ("plain", mx.float16)])
+def test_one_expanded_weight_at_a_time(kind: str, dtype: mx.Dtype) -> None:
+    """Of ten layers in a row: an expanded weight is 4 MB, and a second one would show."""
+    size, layers, x = 1024, [], mx.ones((1, 16, 1024), dtype)
+    for _ in range(10):
+        plain = nn.Linear(size, size, bias=False)
+        plain.set_dtype(dtype)
+        whole = plain if kind == "plain" else nn.QuantizedLinear.from_linear(plain, group_size=64, bits=int(kind))
+        layers.append(whole if len(layers) % 2 else cut(whole, 512))
+    mx.eval(x, [module.parameters() for module in layers])
+    del plain, whole
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with matmul_policy("expand"), one_weight_at_a_time():
+        for module in layers:
+            x = linear(module, x)
+        mx.eval(x)
+    # One weight, and while MLX unpacks it on a CPU its integers beside it; the copies of its scales and biases, x.
+    assert mx.get_peak_memory() - before < (1.5 if kind == "plain" else 2.3) * 4 * size * size
+
+
+def test_what_a_gpu_does_with_quantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M1 and M2 expand them, later chips do not; the switch goes before."""
+    for architecture, expanded in (("applegpu_g13s", True), ("applegpu_g14p", True), ("applegpu_g16s", False)):
+        monkeypatch.setattr("klein_mlx.model.layers.on_cpu", lambda: False)
+        monkeypatch.setattr("mlx.core.device_info", lambda name=architecture: {"architecture": name})
+        assert expands() is expanded
+        with matmul_policy("direct"):
+            assert not expands()
+        with matmul_policy("expand"):
+            assert expands()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_weights_are_expanded_as_mlx_would(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    weight = mx.random.normal((48, 256), key=mx.random.key(bits)).astype(dtype)
+    arrays, kind = mx.quantize(weight, group_size, bits), {"group_size": group_size, "bits": bits, "mode": "affine"}
+    wanted = mx.dequantize(*arrays, group_size, bits).astype(mx.float32)
+    ours = _dequantized(list(arrays), kind).astype(mx.float32)
+    # MLX rounds once where ours may twice.
+    assert mx.abs(ours - wanted).max() <= (0.0 if dtype == mx.float32 else 2**-7) * mx.abs(wanted).max()

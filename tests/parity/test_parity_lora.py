@@ -1,0 +1,155 @@
+"""LoRAs that diffusers loads rightly do the same here: its own velocity, its own encoder, its own merged layers."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from folders import GOLDEN
+from lora_kinds import KINDS, lokr
+from lora_layouts import LAYOUTS, Tensors, Twin, make_twin, save
+from lora_runs import SIDE, TEXT, difference, pipeline, velocity
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+# What diffusers 0.42 leaves out or gets wrong, so that it is taken out of the twin: final adaLN in BFL's names (its
+# halves are not swapped), and of kohya's names all modulations.
+FINAL = ("norm_out.linear",)
+MODULATIONS = (
+    "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.linear",
+    "single_stream_modulation.linear",
+)
+RIGHT = {
+    "peft": (),
+    "adapter metadata": (),
+    "rslora": (),
+    "ai-toolkit": FINAL,
+    "peft dump": FINAL,
+    "kohya": (*FINAL, *MODULATIONS),
+    "musubi sparse": (*FINAL, *MODULATIONS),
+}
+
+
+def reference_velocity(pipe: Any, sigma: float = 0.7) -> mx.array:
+    """diffusers' transformer on the tokens of `lora_runs.velocity`."""
+    model, rng = pipe.transformer, np.random.default_rng(5)
+    channels, joint = model.config.in_channels, model.config.joint_attention_dim
+    tokens = torch.from_numpy(rng.standard_normal((1, SIDE * SIDE, channels), np.float32))
+    embeds = torch.from_numpy(rng.standard_normal((1, TEXT, joint), np.float32))
+    grid = torch.zeros(1, channels, SIDE, SIDE)
+    with torch.no_grad():
+        out = model(
+            hidden_states=tokens,
+            encoder_hidden_states=embeds,
+            timestep=torch.tensor([np.float32(sigma)]),
+            img_ids=pipe._prepare_latent_ids(grid),
+            txt_ids=pipe._prepare_text_ids(embeds),
+            return_dict=False,
+        )[0]
+    return mx.array(out.numpy())
+
+
+def load_reference(file: Path) -> Any:
+    from parity_reference import load
+
+    pipe = load(GOLDEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    return pipe
+
+
+def ours(file: Path) -> mx.array:
+    pipe = pipeline()
+    pipe.load_lora(file)
+    return velocity(pipe)
+
+
+def check(file: Path) -> None:
+    right, found = reference_velocity(load_reference(file)), ours(file)
+    assert difference(found, right) < 1e-4
+    assert difference(velocity(pipeline()), right) > 0.02
+
+
+@pytest.mark.parametrize("layout", RIGHT)
+def test_diffusers_gives_the_same_velocity(layout: str, tmp_path: Path) -> None:
+    twin: Twin = {path: factors for path, factors in make_twin().items() if path not in RIGHT[layout]}
+    check(save(tmp_path / "lora.safetensors", *LAYOUTS[layout](twin)))
+
+
+def without_final(tensors: Tensors) -> Tensors:
+    return {name: array for name, array in tensors.items() if "final_layer.adaLN" not in name}
+
+
+@pytest.mark.parametrize("kind", ["full", "factored"])
+def test_diffusers_gives_the_same_for_a_lokr(kind: str, tmp_path: Path) -> None:
+    """It fuses its own q, k and v for this; the same factor divides both sides, as PEFT makes them. A quarter of the
+    strength: at the whole of it velocities reach 2000, and float32's rounding 2e-4 of that."""
+    tensors = without_final(lokr(kind, out_factor=4)[0])
+    tensors = {name: array / 4 if name.endswith("lokr_w1") else array for name, array in tensors.items()}
+    check(save(tmp_path / "lora.safetensors", tensors))
+
+
+def test_peft_gives_the_same_for_dora(tmp_path: Path) -> None:
+    """PEFT's magnitudes, on all linear layers of diffusers' transformer."""
+    tensors = {name: array for name, array in KINDS["dora peft"]()[0].items() if not name.endswith(".alpha")}
+    check(save(tmp_path / "lora.safetensors", tensors))
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "bare bfl", "diffsynth", "mflux"])
+def test_where_diffusers_does_not_apply_all_of_it_we_do(layout: str, tmp_path: Path) -> None:
+    """These it refuses, or loads without all of them taking effect: the PEFT twin says what is right."""
+    twin = make_twin()
+    right = save(tmp_path / "right.safetensors", *LAYOUTS["peft"](twin))
+    assert difference(ours(save(tmp_path / "lora.safetensors", *LAYOUTS[layout](twin))), ours(right)) < 1e-5
+
+
+def test_peft_on_the_text_encoder_gives_the_same_embeddings(tmp_path: Path) -> None:
+    """LoRA's of the encoder, put on transformers' Qwen3 by PEFT itself and saved by it."""
+    from parity_reference import load, taps
+    from peft import LoraConfig, get_peft_model
+
+    reference = load(GOLDEN)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(reference.text_encoder, config)
+    model.save_pretrained(str(tmp_path))
+    reference.text_encoder = model
+    with torch.no_grad():
+        right, _ = reference.encode_prompt("a fox", max_sequence_length=20, text_encoder_out_layers=taps(reference))
+    pipe = pipeline()
+    pipe.load_lora(tmp_path)
+    run = pipe.stream("a fox", seed=0, max_sequence_length=20)
+    found = pipe.encodings.of_prompt(run, "a fox")
+    assert difference(found, mx.array(right.numpy())) < 1e-4
+    pipe.parts.release(run, "text_encoder")
+    pipe.unload_lora()
+    plain = pipe.encodings.of_prompt(run, "a fox")
+    assert difference(plain, mx.array(right.numpy())) > 0.01
+
+
+def test_the_script_that_trained_tinys_lora_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of it; what it writes is a LoRA of this model, on the layers that it names."""
+    import runpy
+    import sys
+
+    from klein_mlx.cli.main import main
+    from klein_mlx.formats.describe import describe_lora
+
+    script = Path(__file__).parents[2] / "examples" / "tiny" / "train_lora.py"
+    assert main(["convert", "tiny", str(tmp_path / "tiny"), "--to", "diffusers", "--quiet"]) == 0
+    file = tmp_path / "lora.safetensors"
+    arguments = [str(tmp_path / "tiny"), str(file), "--minutes", "1e-6", "--batch", "1", "--rank", "2"]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    found = describe_lora(file)
+    assert (found["ranks"], found["alphas"]) == ({"2": 11}, {"2": 11})
+    pipe = pipeline("tiny")
+    pipe.load_lora(file)
+    assert pipe.loras[0].name == "lora"

@@ -1,0 +1,230 @@
+"""Memory by phases on a model of 180 million parameters: told before anything is loaded, and then measured."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import medium
+import mlx.core as mx
+import pytest
+from PIL import Image
+
+from klein_mlx import KleinPipeline, RequestError, pipeline
+from klein_mlx.cli.main import main
+from klein_mlx.formats.open import open_model
+from klein_mlx.runtime import memory
+from klein_mlx.runtime.run import Step
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return medium.make(tmp_path_factory.mktemp("memory") / "medium")
+
+
+class Peaks:
+    """A run's `watch` that notes the most bytes of each phase, loading included, over what there was before."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        mx.clear_cache()
+        self.base = mx.get_active_memory()
+        self.bytes: dict[str, int] = {}
+        self._loaded = 0
+        self.whole = 0
+
+    @contextmanager
+    def watch(self, phase: str) -> Iterator[None]:
+        mx.reset_peak_memory()
+        try:
+            yield
+        finally:
+            peak = mx.get_peak_memory() - self.base
+            self.whole = max(self.whole, peak)
+            if phase == "load":
+                self._loaded = peak
+            else:
+                self.bytes[phase] = max(self.bytes.get(phase, 0), peak, self._loaded)
+                self._loaded = 0
+
+
+def measure(pipe: KleinPipeline, **arguments: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """(estimated, measured) bytes of each phase."""
+    run = pipe.stream(PROMPT, seed=1, num_inference_steps=1, **arguments)
+    peaks = Peaks()
+    run.watch = peaks.watch
+    for _ in run:
+        pass
+    return run.expected, peaks.bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"dtype": "float32", "keep": "nothing"}, {"width": 128, "height": 192}),
+        ({"dtype": "float32", "keep": "all", "quantize": 4}, {"image": Image.new("RGB", (96, 96))}),
+        ({"dtype": "bfloat16", "keep": "transformer", "quantize": 8}, {"width": 128, "height": 192}),
+        (
+            {"dtype": "float32", "keep": "nothing"},
+            {"image": Image.new("RGB", (256, 256)), "width": 64, "height": 64, "reuse_references": True},
+        ),
+    ],
+)
+def test_the_estimate_is_what_is_then_measured(model: Path, options: Any, arguments: Any) -> None:
+    """Within 15 % in every phase."""
+    expected, measured = measure(KleinPipeline.from_pretrained(model, **options), **arguments)
+    expected = {**expected, "encode": max(expected["encode"], expected.get("references", 0))}
+    for phase, peak in measured.items():
+        assert abs(expected[phase] - peak) < 0.15 * peak, (phase, expected, measured)
+
+
+def test_guidance_is_estimated_as_it_is_then_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass where memory allows it, one after the other where it does not: decided once, before the estimate."""
+    pipe = KleinPipeline.from_pretrained("tiny", keep="nothing")
+    pipe.config = replace(pipe.config, is_distilled=False, variant_name=None)
+    ran: list[bool] = []
+    guided = pipeline.guided_velocity
+
+    def noting(*args: Any) -> Any:
+        ran.append(args[5])
+        return guided(*args)
+
+    monkeypatch.setattr(pipeline, "guided_velocity", noting)
+
+    def steps(**arguments: Any) -> tuple[int, bool]:
+        run = pipe.stream(PROMPT, seed=1, num_inference_steps=1, width=64, height=64, guidance_scale=3.0, **arguments)
+        for _ in run:
+            pass
+        return run.expected["steps"], ran.pop()
+
+    apart, together = steps(batch_guidance=False), steps(batch_guidance=True)
+    assert (apart[1], together[1]) == (False, True)
+    assert apart[0] < together[0]
+    assert steps() == together
+    machine = together[0] - 1  # beside the weights one branch fits, both do not
+    monkeypatch.setattr(memory, "machine_memory", lambda: machine)
+    assert steps() == apart
+
+
+def test_each_phase_leaves_nothing_behind(model: Path) -> None:
+    """With nothing kept: the encoder's weights are gone before the transformer's come, and those before the VAE's; the
+    peak of the run is that of its largest phase."""
+    pipe = KleinPipeline.from_pretrained(model, dtype="float32", keep="nothing")
+    weights = pipe.parts.weights
+    peaks, at_load = Peaks(), []
+    load = pipe.parts._load
+
+    def loading(name: str) -> Any:
+        at_load.append((name, mx.get_active_memory() - peaks.base))
+        return load(name)
+
+    pipe.parts._load = loading  # type: ignore[method-assign]
+    run = pipe.stream(PROMPT, seed=1, num_inference_steps=1, width=128, height=128)
+    run.watch = peaks.watch
+    embeds = 192 * 3 * 512 * 4
+    for event in run:
+        if isinstance(event, Step):
+            assert set(pipe.parts.loaded) == {"transformer"}
+        del event
+    assert [name for name, _ in at_load] == ["text_encoder", "transformer", "vae"]
+    for (_, held), before in zip(at_load[1:], ("text_encoder", "transformer"), strict=True):
+        assert held - embeds < 0.01 * weights[before], at_load
+    assert peaks.whole <= 1.05 * max(peaks.bytes.values())
+    assert max(peaks.bytes.values()) < weights["transformer"] * 1.25
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the least loss that would fit, and what it needs."""
+    asked: dict[str, Any] = {"width": 256, "height": 256}
+    for machine, plan in (
+        (700_000_000, "--keep nothing needs 0.585"),
+        (500_000_000, "-q 8 --keep nothing needs 0.292"),
+        (280_000_000, "-q 4 --keep nothing needs 0.238"),
+        (100_000_000, "is the least that it can be, and needs 0."),
+    ):
+        monkeypatch.setattr(memory, "machine_memory", lambda machine=machine: machine)
+        pipe = KleinPipeline.from_pretrained(model, dtype="float32", keep="all")
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        with pytest.raises(RequestError, match=rf"this needs \d.* of 0\.{machine // 10**6} GB of memory; .*{plan}"):
+            pipe.stream(PROMPT, **asked)
+        assert mx.get_active_memory() - before < 1e6
+        assert not pipe.parts.loaded
+
+
+def test_a_plan_that_is_told_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: 280_000_000)
+    pipe = KleinPipeline.from_pretrained(model, dtype="float32", keep="nothing", quantize=4)
+    assert pipe.stream(PROMPT, width=256, height=256).expected["steps"] <= 280_000_000
+
+
+def test_less_is_kept_where_a_request_would_not_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user said what to keep. What was kept leaves."""
+    pipe = KleinPipeline.from_pretrained(model, dtype="float32")
+    assert pipe.parts.keep == "all"
+    pipe(PROMPT, width=64, height=64, num_inference_steps=1)
+    assert len(pipe.parts.loaded) == 3
+    monkeypatch.setattr(memory, "machine_memory", lambda: 700_000_000)
+    run = pipe.stream(PROMPT, width=256, height=256)
+    assert max(run.expected.values()) <= 700_000_000
+    assert pipe.parts.keep == "nothing"
+    assert not pipe.parts.loaded
+    with pytest.raises(RequestError, match="--keep nothing needs"):
+        KleinPipeline.from_pretrained(model, dtype="float32", keep="all").stream(PROMPT, width=256, height=256)
+
+
+def test_what_is_kept_leaves_room(model: Path) -> None:
+    """As much as suits the machine, or less where only that fits; nothing, where nothing does."""
+    source, work, lowered = open_model(model), memory.Work(1024, 1024), 0
+    weights = memory.weight_bytes(source, mx.float32, {})
+    for machine in range(500_000_000, 3_000_000_000, 50_000_000):
+        found = memory.estimate(source, work, mx.float32, {}, machine=machine)
+        suits = memory.choose_keep(weights, machine)
+        own = memory.estimate(source, work, mx.float32, {}, suits, machine=machine)
+        assert found.fits or found.keep == "nothing"
+        assert (found.keep == suits) if own.fits else (len(memory.KEPT[found.keep]) <= len(memory.KEPT[suits]))
+        lowered += found.fits and not own.fits
+    assert lowered
+
+
+def test_kept_keys_and_values_are_counted() -> None:
+    """Two arrays per block, of all tokens of the references, for each branch of guidance."""
+    work = memory.Work(64, 64, tokens=1000)
+    sizes = [memory.step_bytes(medium.CONFIG, replace(work, memories=n), mx.bfloat16, False) for n in (0, 1, 2)]
+    assert [b - a for a, b in pairwise(sizes)] == [6 * 2 * 1000 * 1024 * 2] * 2
+
+
+def test_keep_follows_the_machine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"transformer": 4, "text_encoder": 3, "vae": 1}
+    assert [memory.choose_keep(weights, machine) for machine in (16, 15, 10, 9)] == [
+        "all",
+        "transformer",
+        "transformer",
+        "nothing",
+    ]
+
+
+def test_the_machine_s_memory_has_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's too; a file that says `max`, or none, is no limit."""
+    whole = memory.machine_memory()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CGROUP", limit)
+    limit.write_text("max\n")
+    assert memory.machine_memory() >= whole
+    limit.write_text("1000000\n")
+    assert memory.machine_memory() == 1_000_000
+
+
+def test_info_tells_the_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model), "--size", "256x256", "--keep", "nothing", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("  memory ")]
+    assert "keep nothing" in line
+    assert "encode 0.11 GB, steps 0.585 GB" in line
+    assert main(["info", str(model), "--size", "256"]) == 2
+    assert "--size is '256'; it must be WIDTHxHEIGHT" in capsys.readouterr().err

@@ -1,0 +1,349 @@
+"""Headers and configs with wrong bytes: each is refused by a KleinError or read, or there is a bug.
+
+`python tests/mutate.py --count 100000` makes so many seeded mutations of sound files and reads each as the command
+would, in worker processes, so that an abort is seen as well as an exception or a hang. Prints how they ended, per kind
+of file; the exit code is 1 if there was a bug. `--kind gguf --first 1234 --count 1` makes one of them again.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SECONDS = 10  # of a processor, for one mutation; they take milliseconds. By the wall, twelve times as long
+_MEMORY = 6 << 30  # bytes of address space
+_CHUNK = 2500  # mutations per process
+_BYTES = (0, 1, 9, 32, 34, 44, 45, 48, 57, 91, 93, 123, 125, 127, 128, 255)
+_NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"9223372036854775808", b"1e400", b"-0.0", b"NaN", b"1.5")
+_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 64, 1 << 20, 1 << 31, 1 << 63, 10**30, 0.5, -0.5, 1e308, float("nan")),
+    *("", "x", "../x", "\0", "\ud800", "4", "a" * 5000, [], {}, [[]], [1, 2, 3], [0], [-1], {"a": 1}, [None], {"": {}}),
+)
+
+
+def _bytes(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """Up to three bytes, or one run of them, changed within the first `limit`."""
+    data = bytearray(content)
+    kind = rng.randrange(8)
+    at, length = rng.randrange(limit), rng.choice((1, 2, 4, 8, 64))
+    if kind < 4:
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(limit)] = rng.choice((*_BYTES, rng.randrange(256)))
+    elif kind == 4:
+        data[at : at + length] = b""
+    elif kind == 5:
+        data[at:at] = bytes(rng.choice(_BYTES) for _ in range(length))
+    elif kind == 6:
+        data[at:at] = data[at : at + length]
+    else:
+        data[at : at + 8] = rng.choice((0, 1, 1 << 31, 1 << 40, 1 << 60, (1 << 64) - 1)).to_bytes(8, "little")
+    return bytes(data)
+
+
+def _number(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """One of the numbers in a header's text replaced; the 8 bytes of a safetensors header's length are put right."""
+    framed = content[8:9] == b"{"
+    begin = 8 if framed else 0
+    found = list(re.finditer(rb"-?\d+(\.\d+)?", content[begin:limit]))
+    if not found:
+        return content
+    match = rng.choice(found)
+    start, end = begin + match.start(), begin + match.end()
+    new = rng.choice(_NUMBERS)
+    length = int.from_bytes(content[:8], "little") + len(new) - (end - start)
+    head = length.to_bytes(8, "little") if framed else b""
+    return head + content[begin:start] + new + content[end:]
+
+
+def _value(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """A value somewhere in a JSON file replaced, removed or doubled under another name."""
+    values = json.loads(content)
+    place: Any = values
+    while True:
+        key: Any = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+        inner = place[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.2:
+            break
+        place = inner
+    kind = rng.randrange(6)
+    if kind == 0:
+        del place[key]
+    elif kind == 1 and isinstance(place, dict):
+        place[f"{key}x"] = inner
+    else:
+        place[key] = rng.choice(_VALUES)
+    return json.dumps(values).encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file. make: writes a sound model and says which file to mutate, and how much of it (None: all of it).
+
+    read: reads the model as the command would. share: of all mutations.
+    """
+
+    make: Callable[[Path], tuple[Path, int | None]]
+    read: Callable[[Path], Any]
+    share: float
+    ways: tuple[Callable[[bytes, random.Random, int], bytes], ...] = (_bytes, _number, _value)
+
+
+# ---- the files ----
+
+
+def _safetensors(folder: Path) -> tuple[Path, int | None]:
+    from foreign import golden, save, to_bfl
+
+    path = save(folder / "x.safetensors", to_bfl(golden("transformer")), {"format": "pt"})
+    return path, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def _scaled(folder: Path) -> tuple[Path, int | None]:
+    """NVFP4 with hints in the header."""
+    from foreign import golden, to_bfl
+    from test_float4 import Writer
+
+    writer = Writer(to_bfl(golden("transformer")))
+    path = writer.save(folder / "x.safetensors", writer.metadata())
+    return path, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def _gguf(folder: Path) -> tuple[Path, int | None]:
+    from foreign import golden, to_bfl
+    from test_gguf import save_gguf
+
+    path = save_gguf(folder / "x.gguf", to_bfl(golden("transformer")), "Q8_0")
+    return path, 4000
+
+
+def _in_folder(name: str, sharded: bool = False) -> Callable[[Path], tuple[Path, int | None]]:
+    def make(folder: Path) -> tuple[Path, int | None]:
+        from folders import copy_model, shard
+
+        model = copy_model(folder / "model")
+        if sharded:
+            shard(model, "vae")
+        return model / name, None
+
+    return make
+
+
+def _ours(name: str) -> Callable[[Path], tuple[Path, int | None]]:
+    def make(folder: Path) -> tuple[Path, int | None]:
+        from folders import quantizable_model
+
+        from klein_convert.checkpoint import convert_checkpoint
+
+        quantizable_model(folder / "source")
+        return convert_checkpoint(folder / "source", folder / "model", quantize=4) / name, None
+
+    return make
+
+
+def _read_part(path: Path) -> None:
+    import mlx.core as mx
+
+    from klein_mlx.formats.describe import describe
+    from klein_mlx.formats.open import open_any
+    from klein_mlx.weights.safetensors import load_now
+
+    part = open_any(path)
+    describe(part)
+    mx.eval([load_now(weight) for weight in part.tensors.arrays().values()])  # type: ignore[union-attr]
+
+
+def _read_model(path: Path) -> None:
+    from klein_mlx.config import PARTS
+    from klein_mlx.formats.describe import describe
+    from klein_mlx.formats.open import open_model
+
+    folder = next(parent for parent in path.parents if parent.name == "model")
+    source = open_model(folder)
+    for part in PARTS:
+        source.weights(part)
+    describe(source)
+
+
+def _read_tokenizer(path: Path) -> None:
+
+    from klein_mlx.weights.checkpoint import read_tokenizer
+
+    read_tokenizer(path, 512)(["a red fox", "café 🦊"], 32)
+
+
+KINDS = {
+    "safetensors": Kind(_safetensors, _read_part, 0.3, (_bytes, _bytes, _number)),
+    "scaled": Kind(_scaled, _read_part, 0.1, (_bytes, _bytes, _number)),
+    "gguf": Kind(_gguf, _read_part, 0.3, (_bytes,)),
+    "index.json": Kind(_in_folder("vae/diffusion_pytorch_model.safetensors.index.json", True), _read_model, 0.04),
+    "model_index.json": Kind(_in_folder("model_index.json"), _read_model, 0.04),
+    "transformer/config.json": Kind(_in_folder("transformer/config.json"), _read_model, 0.04),
+    "text_encoder/config.json": Kind(_in_folder("text_encoder/config.json"), _read_model, 0.04),
+    "vae/config.json": Kind(_in_folder("vae/config.json"), _read_model, 0.04),
+    "klein.json": Kind(_ours("klein.json"), _read_model, 0.06),
+    "tokenizer.json": Kind(_ours("tokenizer.json"), _read_tokenizer, 0.04),
+}
+
+
+# ---- one process ----
+
+
+def work(name: str, first: int, count: int, mark: Path | None = None) -> dict[str, Any]:
+    """Make `count` mutations of one kind, beginning with the seed `first`. mark: a file that holds the seed in work.
+
+    Returns how many were "read" and "refused", and the "bugs", each as seed and exception.
+    """
+    from klein_mlx.errors import KleinError
+
+    def hang(*_: object) -> None:
+        raise TimeoutError(f"took over {SECONDS} s")
+
+    signal.signal(signal.SIGPROF, hang)
+    signal.signal(signal.SIGALRM, hang)
+    kind, told = KINDS[name], Counter()
+    bugs: list[tuple[int, str]] = []
+    place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        path, limit = kind.make(Path(folder))
+        sound = path.read_bytes()
+        kind.read(path)  # or all would be refused for another reason
+        for seed in range(first, first + count):
+            if mark:
+                mark.write_text(str(seed))
+            rng = random.Random(f"{name} {seed}")
+            changed = path.with_name(f"{path.name}.new")
+            changed.write_bytes(rng.choice(kind.ways)(sound, rng, limit or len(sound)))
+            os.replace(changed, path)  # what is mapped still is what it was
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(12 * SECONDS)
+            try:
+                kind.read(path)
+                told["read"] += 1
+            except KleinError as error:
+                told["refused"] += 1
+                if "\n" in str(error) or not str(error).isprintable() or len(str(error)) > 2000:
+                    bugs.append((seed, f"a message that is no line: {str(error)[:200]!r}"))
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                bugs.append((seed, f"{type(error).__name__}: {str(error)[:200]}"))
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.alarm(0)
+    return {"kind": name, "read": told["read"], "refused": told["refused"], "bugs": bugs}
+
+
+# ---- all of them ----
+
+
+@dataclass
+class Tally:
+    """Of one kind of file. bugs: seed and what happened."""
+
+    read: int = 0
+    refused: int = 0
+    bugs: list[tuple[int, str]] = field(default_factory=list)
+
+
+Job = tuple[str, int, int]  # kind, first seed, how many
+
+
+def run(count: int, first: int = 0, kinds: tuple[str, ...] = tuple(KINDS), processes: int = 2) -> dict[str, Tally]:
+    """Share `count` mutations among the kinds and processes, and collect how they ended."""
+    tallies = {name: Tally() for name in kinds}
+    waiting = _bundles(count, first, kinds, processes)
+    running: list[tuple[subprocess.Popen[str], list[Job], Path, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                jobs = waiting.pop(0)
+                mark = Path(folder, f"{jobs[0][0].replace('/', '-')}-{jobs[0][1]}")
+                words = [sys.executable, __file__, "--work", json.dumps(jobs), str(mark)]
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+                running.append((process, jobs, mark, time.monotonic()))
+            for each in list(running):
+                process, jobs, mark, begun = each
+                try:
+                    out, _ = process.communicate(timeout=0.1)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() - begun < SECONDS * 30 + sum(number for *_, number in jobs):
+                        continue
+                    process.kill()
+                    out, _ = process.communicate()
+                running.remove(each)
+                if rest := _collect(tallies, out, process.returncode, mark, jobs):
+                    waiting.insert(0, rest)
+    return tallies
+
+
+def _bundles(count: int, first: int, kinds: tuple[str, ...], processes: int) -> list[list[Job]]:
+    """What each process does: some mutations of one kind, or all of several kinds."""
+    whole = sum(KINDS[name].share for name in kinds)
+    room = min(_CHUNK, -(-count // processes))
+    bundles: list[list[Job]] = [[]]
+    for name in kinds:
+        start, end = first, first + max(1, round(count * KINDS[name].share / whole))
+        while start < end:
+            free = room - sum(number for *_, number in bundles[-1])
+            if free <= 0:
+                bundles.append([])
+                continue
+            bundles[-1].append((name, start, min(free, end - start)))
+            start += free
+    return bundles
+
+
+def _collect(tallies: dict[str, Tally], out: str, code: int, mark: Path, jobs: list[Job]) -> list[Job]:
+    """Add what a process found. Returns what it has left undone: all behind the mutation that ended it."""
+    done = [json.loads(line) for line in out.splitlines()]
+    for told in done:
+        tally = tallies[told["kind"]]
+        tally.read, tally.refused = tally.read + told["read"], tally.refused + told["refused"]
+        tally.bugs += [(seed, what) for seed, what in told["bugs"]]
+    if code == 0:
+        return []
+    name, start, number = jobs[len(done)]
+    seed = int(mark.read_text()) if mark.exists() else start
+    tallies[name].bugs.append((seed, f"the process ended with {code}"))
+    left = start + number - seed - 1  # what the job found before is lost, and counts as nothing
+    return [*([(name, seed + 1, left)] if left > 0 else []), *jobs[len(done) + 1 :]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--kind", action="append", choices=tuple(KINDS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        for name, first, count in json.loads(args.work[0]):
+            Path(args.work[1]).write_text(str(first))
+            print(json.dumps(work(name, first, count, Path(args.work[1]))), flush=True)
+        return 0
+    tallies = run(args.count, args.first, tuple(args.kind or KINDS), args.processes)
+    print(f"{'':<26}{'read':>8}{'refused':>9}{'bugs':>6}")
+    for name, tally in tallies.items():
+        print(f"{name:<26}{tally.read:>8}{tally.refused:>9}{len(tally.bugs):>6}")
+        for seed, what in tally.bugs[:10]:
+            print(f"    seed {seed}: {what}")
+    return 1 if any(tally.bugs for tally in tallies.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
