@@ -68,7 +68,7 @@ class KleinPipeline:
         keep: str | None = None,
         prompt_cache: str | Path | bool | None = None,
     ):
-        """source: an opened model (klein_mlx.convert.open_model). The rest as in `from_pretrained`."""
+        """source: an opened model (klein_mlx.formats.open.open_model). The rest as in `from_pretrained`."""
         self.source = source
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)

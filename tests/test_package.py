@@ -23,7 +23,7 @@ def loaded_after(code: str) -> set[str]:
     "code",
     [
         "import klein_mlx",
-        "from klein_mlx.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from klein_mlx.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "import klein_convert",
     ],
 )

@@ -1,4 +1,4 @@
-"""`python -m klein_mlx.convert SOURCE DESTINATION`, the same as `klein-mlx convert`."""
+"""`python -m klein_convert SOURCE DESTINATION`, the same as `klein-mlx convert`."""
 
 import sys
 from collections.abc import Sequence

@@ -43,7 +43,7 @@ from world import (
     render,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "tools"))
 from checker import judge_edit, judge_scene, match, read  # noqa: E402
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,7 +1,7 @@
 """Our own checkpoint format, and strict loading.
 
 A checkpoint is a folder: klein.json, tokenizer.json, and one safetensors file per part (or shards with an index),
-whose weight names are the modules' attribute names. Foreign layouts are `klein_mlx.convert`'s business; they reach
+whose weight names are the modules' attribute names. Foreign layouts are `klein_mlx.formats`' business; they reach
 this file as a `Source`, the same way as our own. No weight is ever evaluated here.
 """
 

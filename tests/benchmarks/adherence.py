@@ -1,6 +1,6 @@
 """How well the port draws what it is told with the embedded checkpoint, by the geometric checker.
 
-    python tests/adherence.py --prompts 200 --edits 50
+    python tests/benchmarks/adherence.py --prompts 200 --edits 50
 
 Prompts and edits are of combinations of shape, colour and background that training never saw.
 """

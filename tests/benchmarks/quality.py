@@ -1,7 +1,7 @@
 """What each way of quantising costs: size, velocity, pictures, adherence, colours. Prints a table; not a test.
 
-    python tests/quality.py                      # the embedded checkpoint with its real weights: everything
-    python tests/quality.py --model FOLDER       # another model: sizes and velocity only
+    python tests/benchmarks/quality.py                      # the embedded checkpoint with its real weights: everything
+    python tests/benchmarks/quality.py --model FOLDER       # another model: sizes and velocity only
 
 The velocity error is |v - v_whole| / |v_whole| over held-out prompts and all steps, at the latents that the
 unquantised model passes through, with encoder and transformer both quantised. Pictures: of held-out prompts, each

@@ -31,7 +31,7 @@ import socket, sys
 def refuse(*args, **options):
     raise AssertionError("a network call")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from klein_mlx.cli import main
+from klein_mlx.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -211,7 +211,7 @@ def test_a_full_disk(served: Hub, tmp_path: Path) -> None:
 import shutil, sys
 usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=200 << 20)
-from klein_mlx.cli import main
+from klein_mlx.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
     done = klein(served, tmp_path, *ASK, "--yes", code=code)

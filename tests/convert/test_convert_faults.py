@@ -33,7 +33,7 @@ from klein_mlx.formats.open import open_model
 
 SLOW = """
 import sys, time
-from klein_mlx.convert import convert_checkpoint
+from klein_convert.checkpoint import convert_checkpoint
 def progress(done, total):
     if done > total * float(sys.argv[3]):
         print("there", flush=True)
@@ -230,7 +230,9 @@ def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path: Path, monke
 KILLS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from klein_mlx.convert import convert_checkpoint, folder, open_model, writer
+from klein_convert import checkpoint as folder, writer
+from klein_convert.checkpoint import convert_checkpoint
+from klein_mlx.formats.open import open_model
 from klein_mlx.errors import CheckpointError
 source, parent, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 target, moments = parent / "ours", random.Random(seed)

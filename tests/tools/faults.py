@@ -59,7 +59,12 @@ def command(*arguments: object) -> list[str]:
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """This process' environment without tokens, offline, with the tree first; `changes` on top, None to take away."""
-    told = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(changes or {})}
+    told = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "HF_HUB_OFFLINE": "1",
+        **(changes or {}),
+    }
     gone = {"HF_TOKEN", "PYTHONWARNINGS", "PYTHONDEVMODE"} - set(changes or {})
     return {name: value for name, value in told.items() if value is not None and name not in gone}
 

@@ -1,6 +1,6 @@
 """Headers and configs with wrong bytes: each is refused by a KleinError or read, or there is a bug.
 
-`python tests/mutate.py --count 100000` makes so many seeded mutations of sound files and reads each as the command
+`python tests/tools/mutate.py --count 100000` makes so many seeded mutations of sound files and reads each as the command
 would, in worker processes, so that an abort is seen as well as an exception or a hang. Prints how they ended, per kind
 of file; the exit code is 1 if there was a bug. `--kind gguf --first 1234 --count 1` makes one of them again.
 """
@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "formats"))  # the tests there write such files
 
 SECONDS = 10  # of a processor, for one mutation; they take milliseconds. By the wall, twelve times as long
 _MEMORY = 6 << 30  # bytes of address space

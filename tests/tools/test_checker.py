@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples" / "tiny")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples" / "tiny")]
 
 import checker  # noqa: E402
 import world  # noqa: E402  # pyright: ignore[reportMissingImports]
