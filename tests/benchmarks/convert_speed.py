@@ -1,4 +1,6 @@
-"""What a conversion costs beside what it cannot do without: `python tests/benchmarks/convert_speed.py FOLDER [--share 0.25]`.
+"""What a conversion costs beside what it cannot do without.
+
+`python tests/benchmarks/convert_speed.py FOLDER [--share 0.25]`
 
 Not a test. In one run, on a model in diffusers' layout with random bfloat16 weights of the 4B's sizes (16.1 GB; --share
 takes so much of its layers), made in FOLDER and removed afterwards:

@@ -1,4 +1,4 @@
-"""Seeded wrong bytes in every kind of file: refused or read. For more: `python tests/tools/mutate.py --count 100000`."""
+"""Seeded wrong bytes in every kind of file: refused or read. For more: `tests/tools/mutate.py --count 100000`."""
 
 from pathlib import Path
 
