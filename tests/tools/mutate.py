@@ -1,8 +1,8 @@
 """Headers and configs with wrong bytes: each is refused by a KleinError or read, or there is a bug.
 
-`python tests/tools/mutate.py --count 100000` makes so many seeded mutations of sound files and reads each as the
-command would, in worker processes, so that an abort is seen as well as an exception or a hang. Prints how they ended, per kind
-of file; the exit code is 1 if there was a bug. `--kind gguf --first 1234 --count 1` makes one of them again.
+`python tests/tools/mutate.py --count 100000` makes seeded mutations of sound files and reads each as the command would,
+in worker processes, so that an abort is seen as well as an exception or a hang. It prints how they ended, per kind of
+file; the exit code is 1 if there was a bug. `--kind gguf --first 1234 --count 1` makes one of them again.
 """
 
 import argparse
