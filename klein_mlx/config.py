@@ -11,6 +11,8 @@ from typing import Any, Self
 from klein_mlx.errors import CheckpointError
 
 PARTS = ("transformer", "text_encoder", "vae")
+KLEIN_TAPS = (9, 18, 27)
+TIME_SHIFTS, MAX_SHIFT = ("exponential", "linear"), 1e6
 
 
 class _FromDict:
@@ -172,6 +174,7 @@ class ModelConfig:
     max_sequence_length: text positions the transformer attends to, padding included (512 for klein).
     default_size: pixels of a side when nothing else is asked for (1024 for klein).
     caches_references: the model was trained to see references that see only each other, as 9b-kv was.
+    time_shift: how the noise levels are shifted: one of TIME_SHIFTS by the empirical mu, or a constant shift.
     """
 
     transformer: TransformerConfig
@@ -183,6 +186,7 @@ class ModelConfig:
     default_size: int = 1024
     variant_name: str | None = None
     caches_references: bool = False
+    time_shift: str | float = "exponential"
 
     def __post_init__(self) -> None:
         t, e, v = self.transformer, self.text_encoder, self.vae
@@ -197,7 +201,7 @@ class ModelConfig:
             raise CheckpointError("guidance_embeds is true: this is FLUX.2 [dev]; klein_mlx runs FLUX.2 [klein]")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 < self.taps[0] <= self.taps[-1]:
             raise CheckpointError(f"the tapped layers are {self.taps}; they must rise from 1 or more")
-        if self.taps[-1] >= e.num_hidden_layers:  # the last layer's output is normalised in the reference
+        if self.taps[-1] > e.num_hidden_layers:
             raise CheckpointError(f"layer {self.taps[-1]} is tapped, but the text encoder has {e.num_hidden_layers}")
 
     @property
@@ -228,11 +232,13 @@ def gated_notice(hub_id: str) -> str | None:
 
 
 def default_taps(num_hidden_layers: int) -> tuple[int, ...]:
-    """The first three quarters of the encoder: (9, 18, 27) of 36 layers.
+    """The tapped layers of an encoder whose files state none: klein's, whatever is left out above the last of them.
 
-    diffusers has these numbers as a default argument and in no file; a checkpoint of another depth states its own
-    (`taps` in klein.json), or is tapped at the same fractions.
+    They are a default argument of diffusers' pipeline. Encoders with fewer layers, which klein's taps do not fit, are
+    tapped at the same fractions of their depth.
     """
+    if num_hidden_layers >= KLEIN_TAPS[-1]:
+        return KLEIN_TAPS
     return tuple(num_hidden_layers * k // 4 for k in (1, 2, 3))
 
 

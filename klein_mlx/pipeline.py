@@ -314,7 +314,7 @@ class KleinPipeline:
         h, w = self._grid(opened)
         edit = run.request.edit
         strength = 1.0 if edit is None else edit.strength or 1.0
-        return make_sigmas(h * w, run.request.steps, run.request.sigmas, strength)
+        return make_sigmas(h * w, run.request.steps, run.request.sigmas, strength, self.config.time_shift)
 
     def _tables(self, run: Run, references: References | None, opened: Opened) -> Tables:
         """What all steps of all of the run's pictures share."""

@@ -205,7 +205,7 @@ def looks(config: ModelConfig, transformer: Any, embeds: Sequence[mx.array], ste
     runs = []
     for number, given in enumerate(embeds):
         latents = noise(mx.random.key(seed + number), side, side, config.transformer.in_channels)
-        sigmas = make_sigmas(side * side, steps)
+        sigmas = make_sigmas(side * side, steps, time_shift=config.time_shift)
         rope = _rope(config, given.shape[1], side)
         first = Look(latents, sigmas[0], given, rope)
         run, walk = [first], euler_steps(predict(transformer, given, first), latents, sigmas)

@@ -13,7 +13,7 @@ from klein_convert.destination import checked_destination, publish, require_spac
 from klein_convert.publish import write_card
 from klein_convert.threads import Counter, Hashing
 from klein_convert.writer import Warn, flush, write_json, write_weights
-from klein_mlx.config import PARTS, TINY, ModelConfig
+from klein_mlx.config import PARTS, TIME_SHIFTS, TINY, ModelConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.open import open_model
 from klein_mlx.paths import version
@@ -188,6 +188,7 @@ def _settings(
         "variant": variant or config.variant.name,
         "is_distilled": config.is_distilled,
         **({"caches_references": True} if config.caches_references else {}),
+        **({"time_shift": config.time_shift} if config.time_shift != TIME_SHIFTS[0] else {}),
         "taps": list(config.taps),
         "max_sequence_length": config.max_sequence_length,
         "default_size": config.default_size,

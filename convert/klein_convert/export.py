@@ -9,7 +9,7 @@ import mlx.core as mx
 from klein_convert.destination import checked_destination, publish, require_space, workspace, write_failure
 from klein_convert.threads import Counter
 from klein_convert.writer import flush, write_json, write_weights
-from klein_mlx.config import PARTS, ModelConfig, default_taps
+from klein_mlx.config import KLEIN_TAPS, PARTS, ModelConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, STEMS, TOKENIZER_FILE, open_diffusers
 from klein_mlx.formats.layouts import to_theirs
@@ -158,12 +158,16 @@ def _write_rest(folder: Path, source: Source) -> None:
         "model_max_length": 131072,
     }
     write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer)
-    scheduler = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}
+    scheduler: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}
+    if isinstance(config.time_shift, str):
+        scheduler["time_shift_type"] = config.time_shift
+    else:
+        scheduler |= {"shift": config.time_shift, "use_dynamic_shifting": False}
     head = {"_class_name": _CLASSES["scheduler"][1], "_diffusers_version": _VERSION}
     write_json(folder / "scheduler" / "scheduler_config.json", {**head, **scheduler})
     index: dict[str, Any] = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": _VERSION}
     index |= {"is_distilled": config.is_distilled, **{name: list(kind) for name, kind in _CLASSES.items()}}
-    if config.taps != default_taps(config.taps[-1] + 1):
+    if config.taps != KLEIN_TAPS:
         index["text_encoder_out_layers"] = list(config.taps)
     if config.max_sequence_length != 512:
         index["max_sequence_length"] = config.max_sequence_length

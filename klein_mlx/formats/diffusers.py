@@ -4,6 +4,7 @@ Reads model_index.json, the parts' config.json, their safetensors and tokenizer/
 not needed.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.config import PARTS, ModelConfig, default_taps
+from klein_mlx.config import MAX_SHIFT, PARTS, TIME_SHIFTS, ModelConfig, default_taps
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.layouts import their_shape, to_ours
 from klein_mlx.formats.names import SAME, diffusers_name, is_left_out
@@ -23,6 +24,9 @@ from klein_mlx.weights.safetensors import WeightFiles, open_weights, read_json, 
 INDEX_FILE = "model_index.json"
 KV_PIPELINE = "Flux2KleinKVPipeline"  # 9b-kv's: nothing else in its files says that it keeps the references' keys
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_TAPS = "text_encoder_out_layers"
 
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 # The field of a part's config.json that says what it is, and klein's value.
@@ -36,6 +40,19 @@ _FIXED: dict[str, dict[str, Any]] = {
     "transformer": {"patch_size": 1},
     "text_encoder": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
     "vae": {"act_fn": "silu", "patch_size": [2, 2]},
+}
+# Of the scheduler: what is followed, with diffusers' defaults, and what every schedule of klein's has.
+_SHIFTS = {"use_dynamic_shifting": False, "shift": 1.0, "time_shift_type": "exponential"}
+_SCHEDULE: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,  # the pipeline's own: it drops its levels for the scheduler's
+    "stochastic_sampling": False,
 }
 
 
@@ -67,7 +84,8 @@ class DiffusersFolder:
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
         configs = [self.path / part / "config.json" for part in PARTS]
         weights = [path for part in parts for path in self._open(part).shards]
-        return [self.path / INDEX_FILE, *configs, self.tokenizer_file, *weights]
+        schedule = [path for path in (self.path / SCHEDULER_FILE,) if path.exists()]
+        return [self.path / INDEX_FILE, *configs, *schedule, self.tokenizer_file, *weights]
 
     def _renames(self, part: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         """Our name -> diffusers' name, its layout there, and its shape here."""
@@ -91,17 +109,27 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
     index = folder / INDEX_FILE
     values = read_json(index)
     parts = {part: _read_config(folder / part / "config.json", part) for part in PARTS}
-    if "text_encoder_out_layers" in values:
-        values["taps"] = values["text_encoder_out_layers"]
+    taps = stated_taps(index, folder / "text_encoder" / "config.json")
+    depth = parts["text_encoder"].num_hidden_layers
     cached = values.get("_class_name") == KV_PIPELINE  # whose own default is a distilled model
     defaults = {
         "caches_references": cached,
-        "taps": default_taps(parts["text_encoder"].num_hidden_layers),
+        "taps": default_taps(depth),
         "max_sequence_length": 512,
         "default_size": 1024,
         "is_distilled": cached,
     }
-    config = model_config(parts, values, where=index, defaults=defaults)
+    stated = {
+        **values,
+        **({} if taps is None else {"taps": taps}),
+        "time_shift": read_time_shift(folder / SCHEDULER_FILE),
+    }
+    config = model_config(parts, stated, where=index, defaults=defaults)
+    if config.taps[-1] == depth:
+        raise CheckpointError(
+            f"{folder}: layer {depth} is tapped, and the text encoder has {depth}: in this layout the last layer's "
+            "output is normalized; it needs one layer more"
+        )
     require_file(folder / TOKENIZER_FILE)
     origin = {
         "name": name or folder.resolve().name,
@@ -110,6 +138,39 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
     }
     info = {"format": "diffusers", "source": origin, "licence": config.variant.licence}
     return DiffusersFolder(folder, config, info)
+
+
+def stated_taps(*configs: Path) -> Any:
+    """The `text_encoder_out_layers` of whichever of these JSON files states them, None where none does."""
+    stated = {path: values[_TAPS] for path in configs if path.exists() and _TAPS in (values := read_json(path))}
+    (first, taps), *others = stated.items() if stated else [(None, None)]
+    for path, other in others:
+        if other != taps:
+            raise CheckpointError(f"{path}: {_TAPS} is {other!r:.60}, and {taps!r:.60} in {first}; make them agree")
+    return taps
+
+
+def read_time_shift(path: Path) -> str | float:
+    """`ModelConfig.time_shift` as scheduler_config.json states it; klein's where there is no such file.
+
+    Keys that are absent have diffusers' defaults. Raises CheckpointError for a schedule that klein_mlx does not follow.
+    Source: diffusers, FlowMatchEulerDiscreteScheduler.
+    """
+    if not os.path.lexists(path):
+        return TIME_SHIFTS[0]
+    values = read_json(path)
+    for key, right in _SCHEDULE.items():
+        value = values.get(key, right)
+        if value != right and (value or right):  # None, false and 0 all mean none
+            raise CheckpointError(f"{path}: {key} is {value!r:.60}; FLUX.2 [klein] has {right!r}")
+    dynamic, shift, kind = (values.get(key, value) for key, value in _SHIFTS.items())
+    if kind not in TIME_SHIFTS:
+        raise CheckpointError(f"{path}: time_shift_type is {kind!r:.60}; it must be {' or '.join(TIME_SHIFTS)}")
+    if not isinstance(dynamic, bool):
+        raise CheckpointError(f"{path}: use_dynamic_shifting is {dynamic!r:.60}; it must be true or false")
+    if type(shift) not in (int, float) or not 0 < shift < MAX_SHIFT:
+        raise CheckpointError(f"{path}: shift is {shift!r:.60}; it must be a number over 0")
+    return kind if dynamic else shift
 
 
 def is_encoded(folder: Path, part: str) -> bool:

@@ -31,21 +31,26 @@ def empirical_mu(image_tokens: int, steps: float) -> float:
 
 
 def make_sigmas(
-    image_tokens: int, steps: int, sigmas: Sequence[float] | None = None, strength: float = 1.0
+    image_tokens: int,
+    steps: int,
+    sigmas: Sequence[float] | None = None,
+    strength: float = 1.0,
+    time_shift: str | float = "exponential",
 ) -> list[float]:
     """The noise levels of a run: `steps` falling values in (0, 1], then 0.
 
     sigmas: unshifted levels to use instead of linspace(1, 1/steps, steps); they are shifted too, as in diffusers.
     strength: (0, 1], the unshifted level to start from. The run is the end of one of steps / strength steps, with that
     run's mu, so all `steps` are walked at any strength, and where steps / strength is whole the levels are diffusers'.
-    Source: diffusers, FlowMatchEulerDiscreteScheduler.set_timesteps with exponential time shift.
+    time_shift: levels are shifted by exp(mu) ("exponential", klein's), by mu ("linear"), or by this number.
+    Source: diffusers, FlowMatchEulerDiscreteScheduler.set_timesteps.
     """
     if sigmas is None:
         sigmas = [strength * (1.0 - i / steps) for i in range(steps)]
         mu = empirical_mu(image_tokens, min(steps / strength, max(steps, MU_STEPS)))
     else:
         mu = empirical_mu(image_tokens, len(sigmas))
-    stretch = math.exp(mu)
+    stretch = {"exponential": math.exp(mu), "linear": mu}[time_shift] if isinstance(time_shift, str) else time_shift
     return [stretch / (stretch + (1.0 / sigma - 1.0)) for sigma in sigmas] + [0.0]
 
 

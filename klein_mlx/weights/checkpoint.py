@@ -15,7 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from klein_mlx.config import PARTS, TINY, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.config import (
+    MAX_SHIFT,
+    PARTS,
+    TIME_SHIFTS,
+    TINY,
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from klein_mlx.errors import CheckpointError
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.tokenizer import Tokenizer
@@ -158,7 +167,12 @@ def model_config(
     caches = merged.get("caches_references", False)
     if not isinstance(caches, bool):
         raise CheckpointError(f"{where}: caches_references is {caches!r}; it must be true or false")
-    numbers: dict[str, Any] = {"caches_references": caches}
+    shift = merged.get("time_shift", TIME_SHIFTS[0])
+    if shift not in TIME_SHIFTS and (type(shift) not in (int, float) or not 0 < shift < MAX_SHIFT):
+        raise CheckpointError(
+            f"{where}: time_shift is {shift!r:.60}; it must be {' or '.join(TIME_SHIFTS)}, or a number"
+        )
+    numbers: dict[str, Any] = {"caches_references": caches, "time_shift": shift}
     for name, limit in (("max_sequence_length", 1 << 16), ("default_size", 1 << 14)):
         numbers[name] = merged.get(name)
         if type(numbers[name]) is not int or not 0 < numbers[name] <= limit:

@@ -1,6 +1,7 @@
 """Small rules against diffusers' own functions: mu, the sigmas, the sizes and pixels of references, 8-bit rounding."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +48,57 @@ def test_custom_sigmas(reference: Any):
     scheduler.set_timesteps(sigmas=given, mu=reference.compute_empirical_mu(1024, len(given)))
     wanted = torch.as_tensor(scheduler.sigmas).numpy()
     np.testing.assert_allclose(sampler.make_sigmas(1024, 5, given), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dynamic_shifting": True, "shift": 3.0},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"shift": 3.0},
+        {"shift": 1.0},
+        {},
+    ],
+)
+def test_the_schedule_of_a_scheduler_s_config(settings: dict[str, Any], reference: Any, tmp_path: Path):
+    """As diffusers itself writes the config and computes the levels, with klein's way of asking for them."""
+    import torch
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    from klein_mlx.formats.diffusers import read_time_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler.save_pretrained(str(tmp_path))
+    shift = read_time_shift(tmp_path / "scheduler_config.json")
+    for tokens, steps in ((256, 4), (4096, 4), (1024, 50)):
+        levels = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=levels, mu=reference.compute_empirical_mu(tokens, steps))
+        wanted = torch.as_tensor(scheduler.sigmas).numpy()
+        np.testing.assert_allclose(sampler.make_sigmas(tokens, steps, time_shift=shift), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shift_terminal": 0.02},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"invert_sigmas": True},
+        {"stochastic_sampling": True},
+        {"num_train_timesteps": 500},
+    ],
+)
+def test_what_would_change_diffusers_levels_or_steps_is_refused(settings: dict[str, Any], tmp_path: Path):
+    """What a scheduler of these settings writes; with klein's settings the same call passes."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    from klein_mlx.errors import CheckpointError
+    from klein_mlx.formats.diffusers import read_time_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
+    scheduler.save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match=next(iter(settings))):
+        read_time_shift(tmp_path / "scheduler_config.json")
 
 
 def test_reference_pictures(processor: Any):

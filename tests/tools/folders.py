@@ -46,6 +46,22 @@ def quantizable_model(folder: Path) -> Path:
     return folder
 
 
+def deepen(folder: Path, layers: int) -> None:
+    """Give the encoder this many layers, copies of its own in turn."""
+    edit_json(folder / "text_encoder" / "config.json", lambda values: values.update(num_hidden_layers=layers))
+    edit_json(folder / "text_encoder" / "config.json", lambda values: values.pop("layer_types", None))
+
+    def repeat(weights: dict[str, mx.array]) -> None:
+        own = {name: array for name, array in weights.items() if name.startswith("model.layers.")}
+        depth = 1 + max(int(name.split(".")[2]) for name in own)
+        for name, array in own.items():
+            _, _, index, rest = name.split(".", 3)
+            copies = range(int(index) + depth, layers, depth)
+            weights.update({f"model.layers.{copy}.{rest}": array for copy in copies})
+
+    edit_weights(folder, "text_encoder", repeat)
+
+
 def weight_file(folder: Path, part: str) -> Path:
     return folder / part / f"{STEMS[part]}.safetensors"
 

@@ -4,6 +4,7 @@ Needs torch. Every function returns tensors by name in diffusers' layouts (pictu
 `make_golden.py` writes them to files and the parity tests make them again.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, is_distilled: bool = 
 
 
 def taps(pipe: Any) -> tuple[int, ...]:
-    """A quarter, a half and three quarters of the encoder's layers, as (9, 18, 27) of klein's 36."""
+    """The layers that the pipeline taps by itself; fractions for encoders too shallow for them, where it fails."""
+    own = inspect.signature(pipe.encode_prompt).parameters["text_encoder_out_layers"].default
     layers = pipe.text_encoder.config.num_hidden_layers
-    return (layers // 4, layers // 2, 3 * layers // 4)
+    return own if layers > own[-1] else (layers // 4, layers // 2, 3 * layers // 4)
 
 
 @torch.no_grad()
