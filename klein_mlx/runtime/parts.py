@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
@@ -30,7 +29,7 @@ from klein_mlx.weights.lora import LoraStack, numbers
 from klein_mlx.weights.lora_apply import Applied
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.rows import token_rows
-from klein_mlx.weights.safetensors import load_now
+from klein_mlx.weights.safetensors import is_finite, load_now
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -115,12 +114,11 @@ class Parts:
             module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
         try:
-            damaged = read_weights(module)
-            if damaged:
-                raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
             module.arrange()
-            for _, array in tree_flatten(module.parameters()):
-                mx.eval(array)  # one by one: what it was made of leaves before the next is made
+            if damaged := read_weights(module):
+                weights = self.source.weights(name).items()  # under the file's own names: arranged, others are there
+                damaged = next((key for key, weight in weights if not is_finite(load_now(weight)).item()), damaged)
+                raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
             applied.update(self.loras.changes(name))
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
             unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")

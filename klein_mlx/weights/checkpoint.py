@@ -8,6 +8,8 @@ this file as a `Source`, the same way as our own. No weight is ever evaluated he
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +53,7 @@ CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderC
 
 _ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
 _MAX_LAYERS = 1024
-_CHECKED_AT_ONCE = 1 << 22  # numbers
+_GROUP_BYTES, _GROUP_ARRAYS, _GROUPS = 256 << 20, 64, 16
 
 
 class Source(Protocol):
@@ -224,7 +226,15 @@ def build(part: str, config: ModelConfig) -> nn.Module:
 
 def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:
     """Every weight's name and shape, as the module of this part has them."""
-    return _shapes(_structure(part, config, quantization))
+    return {name: shape for name, (shape, _) in _described(part, config, quantization).items()}
+
+
+@lru_cache(maxsize=32)  # a module is built to know its shapes once, however often its files are opened
+def _described(
+    part: str, config: ModelConfig, quantization: Quantization | None
+) -> Mapping[str, tuple[tuple[int, ...], mx.Dtype]]:
+    arrays = tree_flatten(_structure(part, config, quantization).parameters())
+    return {name: (array.shape, array.dtype) for name, array in arrays}  # type: ignore[union-attr]
 
 
 def packed_dtypes(part: str, names: Iterable[str], quantization: Quantization | None) -> dict[str, tuple[str, ...]]:
@@ -241,22 +251,16 @@ def packed_dtypes(part: str, names: Iterable[str], quantization: Quantization | 
 def _structure(part: str, config: ModelConfig, quantization: Quantization | None) -> nn.Module:
     module = build(part, config)
     if quantization:
-        check_shapes(part, _shapes(module), quantization)
+        check_shapes(part, expected(part, config), quantization)
         prepare(module, part, quantization)
     return module
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in tree_flatten(module.parameters())}  # type: ignore[union-attr]
 
 
 def part_bytes(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> int:
     """Bytes that `load_part` would hold in memory once it is evaluated."""
     quantization = source.quantization.get(part) or (quantize if part in QUANTIZED_PARTS else None)
-    module = _structure(part, source.config, quantization)
-    arrays = [array for _, array in tree_flatten(module.parameters())]
-    floating = [mx.issubdtype(array.dtype, mx.floating) for array in arrays]  # type: ignore[union-attr]
-    return sum(a.size * (dtype.size if f else a.itemsize) for a, f in zip(arrays, floating, strict=True))  # type: ignore[union-attr]
+    arrays = _described(part, source.config, quantization).values()
+    return sum(prod(shape) * (dtype if mx.issubdtype(own, mx.floating) else own).size for shape, own in arrays)
 
 
 def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization | None = None) -> nn.Module:
@@ -292,17 +296,32 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
 
 
 def read_weights(module: nn.Module) -> str | None:
-    """Read all of a module's weights, one after the other: beside them, only what one is made of is ever in memory.
+    """Evaluate all of a module's weights, in groups: while one is checked, the next is read.
 
-    Returns the name of one that holds NaN or infinity, if there is one.
+    Beside the weights, only what two groups are made of is ever in memory. Returns the name of an array that holds NaN
+    or infinity, if there is one.
     """
-    for name, array in tree_flatten(module.parameters()):
-        mx.eval(array)
-        flat = array.reshape(-1)  # type: ignore[union-attr]
-        checks = (is_finite(flat[at : at + _CHECKED_AT_ONCE]) for at in range(0, flat.size, _CHECKED_AT_ONCE))
-        if not all(check.item() for check in checks):
-            return name
+    arrays: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    groups = [(group, mx.stack([is_finite(array) for _, array in group]).all()) for group in _groups(arrays)]
+    for index, (group, sound) in enumerate(groups):
+        for ahead, promise in groups[index : index + 2]:
+            mx.async_eval([array for _, array in ahead], promise)
+        if not sound.item():
+            return next(name for name, array in group if not is_finite(array).item())
     return None
+
+
+def _groups(arrays: Sequence[tuple[str, mx.array]]) -> Iterator[Sequence[tuple[str, mx.array]]]:
+    """Neighbours of together not much over a sixteenth of all bytes, nor over 256 MB or 64 arrays."""
+    limit = min(_GROUP_BYTES, sum(array.nbytes for _, array in arrays) // _GROUPS)
+    start, size = 0, 0
+    for index, (_, array) in enumerate(arrays):
+        if index > start and (size + array.nbytes > limit or index - start == _GROUP_ARRAYS):
+            yield arrays[start:index]
+            start, size = index, 0
+        size += array.nbytes
+    if arrays:
+        yield arrays[start:]
 
 
 UNFINISHED = ".converting"  # the hidden folder's ending

@@ -1,7 +1,7 @@
 """The path of a prompt: files, calls, and switches between files, counted by sys.setprofile with tiny.
 
-`python tests/benchmarks/path_of_a_prompt.py [--most 20]` counts a prompt on the command line, an API call that opens the
-model, and a warm call. Everything is imported by an uncounted run; comprehensions do not count as calls.
+`python tests/benchmarks/path_of_a_prompt.py [--most 20]` counts a prompt on the command line, an API call that opens
+the model, and a warm call. Everything is imported by an uncounted run; comprehensions do not count as calls.
 """
 
 import argparse

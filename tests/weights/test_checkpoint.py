@@ -8,11 +8,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from folders import GOLDEN, copy_model, edit_json, edit_weights, parameters, refusal, weight_file
+from mlx.utils import tree_flatten
 
 from klein_convert.checkpoint import convert_checkpoint
+from klein_mlx.bench.predict import klein
 from klein_mlx.config import PARTS
 from klein_mlx.formats.open import open_model
-from klein_mlx.weights.checkpoint import expected, load_part
+from klein_mlx.weights import checkpoint
+from klein_mlx.weights.checkpoint import build, expected, load_part, read_weights
 from klein_mlx.weights.quantize import Quantization
 
 
@@ -217,3 +220,22 @@ def test_a_missing_file_of_ours_is_told(ours: Path, name: str) -> None:
     (ours / name).unlink()
     told = refusal(lambda: open_model(ours).weights("transformer"))
     assert told.startswith(f"{ours / name}: is missing")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_read_in_few_evaluations(part: str) -> None:
+    """Of klein 4B's shapes, whose weights are not made: a sixteenth of all bytes at a time, or 256 MB."""
+    floats = tree_flatten(build(part, klein("4b")).parameters())
+    arrays = [(name, array.astype(mx.bfloat16)) for name, array in floats]  # type: ignore[union-attr]
+    groups = list(checkpoint._groups(arrays))
+    assert [name for group in groups for name, _ in group] == [name for name, _ in arrays]
+    assert len(groups) <= 60
+    largest = max(array.nbytes for _, array in arrays)
+    assert max(sum(array.nbytes for _, array in group) for group in groups) <= max(256 << 20, largest)
+
+
+def test_the_first_array_that_is_not_finite_is_named() -> None:
+    module = build("vae", open_model("tiny").config)
+    assert read_weights(module) is None
+    module.decoder.conv_out.bias = mx.array([0.0, float("nan"), 0.0])  # type: ignore[union-attr]
+    assert read_weights(module) == "decoder.conv_out.bias"
