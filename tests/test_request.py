@@ -188,8 +188,8 @@ def test_parts_that_do_not_fit_together() -> None:
         config(vae=VAEConfig((128, 256, 512, 512), 2, 16))
     with pytest.raises(CheckpointError, match="joint_attention_dim is 7680, but the other parts need 5120"):
         config(taps=(9, 18))
-    with pytest.raises(CheckpointError, match="layer 36 is tapped"):
-        config(taps=(9, 18, 36))
+    with pytest.raises(CheckpointError, match="layer 37 is tapped"):
+        config(taps=(9, 18, 37))
 
 
 def test_a_config_that_is_not_one() -> None:

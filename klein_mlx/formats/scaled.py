@@ -1,14 +1,16 @@
 """Weights that another program quantised, decoded to bfloat16 layer by layer; what cannot be read is refused by name.
 
 Source: ComfyUI, QUANTIZATION.md: which layers are quantised, and how, stands in the header (`_quantization_metadata`)
-or in a tensor of JSON beside each weight (`x.comfy_quant`); older files only have the scales. `x.input_scale` (or
-`x.scale_input`), which only a matmul in the small type needs, is left out.
+or in a tensor of JSON beside each weight (`x.comfy_quant`); older files only have the scales. diffusers' script for
+these files states `quantization` in the header, and has NVFP4 in ModelOpt's order: shapes do not tell the two apart.
+`x.input_scale` (or `x.scale_input`), which only a matmul in the small type needs, is left out.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,16 +23,33 @@ from klein_mlx.weights.safetensors import FLOATS, Entry, Weight, load_now
 SCALES = ("weight_scale", "scale_weight")
 
 
+BLOCK_SCALE = "weight_scale_inv"  # of DeepSeek's and Qwen's files: a factor as well, for blocks of a matrix
+
+
+_BLOCK = 128
+
+
 def find_float8(tensors: Tensors, name: str) -> Scaled:
     """What decodes a float8 weight. Raises CheckpointError if its scale is missing or does not fit."""
     layer = name.removesuffix(".weight")
-    scale = next((f"{layer}.{kind}" for kind in SCALES if f"{layer}.{kind}" in tensors.entries), None)
+    kinds = [f"{layer}.{kind}" for kind in (*SCALES, BLOCK_SCALE) if f"{layer}.{kind}" in tensors.entries]
+    if len(kinds) > 1:
+        raise CheckpointError(f"{tensors.path}: {name} has two scales, {' and '.join(kinds)}: {REMEDY}")
+    scale = kinds[0] if kinds else None
     if scale is None:
         raise CheckpointError(f"{tensors.path}: {name} is float8 without its scale ({layer}.weight_scale): {REMEDY}")
     for kind in ("weight_scale_2", "pre_quant_scale"):
         if f"{layer}.{kind}" in tensors.entries:
             raise CheckpointError(f"{tensors.path}: {name} is float8 with a {kind}, which it should not have: {REMEDY}")
     entry, shape = tensors.entries[scale], tensors.entries[name].shape
+    if scale.endswith(BLOCK_SCALE):
+        blocks = tuple(-(-side // _BLOCK) for side in shape)
+        if len(shape) != 2 or entry.shape != blocks or entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensors.path}: {scale} has shape {entry.shape} and dtype {entry.dtype}; for a weight of {shape} it "
+                f"must be floats of shape {blocks}, one for {_BLOCK} x {_BLOCK} numbers: {REMEDY}"
+            )
+        return Scaled("FP8", shape, (scale,), _decode_float8)
     rows = shape[:1]
     if entry.shape not in ((), (1,), (1, 1), rows, (*rows, 1)) or entry.dtype not in FLOATS:
         raise CheckpointError(
@@ -40,11 +59,17 @@ def find_float8(tensors: Tensors, name: str) -> Scaled:
     return Scaled("FP8", shape, (scale,), _decode_float8)
 
 
-def _decode_float8(bits: mx.array, scale: mx.array) -> mx.array:
-    """bits: (rows, columns) uint8; scale: one number, or one per row. Returns bfloat16."""
+def _decode_float8(bits: mx.array, scale: mx.array | None = None) -> mx.array:
+    """bits: (rows, columns) uint8; scale: one number, one per row, or one per block. Returns bfloat16."""
+    values = mx.from_fp8(bits, dtype=mx.float32)
+    if scale is None:
+        return values.astype(mx.bfloat16)
     scale = scale.astype(mx.float32)
-    scale = scale.reshape(-1, *(1,) * (bits.ndim - 1)) if scale.size > 1 else scale.reshape(())
-    return (mx.from_fp8(bits, dtype=mx.float32) * scale).astype(mx.bfloat16)
+    if scale.shape == (1, 1) or scale.ndim < 2 or scale.shape[1] == 1 and scale.shape[0] == bits.shape[0]:
+        scale = scale.reshape(-1, *(1,) * (bits.ndim - 1)) if scale.size > 1 else scale.reshape(())
+    else:
+        scale = mx.repeat(mx.repeat(scale, _BLOCK, 0), _BLOCK, 1)[: bits.shape[0], : bits.shape[1]]
+    return (values * scale).astype(mx.bfloat16)
 
 
 GROUP = 16
@@ -56,8 +81,11 @@ _TILE_ROWS, _TILE_GROUPS = 128, 4
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; the highest bit is the sign
 
 
-def find_float4(tensors: Tensors, name: str) -> Scaled:
-    """What decodes an NVFP4 weight. Raises CheckpointError if a scale is missing, or one does not fit."""
+def find_float4(tensors: Tensors, name: str, by_rows: bool = False) -> Scaled:
+    """What decodes an NVFP4 weight. Raises CheckpointError if a scale is missing, or one does not fit.
+
+    by_rows: in ModelOpt's order (the low four bits first, the scales row by row), not in ComfyUI's.
+    """
     layer, entry = name.removesuffix(".weight"), tensors.entries[name]
     if entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] * 2 % GROUP:
         raise CheckpointError(
@@ -66,7 +94,7 @@ def find_float4(tensors: Tensors, name: str) -> Scaled:
         )
     rows, columns = entry.shape[0], entry.shape[1] * 2
     groups = columns // GROUP
-    padded = (_round_up(rows, _TILE_ROWS), _round_up(groups, _TILE_GROUPS))
+    padded = (rows, groups) if by_rows else (_round_up(rows, _TILE_ROWS), _round_up(groups, _TILE_GROUPS))
     wanted = {  # in the order of _decode_float4's arguments
         "weight_scale": ((padded,), ("F8_E4M3", "U8")),
         "weight_scale_2": (((), (1,)), FLOATS),
@@ -86,7 +114,7 @@ def find_float4(tensors: Tensors, name: str) -> Scaled:
                 f"and {rows} rows it must be {right}: {REMEDY}"
             )
         sides.append(f"{layer}.{kind}")
-    return Scaled("NVFP4", (rows, columns), tuple(sides), _decode_float4)
+    return Scaled("NVFP4", (rows, columns), tuple(sides), partial(_decode_float4, by_rows))
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -94,15 +122,16 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _decode_float4(
-    packed: mx.array, blocked: mx.array, overall: mx.array, smoothing: mx.array | None = None
+    by_rows: bool, packed: mx.array, stored: mx.array, overall: mx.array, smoothing: mx.array | None = None
 ) -> mx.array:
-    """packed: (rows, columns / 2) uint8; blocked: (padded rows, padded groups) uint8, e4m3; overall: one number;
+    """packed: (rows, columns / 2) uint8; stored: (padded rows, padded groups) uint8, e4m3; overall: one number;
     smoothing: (columns,). Returns (rows, columns) bfloat16; products are float32, rounded once.
     """
     rows, columns = packed.shape[0], packed.shape[1] * 2
-    codes = mx.stack([packed >> 4, packed & 15], axis=-1).reshape(rows, columns)
+    pair = [packed & 15, packed >> 4] if by_rows else [packed >> 4, packed & 15]
+    codes = mx.stack(pair, axis=-1).reshape(rows, columns)
     values = mx.array([*_VALUES, *(-value for value in _VALUES)], mx.float32)[codes]
-    scales = mx.from_fp8(_in_rows(blocked)[:rows, : columns // GROUP], dtype=mx.float32)
+    scales = mx.from_fp8(stored if by_rows else _in_rows(stored)[:rows, : columns // GROUP], dtype=mx.float32)
     values = values.reshape(rows, -1, GROUP) * scales[..., None] * overall.astype(mx.float32).reshape(())
     values = values.reshape(rows, columns)
     if smoothing is not None:
@@ -123,10 +152,7 @@ _FLOAT8, _FLOAT4 = "float8_e4m3fn", "nvfp4"
 _SMALL = ("F8_", "F6_", "F4", "I8", "U8")  # how the dtypes begin that only codes have
 
 
-_ASIDE = (*SCALES, "input_scale", "scale_input", "comfy_quant", "weight_scale_2", "pre_quant_scale")
-
-
-_BFL = "double_blocks.0.img_attn.qkv.weight"
+_ASIDE = (*SCALES, BLOCK_SCALE, "input_scale", "scale_input", "comfy_quant", "weight_scale_2", "pre_quant_scale")
 
 
 # Encodings whose tensors have names of their own. The first match counts.
@@ -148,12 +174,19 @@ def decode(tensors: Tensors) -> Tensors:
     entries = tensors.entries
     aside = {n for n in entries if n.rpartition(".")[2] in _ASIDE or n.startswith("scaled_fp8")}
     hints = _hints(tensors)
+    stated = tensors.metadata.get("quantization")
+    if stated == _FLOAT4 and hints:
+        raise CheckpointError(
+            f"{tensors.path}: its metadata states two orders of NVFP4, ModelOpt's (quantization) and ComfyUI's: "
+            + REMEDY
+        )
+    plain = not (stated or hints or aside)
     scaled: dict[str, Scaled] = {}
     for name, entry in entries.items():
         if name in aside or name.endswith(".scales"):  # the latter are MLX's own
             continue
         hint = hints.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        found = _find(tensors, name, hint)
+        found = _find(tensors, name, hint, plain)
         if found is not None:
             scaled[name] = found
         elif entry.dtype.startswith(_SMALL):
@@ -176,18 +209,23 @@ def decode(tensors: Tensors) -> Tensors:
     return replace(tensors, entries=decoded, arrays=arrays, rows=rows, kind=told)
 
 
-def _find(tensors: Tensors, name: str, hint: str | None) -> Scaled | None:
-    """What decodes a weight; None for one that is stored as it is."""
-    dtype, layer = tensors.entries[name].dtype, name.removesuffix(".weight")
+def _find(tensors: Tensors, name: str, hint: str | None, plain: bool) -> Scaled | None:
+    """What decodes a weight; None for one that is stored as it is.
+
+    plain: nothing in the file speaks of scales, so that float8 are the numbers themselves.
+    """
+    entry, layer = tensors.entries[name], name.removesuffix(".weight")
     if hint not in (None, _FLOAT8, _FLOAT4):
         _refuse(tensors, name, hint)
     if hint == _FLOAT4:
         return find_float4(tensors, name)
-    if dtype == "F8_E4M3" or dtype == "U8" and hint == _FLOAT8:
+    if plain and entry.dtype == "F8_E4M3":
+        return Scaled("FP8", entry.shape, (), _decode_float8)
+    if entry.dtype == "F8_E4M3" or entry.dtype == "U8" and hint == _FLOAT8:
         return find_float8(tensors, name)
-    if dtype == "U8" and f"{layer}.weight_scale_2" in tensors.entries:
-        if _BFL in tensors.entries:
-            return find_float4(tensors, name)
+    if entry.dtype == "U8" and f"{layer}.weight_scale_2" in tensors.entries:
+        if tensors.metadata.get("quantization") == _FLOAT4:
+            return find_float4(tensors, name, by_rows=True)
         raise CheckpointError(
             f"{tensors.path}: {name} is NVFP4 in an order that nothing in the file states (ComfyUI's and ModelOpt's "
             f"differ), so klein_mlx does not read it: {REMEDY}"

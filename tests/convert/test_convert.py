@@ -175,6 +175,7 @@ def test_klein_json_says_what_it_is_and_where_it_comes_from(tmp_path: Path) -> N
     assert set(digests) == {
         "model_index.json",
         "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
         *(f"{part}/config.json" for part in PARTS),
         *(str(weight_file(GOLDEN, part).relative_to(GOLDEN)) for part in PARTS),
     }

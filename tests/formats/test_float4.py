@@ -146,7 +146,7 @@ def test_the_writer_s_numbers_are_the_formats() -> None:
     assert flat[1024] == 128 * 5 % 251  # and the next 128 rows the tile after the row's last
 
 
-@pytest.mark.parametrize("transport", ["header", "beside", "names"])
+@pytest.mark.parametrize("transport", ["header", "beside"])
 def test_it_is_read_within_the_codec_s_error(tmp_path: Path, transformer: Weights, transport: str) -> None:
     """Bit for bit what the writer encoded; and each number within its code's distance of the original bfloat16."""
     writer = Writer(transformer)
@@ -203,8 +203,22 @@ def test_several_tiles_in_both_directions() -> None:
     matrix = rng.normal(size=(300, 144)) * 2.0 ** rng.integers(-4, 5, (300, 1))
     codes, scales, overall, value = encode(matrix)
     packed = mx.array((codes[:, 0::2] << 4 | codes[:, 1::2]).astype(np.uint8))
-    found = _decode_float4(packed, mx.array(swizzle(scales)), mx.array(overall))
+    found = _decode_float4(False, packed, mx.array(swizzle(scales)), mx.array(overall))
     assert mx.array_equal(found, mx.array(value).astype(mx.bfloat16))
+    packed = mx.array((codes[:, 1::2] << 4 | codes[:, 0::2]).astype(np.uint8))
+    found = _decode_float4(True, packed, mx.array(scales), mx.array(overall))
+    assert mx.array_equal(found, mx.array(value).astype(mx.bfloat16))
+
+
+def test_modelopt_s_order_is_read_where_the_header_states_it(tmp_path: Path, transformer: Weights) -> None:
+    """Low bits first, scales row by row, as diffusers' script for klein's files writes them; two orders are refused."""
+    writer = Writer(transformer, high_first=False, order=lambda scales: scales)
+    metadata = {"format": "pt", "quantization": "nvfp4"}
+    found = opened("transformer", writer.save(tmp_path / "x.safetensors", metadata))
+    right = kept(tmp_path, writer.values)
+    assert all(mx.array_equal(found[name], right[name]) for name in right)
+    both = writer.save(tmp_path / "y.safetensors", {**metadata, **writer.metadata()})
+    assert "states two orders of NVFP4" in refusal(lambda: open_any(both))
 
 
 def test_layers_of_three_kinds_in_one_file(tmp_path: Path, transformer: Weights) -> None:
@@ -281,10 +295,12 @@ def test_what_does_not_fit_is_refused(
     assert words in refusal(lambda: open_any(path))
 
 
-def test_an_order_that_nothing_states_is_refused(tmp_path: Path) -> None:
-    """diffusers' names without hints: ModelOpt's export, whose order is another."""
-    writer = Writer(golden("transformer"))
-    path = writer.save(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("bfl", [False, True])
+@pytest.mark.parametrize("metadata", [None, {"quantization": "nvfp4_x"}])
+def test_an_order_that_nothing_states_is_refused(tmp_path: Path, bfl: bool, metadata: dict[str, str] | None) -> None:
+    """Whoever's names it has: by its shapes it may be in ComfyUI's order or in ModelOpt's."""
+    weights = golden("transformer")
+    path = Writer(to_bfl(weights) if bfl else weights).save(tmp_path / "x.safetensors", metadata)
     assert "is NVFP4 in an order that nothing in the file states" in refusal(lambda: open_any(path))
 
 

@@ -73,6 +73,62 @@ def test_float8_is_the_code_times_its_scale(tmp_path: Path, rows: bool, shape: t
         assert mx.array_equal(found[name], right[name]), name
 
 
+def test_float8_without_any_scale_in_the_file_are_the_numbers_themselves(tmp_path: Path) -> None:
+    """Norms too, as programs write it that cast a whole file."""
+    writer = Writer()
+    writer.header, writer.data, writer.values = {}, b"", {}
+    rng = np.random.default_rng(1)
+    for name, array in to_bfl(golden("transformer")).items():
+        codes = rng.integers(1, 120, array.shape, dtype=np.uint8) | rng.integers(0, 2, array.shape, np.uint8) << 7
+        writer.add(name, "F8_E4M3", array.shape, codes.tobytes())
+        writer.values[name] = mx.array(np.vectorize(E4M3.get)(codes).astype(np.float32)).astype(mx.bfloat16)
+    path = writer.save(tmp_path / "x.safetensors")
+    found, right = opened("transformer", path), writer.expected(tmp_path)
+    assert all(mx.array_equal(found[name], right[name]) for name in right)
+    assert describe(open_any(path))["format"] == "BFL names, safetensors FP8"
+    for metadata in ({"quantization": "fp8r"}, {"_quantization_metadata": hinted("float8_e4m3fn")}):
+        told = refusal(lambda metadata=metadata: open_any(writer.save(tmp_path / "y.safetensors", metadata)))
+        assert "is float8 without its scale" in told
+
+
+def hinted(kind: str) -> str:
+    return json.dumps({"layers": {LAYER: {"format": kind}}})
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_scales_of_blocks(tmp_path: Path, dtype: mx.Dtype) -> None:
+    """As Qwen's own FP8 files have them: `weight_scale_inv`, a factor for 128 x 128 numbers, ragged at the ends."""
+    writer = Writer()
+    writer.header, writer.data, writer.values = {}, b"", {}
+    rng = np.random.default_rng(2)
+    for name, array in golden("text_encoder").items():
+        if "proj" not in name:
+            writer.add(name, "BF16", array.shape, np.array(array.view(mx.uint16)).tobytes())
+            writer.values[name] = array
+            continue
+        codes = rng.integers(0, 127, array.shape, dtype=np.uint8)
+        blocks = tuple(-(-side // 128) for side in array.shape)
+        scale = mx.array(rng.uniform(0.01, 0.1, blocks).astype(np.float32)).astype(dtype)
+        exact = np.array(scale.astype(mx.float32))
+        value = np.vectorize(E4M3.get)(codes).astype(np.float32)
+        for row in range(array.shape[0]):
+            for column in range(array.shape[1]):
+                value[row, column] *= exact[row // 128, column // 128]
+        writer.values[name] = mx.array(value).astype(mx.bfloat16)
+        writer.add(name, "F8_E4M3", array.shape, codes.tobytes())
+        stored = np.array(scale.view(mx.uint16) if dtype == mx.bfloat16 else scale).tobytes()
+        kind = "BF16" if dtype == mx.bfloat16 else "F32"
+        writer.add(f"{name.removesuffix('.weight')}.weight_scale_inv", kind, blocks, stored)
+    found = opened("text_encoder", writer.save(tmp_path / "x.safetensors"))
+    mx.save_safetensors(str(tmp_path / "plain.safetensors"), writer.values)
+    right = opened("text_encoder", tmp_path / "plain.safetensors")
+    assert all(mx.array_equal(found[name], right[name]) for name in right)
+    layer = "model.layers.0.mlp.up_proj"
+    writer.header[f"{layer}.weight_scale_inv"]["shape"] = [1, 2]  # type: ignore[index]
+    told = refusal(lambda: open_any(writer.save(tmp_path / "y.safetensors")))
+    assert f"{layer}.weight_scale_inv has shape (1, 2)" in told or "is damaged" in told
+
+
 def test_hints_may_stand_in_the_header_or_beside(tmp_path: Path) -> None:
     writer = Writer()
     right = writer.expected(tmp_path)
