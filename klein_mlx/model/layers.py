@@ -184,6 +184,18 @@ def linear_split(layer: nn.Module, x: mx.array, at: int) -> tuple[mx.array, mx.a
     return whole[..., :at], whole[..., at:]
 
 
+def linear_part(layer: nn.Module, x: mx.array, start: int, stop: int | None) -> mx.array:
+    """The output channels start..stop of layer(x), alone.
+
+    A module of another kind may have a method `part(x, start, stop)` that does the same; else its result is cut.
+    """
+    if _is_known(layer):
+        return _rows(layer, x, slice(start, stop))
+    if hasattr(layer, "part"):
+        return layer.part(x, start, stop)  # type: ignore[operator]
+    return layer(x)[..., start:stop]  # type: ignore[operator]
+
+
 class Cut(nn.Module):
     """A linear layer held as two, by its input channels: its inputs need not be joined in memory.
 

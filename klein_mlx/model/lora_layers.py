@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.model.layers import linear, linear_split, linear_terms, multiply
+from klein_mlx.model.layers import linear, linear_part, linear_split, linear_terms, multiply
 
 
 class KroneckerBranch(nn.Module):
@@ -76,6 +76,12 @@ class Branched(nn.Module):
         first, second = linear_split(self.base, x, at)
         narrow = multiply(x, self.down)
         return multiply(narrow, self.up[:at], first), multiply(narrow, self.up[at:], second)
+
+    def part(self, x: mx.array, start: int, stop: int | None) -> mx.array:
+        """The output channels start..stop of self(x), alone."""
+        if not self._is_low_rank():
+            return self(x)[..., start:stop]
+        return multiply(multiply(x, self.down), self.up[start:stop], linear_part(self.base, x, start, stop))
 
     def terms(self, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
         """Arrays that add up to self([first, second])."""

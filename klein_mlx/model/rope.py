@@ -21,6 +21,10 @@ class Rope(NamedTuple):
     second: mx.array
     text: mx.array
 
+    def rows(self, start: int, stop: int | None = None) -> "Rope":
+        """The tables of some of the tokens."""
+        return Rope(*(table[start:stop] for table in self))
+
 
 def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length: int) -> Rope:
     """The rotary tables of tokens at `ids`.
@@ -46,16 +50,21 @@ def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length:
     )
 
 
-def normed_and_turned(qk: mx.array, scale: mx.array, rope: Rope, eps: float) -> mx.array:
-    """RMSNorm of every head's q and k, then neighbouring pairs of channels turned by the tables' angles.
+def normed_and_rotated(
+    qk: mx.array, scale: mx.array, rope: Rope, eps: float, img_scale: mx.array | None = None
+) -> mx.array:
+    """RMSNorm of every head's q and k, then neighboring pairs of channels rotated by the tables' angles.
 
-    qk: (B, S, 2, heads, head_dim), any float dtype, returned in it. scale: the norms' weights, float32: (2, head_dim),
-    or (S, 2, head_dim) where each token has its own.
+    qk: (B, S, n, heads, head_dim), any float dtype, returned in it; n is 2 for q and k, 1 for one of them. scale: the
+    norms' weights, (n, head_dim) float32; with img_scale only those of the prompt's tokens, and img_scale the others'.
     """
     qk = mx.fast.rms_norm(qk, None, eps)  # q and k together; their weights follow with the rotation, in one kernel
-    scales = _halves(mx.expand_dims(scale, -2))
+    scales = [_halves(mx.expand_dims(weights, -2)) for weights in (scale, img_scale) if weights is not None]
     tables = (mx.expand_dims(table, 1) for table in (rope.first, rope.second))
-    return _scale_and_turn(*_halves(qk), *scales, *tables).flatten(-2)
+    if img_scale is None:
+        return _scale_and_rotate(*_halves(qk), *tables, *scales[0]).flatten(-2)
+    text = mx.expand_dims(rope.text, (-1, -2))
+    return _scale_and_rotate_streams(*_halves(qk), *tables, *scales[0], *scales[1], text).flatten(-2)
 
 
 def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -66,8 +75,26 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
 
 # The halves are taken before the cast to float32, outside of this chain, so that it is one kernel.
 @fused
-def _scale_and_turn(
-    first: mx.array, second: mx.array, scale_1: mx.array, scale_2: mx.array, table_1: mx.array, table_2: mx.array
+def _scale_and_rotate(
+    first: mx.array, second: mx.array, table_1: mx.array, table_2: mx.array, scale_1: mx.array, scale_2: mx.array
 ) -> mx.array:
-    turned = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
-    return turned.astype(first.dtype)
+    rotated = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return rotated.astype(first.dtype)
+
+
+@fused
+def _scale_and_rotate_streams(
+    first: mx.array,
+    second: mx.array,
+    table_1: mx.array,
+    table_2: mx.array,
+    txt_1: mx.array,
+    txt_2: mx.array,
+    img_1: mx.array,
+    img_2: mx.array,
+    text: mx.array,
+) -> mx.array:
+    """As `_scale_and_rotate`, each token with its stream's weights. text: which tokens are the prompt's."""
+    scale_1, scale_2 = mx.where(text, txt_1, img_1), mx.where(text, txt_2, img_2)
+    rotated = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return rotated.astype(first.dtype)

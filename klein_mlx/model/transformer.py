@@ -15,8 +15,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.model.layers import add_branch, attention, cut, join, linear, linear_split, modulated, separate, wide
-from klein_mlx.model.rope import Rope, normed_and_turned
+from klein_mlx.model.layers import (
+    add_branch,
+    attention,
+    cut,
+    join,
+    linear,
+    linear_part,
+    linear_split,
+    modulated,
+    separate,
+    wide,
+)
+from klein_mlx.model.rope import Rope, normed_and_rotated
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
@@ -50,22 +61,22 @@ class Modulations(NamedTuple):
     final: tuple[mx.array, mx.array]
 
 
-def attend(qk: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None) -> mx.array:
-    """Full attention. qk: (B, S, 2, heads, head_dim), q and k, turned already; v: (B, S, heads, head_dim).
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None
+) -> mx.array:
+    """Full attention. q: (B, Q, heads, head_dim); k, v: (B, S, heads, head_dim); q and k are rotated already.
 
-    Returns (B, S, heads * head_dim). extra: keys and values of more tokens that q attends to. note: is shown k and v.
+    Returns (B, Q, heads * head_dim). extra: keys and values of more tokens that q attends to. note: is shown k and v.
     """
-    q, k = qk[:, :, 0], qk[:, :, 1]
     if note is not None:
         note(k, v)
     if extra is not None:
         k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
-    parts = [q[:, :, i : i + rows] for i in range(0, q.shape[2], rows)]
-    parts = [attention(part, k, v) for part in parts]
-    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-    return out.transpose(0, 2, 1, 3).flatten(2)
+    parts = [attention(q[:, :, i : i + rows], k, v).transpose(0, 2, 1, 3) for i in range(0, q.shape[2], rows)]
+    # Joined token by token, as Metal's attention writes them: joined head by head they would have to be copied again.
+    return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).flatten(2)
 
 
 def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
@@ -183,7 +194,8 @@ class Stream(Heads):
     def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
         """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
         qk, v = self.qk_and_v(x, mods[0])
-        return self.finish(x, attend(normed_and_turned(qk, self.scale(), rope, self.eps), v, note=note), mods)
+        q, k = _q_and_k(normed_and_rotated(qk, self.scale(), rope, self.eps))
+        return self.finish(x, attend(q, k, v, note=note), mods)
 
 
 class DoubleBlock(nn.Module):
@@ -212,8 +224,8 @@ class DoubleBlock(nn.Module):
         """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes. extra, note: as in `attend`."""
         pairs = zip(self.txt.qk_and_v(txt, mod_txt[0]), self.img.qk_and_v(img, mod_img[0]), strict=True)
         qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
-        scale = mx.where(rope.text, self.txt.scale(), self.img.scale())
-        attention = attend(normed_and_turned(qk, scale, rope, self.txt.eps), v, extra, note)
+        q, k = _q_and_k(normed_and_rotated(qk, self.txt.scale(), rope, self.txt.eps, self.img.scale()))
+        attention = attend(q, k, v, extra, note)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
@@ -238,15 +250,43 @@ class SingleBlock(Heads):
         self.linear_out = cut(self.linear_out, self.hidden)
 
     def __call__(
-        self, x: mx.array, mod: Modulation, rope: Rope, extra: KeysValues | None = None, note: Note | None = None
+        self,
+        x: mx.array,
+        mod: Modulation,
+        rope: Rope,
+        extra: KeysValues | None = None,
+        note: Note | None = None,
+        wanted: tuple[int, int] | None = None,
     ) -> mx.array:
-        """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`. Returns x's shape."""
+        """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`.
+
+        wanted: the first and the last token (exclusive) of which anything is read afterwards; None: all. The others give
+        keys and values only. Returns x, or the wanted tokens of it.
+        """
         h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
-        qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
-        v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-        qk = normed_and_turned(mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.scale(), rope, self.eps)
-        attention = attend(qk, self.split_heads(v), extra, note)
+        if wanted is None:
+            qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
+            v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
+            q, k = _q_and_k(normed_and_rotated(self._pairs(qk), self.scale(), rope, self.eps))
+        else:
+            x, part = x[:, slice(*wanted)], h[:, slice(*wanted)]
+            q, k, v, rest = (
+                linear_part(self.linear_in, tokens, start * self.hidden, stop and stop * self.hidden)
+                for tokens, start, stop in ((part, 0, 1), (h, 1, 2), (h, 2, 3), (part, 3, None))
+            )
+            gate, value = mx.split(rest, 2, axis=-1)
+            q = normed_and_rotated(self._pairs(q, 1), self.scale()[:1], rope.rows(*wanted), self.eps)[:, :, 0]
+            k = normed_and_rotated(self._pairs(k, 1), self.scale()[1:], rope, self.eps)[:, :, 0]
+        attention = attend(q, k, self.split_heads(v), extra, note)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
+
+    def _pairs(self, qk: mx.array, count: int = 2) -> mx.array:
+        """(B, S, count * hidden) -> (B, S, count, heads, head_dim)."""
+        return mx.unflatten(qk, -1, (count, -1, self.head_dim))
+
+
+def _q_and_k(qk: mx.array) -> tuple[mx.array, mx.array]:
+    return qk[:, :, 0], qk[:, :, 1]
 
 
 def call_block(block: nn.Module, *args: Any) -> Any:
@@ -325,10 +365,12 @@ class Transformer(nn.Module):
         for block in self.double_blocks:
             txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
         x = mx.concatenate([txt, img], axis=1)
-        for block in self.single_blocks:
+        # After the last block only the image's tokens are read: of the others it needs keys and values.
+        image = txt.shape[1], txt.shape[1] + num_img
+        for block in self.single_blocks[:-1]:
             x = run(block, x, modulations.single, rope, next(later), *told)
+        x = run(self.single_blocks[-1], x, modulations.single, rope, next(later), note, image)
         shift, scale = modulations.final
-        x = x[:, txt.shape[1] : txt.shape[1] + num_img]
         return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
 
     def remember(

@@ -10,8 +10,10 @@ import pytest
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.latents import image_ids, text_ids
 from klein_mlx.model.layers import swiglu
-from klein_mlx.model.rope import Rope, normed_and_turned, rope_tables
-from klein_mlx.model.transformer import Transformer, attend, timestep_embedding
+from klein_mlx.model.lora_layers import Branched
+from klein_mlx.model.rope import Rope, normed_and_rotated, rope_tables
+from klein_mlx.model.transformer import Modulation, Transformer, attend, timestep_embedding
+from klein_mlx.weights.quantize import Quantization, prepare
 
 CONFIG = TransformerConfig(16, 1, 2, 32, 2, 48, 3.0, (8, 8, 8, 8))
 
@@ -36,7 +38,7 @@ def unit(x: mx.array) -> mx.array:
 
 def turned(x: mx.array, rope: Rope) -> mx.array:
     """x: (1, 1, 1, 32), a `unit` head of one token."""
-    return normed_and_turned(mx.stack([x, x], axis=2), mx.ones((2, 32)), rope, 0.0)[:, :, 1]
+    return normed_and_rotated(mx.stack([x, x], axis=2), mx.ones((2, 32)), rope, 0.0)[:, :, 1]
 
 
 def test_rope_turns_neighbouring_pairs_by_position_times_frequency() -> None:
@@ -67,8 +69,8 @@ def test_rope_keeps_lengths_and_only_sees_differences() -> None:
 
 def test_long_attention_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few queries at a time: the same numbers, to the order of sums."""
-    qk, v = mx.random.normal((2, 10, 2, 3, 8)), mx.random.normal((2, 10, 3, 8))
-    whole = attend(qk, v)
+    q, k, v = mx.random.normal((3, 2, 10, 3, 8))
+    whole = attend(q, k, v)
     monkeypatch.setattr("klein_mlx.model.transformer.LONGEST_ATTENTION", 4 * (4 * 2 * 3 * 10 * 8))
     calls, real = [], mx.fast.scaled_dot_product_attention
 
@@ -77,8 +79,37 @@ def test_long_attention_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(q, *args, **named)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
-    assert mx.allclose(attend(qk, v), whole, atol=1e-6)
+    assert mx.allclose(attend(q, k, v), whole, atol=1e-6)
     assert calls == [4, 4, 2]
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_last_block_only_makes_what_is_read(bits: int | None, branch: bool) -> None:
+    """Text and references have no queries, MLP and projection there; nobody reads them. To 1e-5: BLAS orders its sums by
+    the size of a matmul.
+    """
+    mx.random.seed(0)
+    config = TransformerConfig(16, 1, 1, 64, 2, 48, 3.0, (16, 16, 16, 16))
+    transformer = Transformer(config)
+    if bits:
+        prepare(transformer, "transformer", Quantization(bits))
+    transformer.arrange()
+    block = transformer.single_blocks[0]
+    if branch:
+        beside = Branched(block.linear_in)
+        beside.up, beside.down = 0.1 * mx.random.normal((9 * 128, 4)), 0.1 * mx.random.normal((4, 128))
+        block.linear_in = beside
+    ids = mx.concatenate([text_ids(16), image_ids(8, 4), image_ids(4, 4, 10)])
+    rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta, 16)
+    x, mod = mx.random.normal((1, 64, 128)), Modulation(*mx.random.normal((3, 128)))
+    extra = tuple(mx.random.normal((2, 1, 16, 2, 64)))
+    for more in (None, extra):
+        noted: list[list[mx.array]] = [[], []]
+        whole = block(x, mod, rope, more, lambda *pair, to=noted[0]: to.extend(pair))
+        part = block(x, mod, rope, more, lambda *pair, to=noted[1]: to.extend(pair), (16, 48))
+        assert mx.abs(part - whole[:, 16:48]).max() < 1e-5 * mx.abs(whole).max()
+        assert all(mx.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(*noted, strict=True))
 
 
 def test_timestep_embedding_has_cosines_first() -> None:
