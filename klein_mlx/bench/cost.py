@@ -194,8 +194,8 @@ def _tape(entries: list[dict[str, Any]], markers: _Markers) -> _Tape:
         for end in ("inputs", "outputs"):
             arrays.update({name: (tuple(shape), dtype) for name, shape, dtype in entry.get(end, ())})
         if entry["type"] == "primitive":
-            named = ([name for name, *_ in entry[end]] for end in ("inputs", "outputs"))
-            ops.append(_Op(entry["name"], *named, entry["arguments"]))
+            inputs, outputs = ([name for name, *_ in entry[end]] for end in ("inputs", "outputs"))
+            ops.append(_Op(entry["name"], inputs, outputs, entry["arguments"]))
         elif entry["type"] in ends:
             ends[entry["type"]] = [name for name, *_ in entry[entry["type"]]]
     for op in ops:

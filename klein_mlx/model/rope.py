@@ -60,7 +60,7 @@ def normed_and_rotated(
     """
     qk = mx.fast.rms_norm(qk, None, eps)  # q and k together; their weights follow with the rotation, in one kernel
     scales = [_halves(mx.expand_dims(weights, -2)) for weights in (scale, img_scale) if weights is not None]
-    tables = (mx.expand_dims(table, 1) for table in (rope.first, rope.second))
+    tables = mx.expand_dims(rope.first, 1), mx.expand_dims(rope.second, 1)
     if img_scale is None:
         return _scale_and_rotate(*_halves(qk), *tables, *scales[0]).flatten(-2)
     text = mx.expand_dims(rope.text, (-1, -2))

@@ -260,8 +260,8 @@ class SingleBlock(Heads):
     ) -> mx.array:
         """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`.
 
-        wanted: the first and the last token (exclusive) of which anything is read afterwards; None: all. The others give
-        keys and values only. Returns x, or the wanted tokens of it.
+        wanted: the first token of which anything is read afterwards, and the one behind the last; None: all. Others
+        give keys and values only. Returns x, or the wanted tokens of it.
         """
         h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
         if wanted is None:
@@ -365,7 +365,7 @@ class Transformer(nn.Module):
         for block in self.double_blocks:
             txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
         x = mx.concatenate([txt, img], axis=1)
-        # After the last block only the image's tokens are read: of the others it needs keys and values.
+        # After the last block only the image's tokens are read; it needs only keys and values of the others.
         image = txt.shape[1], txt.shape[1] + num_img
         for block in self.single_blocks[:-1]:
             x = run(block, x, modulations.single, rope, next(later), *told)

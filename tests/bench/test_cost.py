@@ -144,7 +144,7 @@ def test_copies_that_strides_force() -> None:
 
 
 def test_what_is_alive_at_once() -> None:
-    """In the order in which a graph is evaluated; an elementwise kernel writes over an input that nobody reads later."""
+    """In the order in which a graph is evaluated; elementwise kernels write over what nobody reads later."""
     size = 4 * 10 * 10
     product = lambda x: x @ x  # noqa: E731
     for function, arrays in (

@@ -86,7 +86,7 @@ def test_long_attention_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_the_last_block_only_makes_what_is_read(bits: int | None, branch: bool) -> None:
-    """Text and references have no queries, MLP and projection there; nobody reads them. To 1e-5: BLAS orders its sums by
+    """Text and references have no queries, MLP and projection there; nobody reads them. To 1e-5: BLAS orders sums by
     the size of a matmul.
     """
     mx.random.seed(0)
@@ -95,7 +95,7 @@ def test_the_last_block_only_makes_what_is_read(bits: int | None, branch: bool) 
     if bits:
         prepare(transformer, "transformer", Quantization(bits))
     transformer.arrange()
-    block = transformer.single_blocks[0]
+    block: Any = transformer.single_blocks[0]
     if branch:
         beside = Branched(block.linear_in)
         beside.up, beside.down = 0.1 * mx.random.normal((9 * 128, 4)), 0.1 * mx.random.normal((4, 128))
