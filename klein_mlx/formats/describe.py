@@ -12,12 +12,12 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora import LoraFile, open_lora
 from klein_mlx.formats.lora_base import tell_encoder
-from klein_mlx.formats.lora_factors import alpha_of
+from klein_mlx.formats.lora_factors import stated_alpha
 from klein_mlx.formats.lora_metadata import told
 from klein_mlx.formats.part import PartFile
 from klein_mlx.weights.checkpoint import CONFIG_FILE, Checkpoint, Source
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.safetensors import FLOATS, Weight, WeightFiles, digest_file, read_json
+from klein_mlx.weights.safetensors import FLOATS, Weight, digest_file, read_json
 
 
 def describe(source: Source | PartFile) -> dict[str, Any]:
@@ -178,6 +178,10 @@ def describe_lora(path: Path) -> dict[str, Any]:
         "modules": dict(parts),
         "unknown_keys": [*file.unknown, *(key for name in file.homeless for key in file.groups[name].values())],
     }
+    if file.stated:
+        found["stated_base"] = file.stated
+    if file.contradiction:
+        found["contradiction"] = file.contradiction
     return found | told(file.metadata)
 
 
@@ -185,12 +189,11 @@ def _alphas(file: LoraFile) -> dict[str, int]:
     """alpha -> of how many modules; "none" where nothing is stated, and the strength is 1."""
     arrays: dict[str, mx.array] = {}
     if any("alpha" in roles for roles in file.groups.values()):
-        arrays = WeightFiles(file.path, {file.path: dict(file.entries)}).arrays()
+        arrays = file.arrays()
     found: Counter[str] = Counter()
     for name, place in file.places.items():
         stated = file.strengths.of(place.part, place.name)
-        alpha = alpha_of(file.group(name, arrays)) if arrays else None
-        alpha = stated.alpha if alpha is None else alpha
+        alpha = stated_alpha(file.group(name, arrays), stated)
         found["none" if alpha is None else f"{alpha:g}{' by root' if stated.by_root else ''}"] += 1
     return dict(found)
 
@@ -210,6 +213,10 @@ def format_lora(d: dict[str, Any]) -> str:
     ]
     if d["text_encoder"] and d["base"]:
         lines.append(f"  encoder  {d['text_encoder']}")
+    if "stated_base" in d:
+        lines.append(f"  states   {d['stated_base']}")
+    if "contradiction" in d:
+        lines.append(f"  beware   {d['contradiction']}")
     if d["unknown_keys"]:
         lines.append(f"  unknown  {len(d['unknown_keys'])} keys, {d['unknown_keys'][0][:100]} ...")
     lines.append(f"  licence  {d.get('licence', 'not stated')}")

@@ -4,6 +4,7 @@ Every key is used, or it is an error that names the first one that is not. What 
 `klein_mlx.formats.lora_keys`' business, what the factors mean `lora_factors`', for which model `lora_base`'s.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,27 @@ import mlx.core as mx
 
 from klein_mlx.config import ModelConfig
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.lora_base import Base, foreign_base, shapes_of, tell_base, tell_encoder
-from klein_mlx.formats.lora_factors import Group, check_group, make_changes, rank_of, weight_shape
-from klein_mlx.formats.lora_keys import Place, find_module, read_key, refused_kind
+from klein_mlx.formats.lora_base import (
+    Base,
+    foreign_base,
+    is_ambiguous,
+    shapes_of,
+    stated_base,
+    tell_base,
+    tell_encoder,
+)
+from klein_mlx.formats.lora_factors import (
+    Group,
+    check_group,
+    from_float8,
+    make_changes,
+    piece_rows,
+    rank_of,
+    weight_shape,
+)
+from klein_mlx.formats.lora_keys import PIECES, Place, find_module, read_key, refused_kind
 from klein_mlx.formats.lora_metadata import Strengths, read_strengths
-from klein_mlx.formats.names import THIRDS, find_parts
+from klein_mlx.formats.names import BFL, THIRDS, find_parts
 from klein_mlx.weights.lora import Change, Lora
 from klein_mlx.weights.safetensors import Entry, WeightFiles, digest_file, is_finite, read_header, read_metadata
 
@@ -47,6 +64,11 @@ class LoraFile:
     def strengths(self) -> Strengths:
         return read_strengths(self.path, self.metadata)
 
+    def arrays(self) -> dict[str, mx.array]:
+        """Every tensor, mapped; 8-bit floats as bfloat16."""
+        arrays = WeightFiles(self.path, {self.path: dict(self.entries)}).arrays()
+        return {name: from_float8(array, self.entries[name].dtype) for name, array in arrays.items()}
+
     def group(self, name: str, arrays: Mapping[str, mx.array] | None = None) -> Group:
         roles = self.groups[name]
         entries = {role: self.entries[key] for role, key in roles.items()}
@@ -59,15 +81,48 @@ class LoraFile:
             shape = weight_shape(self.group(name)) if place.part == part else None
             for target in place.targets if shape else ():
                 assert shape is not None
-                found[target.path] = (shape[0] // 3, *shape[1:]) if target.layout in THIRDS else shape
+                if target.layout not in PIECES:
+                    found[target.path] = (shape[0] // 3, *shape[1:]) if target.layout in THIRDS else shape
         return found
 
     @cached_property
-    def base(self) -> Base:
+    def _told(self) -> Base:
+        """As names and shapes tell it."""
         foreign = foreign_base(self.homeless)
         if foreign:
             return Base(foreign, None)
-        return tell_base(self.shapes("transformer"))
+        base = tell_base(self.shapes("transformer"))
+        if base.name or base.hidden or not any(place.dialect == BFL for place in self.places.values()):
+            return base
+        return Base("FLUX.1, or another model with its names", None)
+
+    @cached_property
+    def stated(self) -> str | None:
+        """The model that the metadata states."""
+        return stated_base(self.metadata)
+
+    @cached_property
+    def foreign(self) -> str | None:
+        """The family of models that this is for, if it is not FLUX.2."""
+        known = foreign_base(self.homeless)
+        is_foreign = self.stated is not None and not self.stated.startswith("FLUX.2")
+        if known or not is_foreign or not is_ambiguous(self.shapes("transformer"), self._told):
+            return known
+        return f"{self.stated}, as its metadata states"
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(self.foreign, None) if self.foreign else self._told
+
+    @property
+    def contradiction(self) -> str | None:
+        """What to tell of metadata that states another model than names and shapes do; None where they agree."""
+        told = self._told.name
+        if self.stated is None or self.foreign or told == self.stated or (told is None and self._told.hidden is None):
+            return None
+        if told is None and self.stated.startswith("FLUX.2"):
+            return None
+        return f"its metadata states {self.stated}; its shapes are those of {self._told.words()}"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -160,29 +215,41 @@ def read_lora(path: Path, config: ModelConfig, partial: bool = False) -> Lora:
         raise CheckpointError(
             f"{path}: none of its {len(file.groups)} modules is one of this model's ({unused[0]} ...)"
         )
+    if needed := _part_of(used, file.unknown):
+        raise CheckpointError(
+            f"{path}: klein_mlx does not know {needed[:100]}, without which its module would be applied wrongly"
+        )
     if unused and not partial:
         count = f"{len(unused)} of {len(file.entries)} keys are not used"
         raise CheckpointError(f"{path}: {count}: {_some(unused)}; --lora-partial leaves them out")
-    arrays = WeightFiles(path, {path: dict(file.entries)}).arrays()
+    arrays = file.arrays()
     _refuse_damaged(file, used, arrays)
     changes: dict[str, dict[str, tuple[Change, ...]]] = {part: {} for part in _PARTS}
     for name in used:
         place, group = file.places[name], file.group(name, arrays)
         stated = file.strengths.of(place.part, place.name)
-        rows = _their_shape(place, shapes_of(config, place.part)[place.targets[0].path])[0]
-        for target, change in make_changes(group, place.targets, rows, stated).items():
+        ours = shapes_of(config, place.part)[place.targets[0].path]
+        for target, change in make_changes(group, place.targets, _their_shape(place, ours)[0], ours, stated).items():
             own = changes[place.part]
             own[target] = (*own.get(target, ()), change)
     mx.eval([a for group in changes.values() for own in group.values() for change in own for a in _arrays(change)])
-    return Lora(path.name, digest_file(path), file.layout, changes, len(used), tuple(unused), len(needless))
+    return Lora(
+        path.name,
+        digest_file(path),
+        file.layout,
+        changes,
+        len(used),
+        tuple(unused),
+        len(needless),
+        file.contradiction,
+    )
 
 
 def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
     """The modules that this model has not, and those of encoder layers that no picture depends on; a CheckpointError
     if the others do not fit it."""
-    foreign = foreign_base(file.homeless)
-    if foreign and not any(place.part == "transformer" for place in file.places.values()):
-        raise _other_model(file, foreign, config)
+    if file.foreign:
+        raise _other_model(file, file.foreign, config)
     absent, needless, wrong = [], [], []
     for name, place in file.places.items():
         shapes = shapes_of(config, place.part)
@@ -190,17 +257,19 @@ def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
             (needless if _is_needless(place, config) else absent).append(name)
             continue
         shape, right = weight_shape(file.group(name)), _their_shape(place, shapes[place.targets[0].path])
-        bias = file.group(name).entries.get("diff_b") or file.group(name).entries.get("up_bias")
-        if (shape is not None and shape != right) or (bias is not None and bias.shape != right[:1]):
-            wrong.append((name, place, shape or (bias.shape if bias else ()), right))
+        entries = file.group(name).entries
+        biases = [entries[role].shape for role in ("diff_b", "up_bias") if role in entries]
+        bias = next((found for found in biases if found != right[:1]), None)
+        if (shape is not None and shape != right) or bias is not None:
+            wrong.append((name, place, shape if shape not in (None, right) else bias, right))
         elif (role := _homeless_role(file.groups[name], place, right)) is not None:
             raise CheckpointError(f"{file.path}: {role} has no use: {place.targets[0].path} is no linear layer")
     mine = tell_base({path: s for path, s in shapes_of(config, "transformer").items() if len(s) == 2})
     if wrong and all(place.part == "text_encoder" for _, place, _, _ in wrong):
         encoder = tell_encoder(file.shapes("text_encoder"))
         raise _other_model(file, f"the text encoder {encoder}", config)
-    if foreign or ((wrong or absent) and file.base != mine and file.base.hidden is not None):
-        raise _other_model(file, foreign or file.base.words(), config)
+    if (wrong or absent) and file.base != mine and (file.base.hidden or file.base.name):
+        raise _other_model(file, file.base.words(), config)
     if wrong:
         name, _, shape, right = wrong[0]
         raise CheckpointError(f"{file.path}: {name[:100]} is made for a weight of shape {shape}; here it is {right}")
@@ -227,7 +296,21 @@ def _is_needless(place: Place, config: ModelConfig) -> bool:
 
 
 def _their_shape(place: Place, ours: tuple[int, ...]) -> tuple[int, ...]:
-    return (3 * ours[0], *ours[1:]) if place.targets[0].layout in THIRDS else ours
+    layout = place.targets[0].layout
+    if layout in PIECES:
+        start, stop = piece_rows(layout, ours)
+        return stop - start, *ours[1:]
+    return (3 * ours[0], *ours[1:]) if layout in THIRDS else ours
+
+
+def _part_of(used: Iterable[str], unknown: Iterable[str]) -> str | None:
+    """The first unknown key that says something of a module that is used: a magnitude, a scale, a third factor."""
+    modules = {re.sub(r"[._]", ".", name) for name in used}
+    for key in unknown:
+        words = re.sub(r"[._]", ".", key).split(".")
+        if any(".".join(words[:count]) in modules for count in range(1, len(words))):
+            return key
+    return None
 
 
 def _refuse_damaged(file: LoraFile, used: Iterable[str], arrays: Mapping[str, mx.array]) -> None:

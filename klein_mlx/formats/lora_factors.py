@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.lora_keys import Target
+from klein_mlx.formats.lora_keys import PIECES, Target
 from klein_mlx.formats.names import HALVES, THIRDS
 from klein_mlx.weights.lora import Change, Delta, Full, Kronecker, LowRank, Rows
 from klein_mlx.weights.safetensors import FLOATS, Entry
@@ -26,7 +26,10 @@ _KINDS = {
     "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
     "full difference": {"diff"},
 }
-_ALPHA_DTYPES = (*FLOATS, "I64", "I32", "I16", "I8", "U8")
+_FLOAT8 = "F8_E4M3"
+_FACTOR_DTYPES = (*FLOATS, _FLOAT8)
+_ALPHA_DTYPES = (*FLOATS, _FLOAT8, "I64", "I32", "I16", "I8", "U8")
+_NO_FACTORS = ("alpha", "magnitude", "diff_b", "up_bias")
 _MAX_STRENGTH = 1e4  # of alpha / rank; LyCORIS writes 1e10 where it means "not used"
 
 
@@ -78,7 +81,7 @@ def check_group(group: Group) -> None:
     if has <= {"alpha", "up_bias"}:
         raise group.fail(f"has {' and '.join(sorted(has))}, and no factors: the file is not whole")
     for role, entry in group.entries.items():
-        allowed = _ALPHA_DTYPES if role == "alpha" else FLOATS
+        allowed = _ALPHA_DTYPES if role == "alpha" else _FACTOR_DTYPES
         if entry.dtype not in allowed:
             raise group.fail(f"{role} has dtype {entry.dtype}; klein_mlx reads {', '.join(allowed[:3])}")
         if 0 in entry.shape:
@@ -90,6 +93,8 @@ def weight_shape(group: Group) -> tuple[int, ...] | None:
     shapes = {role: _flat_shape(entry.shape) for role, entry in group.entries.items()}
     two = {role for role, shape in shapes.items() if len(shape) == 2}
     if {"up", "down"} <= two:
+        if "mid" in shapes and shapes["mid"] != (shapes["up"][1], shapes["down"][0]):
+            raise group.fail(f"its core has shape {shapes['mid']}; it must be {(shapes['up'][1], shapes['down'][0])}")
         if "mid" not in shapes and shapes["up"][1] != shapes["down"][0]:
             raise group.fail(
                 f"lora_A has rank {shapes['down'][0]}, lora_B has {shapes['up'][1]}; they must be the same"
@@ -106,8 +111,10 @@ def weight_shape(group: Group) -> tuple[int, ...] | None:
         return left[0] * right[0], left[1] * right[1]
     if "diff" in shapes:
         return shapes["diff"]
-    if {"up", "down"} <= set(shapes):
-        raise group.fail(f"its factors have shapes {shapes['down']} and {shapes['up']}; they must be matrices")
+    factors = {role: shape for role, shape in shapes.items() if role not in _NO_FACTORS}
+    if factors:
+        role, shape = next((item for item in factors.items() if len(item[1]) != 2), next(iter(factors.items())))
+        raise group.fail(f"its {role} has shape {shape}; factors must be matrices")
     return None
 
 
@@ -166,21 +173,34 @@ def alpha_of(group: Group) -> float | None:
     return alpha
 
 
+def stated_alpha(group: Group, stated: Stated) -> float | None:
+    """The alpha that counts: the file's own before the metadata's; None where none does, and the strength is 1.
+
+    A LoKr of two whole factors has none of its own: what stands there is anything (ai-toolkit's 1e10 in float16 is
+    infinite). PEFT, which writes no alpha beside the factors, divides its own by the rank all the same.
+    """
+    if rank_of(group.entries) is not None:
+        own = alpha_of(group)
+        return stated.alpha if own is None else own
+    peft = stated.rank and "lokr_w1" in group.entries and "alpha" not in group.entries
+    return stated.alpha if peft else None
+
+
 def strength(group: Group, stated: Stated) -> float:
     """What the product of the factors is multiplied by."""
-    rank, alpha = rank_of(group.entries), alpha_of(group)
-    if rank is None:
-        if stated.alpha is not None and stated.rank and "lokr_w1" in group.entries and alpha is None:
-            return stated.alpha / stated.rank  # PEFT's; LyCORIS, which writes alpha beside, has none here
+    alpha, rank = stated_alpha(group, stated), rank_of(group.entries) or stated.rank
+    if alpha is None or rank is None:
         return 1.0
-    by_root = stated.by_root and alpha is None
-    alpha = stated.alpha if alpha is None else alpha
-    if alpha is None:
-        return 1.0
+    by_root = stated.by_root and "alpha" not in group.entries
     factor = alpha / (math.sqrt(rank) if by_root else rank)
     if factor > _MAX_STRENGTH:
         raise group.fail(f"alpha is {alpha:g} at rank {rank}: {factor:g} times its factors; is the file damaged?")
     return factor
+
+
+def from_float8(array: mx.array, dtype: str) -> mx.array:
+    """Bytes that stand for 8-bit floats as bfloat16, which holds all of their values; any other array as it is."""
+    return mx.from_fp8(array, dtype=mx.bfloat16) if dtype == _FLOAT8 else array
 
 
 def _matrix(array: mx.array) -> mx.array:
@@ -229,8 +249,11 @@ def _loha(a: Mapping[str, mx.array], factor: float) -> LowRank:
     return LowRank(up, down, factor)
 
 
-def make_changes(group: Group, targets: tuple[Target, ...], rows: int, stated: Stated) -> dict[str, Change]:
-    """What the group does to each of its targets. rows: of the foreign weight, all targets' together."""
+def make_changes(
+    group: Group, targets: tuple[Target, ...], rows: int, ours: tuple[int, ...], stated: Stated
+) -> dict[str, Change]:
+    """What the group does to each of its targets. rows: of the foreign weight, all targets' together; ours: the shape
+    of one target's weight."""
     factor = strength(group, stated)
     delta = _delta(group, factor)
     bias = group.arrays.get("diff_b")
@@ -238,6 +261,10 @@ def make_changes(group: Group, targets: tuple[Target, ...], rows: int, stated: S
         added = factor * group.arrays["up_bias"].astype(mx.float32)
         bias = added if bias is None else bias + added
     magnitude = _magnitude(group, rows)
+    if targets[0].layout in PIECES:
+        if magnitude is not None:
+            raise group.fail("is a DoRA of a piece of a matrix, which klein_mlx does not read")
+        return {targets[0].path: _place(delta, bias, piece_rows(targets[0].layout, ours), ours[0])}
     changes = {}
     for target in targets:
         taken = _rows(target.layout, rows)
@@ -255,6 +282,26 @@ def make_changes(group: Group, targets: tuple[Target, ...], rows: int, stated: S
     return changes
 
 
+def piece_rows(layout: str, ours: tuple[int, ...]) -> tuple[int, int]:
+    """Which rows of a single block's fused matrix are a piece's: q, k and v are as many as its columns."""
+    index = PIECES.index(layout)
+    return index * ours[1], (index + 1) * ours[1] if index < 3 else ours[0]
+
+
+def _place(delta: Delta | None, bias: mx.array | None, rows: tuple[int, int], whole: int) -> Change:
+    """A change of some rows of a weight that has `whole` of them."""
+    around = (rows[0], whole - rows[1])
+
+    def pad(array: mx.array) -> mx.array:
+        return mx.pad(array, [around, *((0, 0) for _ in array.shape[1:])])
+
+    if isinstance(delta, LowRank):
+        delta = replace(delta, up=pad(delta.up))
+    elif delta is not None:
+        delta = Full(pad(delta.dense()))
+    return Change(delta, None if bias is None else pad(bias))
+
+
 def _magnitude(group: Group, rows: int) -> mx.array | None:
     """DoRA's, as (out, 1) or (1, in)."""
     magnitude = group.arrays.get("magnitude")
@@ -263,7 +310,7 @@ def _magnitude(group: Group, rows: int) -> mx.array | None:
     shape = weight_shape(group)
     if shape is None:
         raise group.fail("has a DoRA magnitude and no factors: the file is not whole")
-    if magnitude.size == rows and magnitude.shape[0] == rows:
+    if magnitude.size == rows and magnitude.shape[:1] == (rows,):
         return magnitude.reshape(rows, 1)
     if magnitude.shape == (1, shape[1]):
         return magnitude

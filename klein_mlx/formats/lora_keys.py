@@ -10,17 +10,35 @@ from typing import NamedTuple
 
 from klein_mlx.formats.names import BFL, DIALECTS, DIFFUSERS, LLAMA_CPP, MFLUX, OURS, SAME, THIRDS, Rule
 
-# diffusers' own names once its projections are fused.
+# diffusers' names once its projections are fused, and OneTrainer's for them.
 _FUSED = tuple(
     Rule(f"double_blocks.*.{stream}.to_{x}", f"transformer_blocks.*.attn.{fused}", third)
-    for stream, fused in (("img", "to_qkv"), ("txt", "to_added_qkv"))
+    for stream, names in (("img", ("to_qkv", "qkv")), ("txt", ("to_added_qkv", "added_qkv")))
+    for fused in names
     for x, third in zip("qkv", THIRDS, strict=True)
+)
+# The rows of a single block's fused matrix that a foreign matrix holds alone: q, k, v, and all of the MLP's.
+PIECES = ("piece 0", "piece 1", "piece 2", "piece 3")
+# OneTrainer's BFL names with the fused matrices split.
+_SPLIT = (
+    *(
+        Rule(f"double_blocks.*.{stream}.to_{x}", f"double_blocks.*.{stream}_attn.qkv.{i}")
+        for stream in ("img", "txt")
+        for i, x in enumerate("qkv")
+    ),
+    *(Rule("single_blocks.*.linear_in", f"single_blocks.*.linear1.{i}", piece) for i, piece in enumerate(PIECES)),
+)
+_SWIFT = (
+    Rule("double_blocks.*.img.mlp_in", "transformer_blocks.*.ff.activation.proj"),
+    Rule("double_blocks.*.txt.mlp_in", "transformer_blocks.*.ff_context.activation.proj"),
+    Rule("single_blocks.*.linear_in", "single_transformer_blocks.*.attn.to_qkv_mlp"),
 )
 _TABLES = (
     ("transformer", DIFFUSERS, (*DIALECTS["transformer", DIFFUSERS], *_FUSED)),
-    ("transformer", BFL, DIALECTS["transformer", BFL]),
+    ("transformer", BFL, (*DIALECTS["transformer", BFL], *_SPLIT)),
     ("transformer", MFLUX, DIALECTS["transformer", MFLUX]),
     ("transformer", OURS, tuple(Rule(r.ours, r.ours) for r in DIALECTS["transformer", DIFFUSERS])),
+    ("transformer", "flux-2-swift-mlx", _SWIFT),
     ("text_encoder", DIFFUSERS, DIALECTS["text_encoder", DIFFUSERS]),
     ("text_encoder", MFLUX, DIALECTS["text_encoder", MFLUX]),
     ("text_encoder", LLAMA_CPP, DIALECTS["text_encoder", LLAMA_CPP]),
@@ -142,14 +160,14 @@ class Key(NamedTuple):
     adapter: str
 
 
-_ADAPTER = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[\w-]+))?"
+_ADAPTER = r"(?:\.(?P<adapter>(?!weight|bias|scale)[\w-]+))?"
 _LOW_RANK = re.compile(
-    r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>embedding_A|embedding_B|A|B|down|up|mid)"
+    r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?|(?<=_lora\d))[._](?P<role>embedding_A|embedding_B|A|B|down|up|mid)"
     + _ADAPTER
     + r"(?:\.(?P<kind>weight|bias))?"
 )
 _OTHER = re.compile(
-    r"(?P<module>.+?)\.(?P<role>alpha|dora_scale|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|"
+    r"(?P<module>.+?)\.(?P<role>alpha|dora_scale|magnitude|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|"
     r"lokr_w[12](?:_[ab])?|lokr_t2|diff|diff_b|w_norm|b_norm)" + _ADAPTER + r"(?:\.weight)?"
 )
 _ROLES = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}

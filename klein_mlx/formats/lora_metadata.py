@@ -1,18 +1,31 @@
 """What a LoRA file says of itself: strengths (alpha, rank patterns, rsLoRA) and words for people."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, is_number
 from klein_mlx.formats.lora_factors import Stated
 from klein_mlx.weights.safetensors import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its weights
 _MAX_PATTERN = 200
+_MAX_RANK = 1 << 20
+# PEFT's init_lora_weights that leave the base as it is, and those that change it.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+_CHANGED_BASES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_METHODS = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA)",
+    "use_qalora": "a QALoRA",
+    "use_bdlora": "a block-diagonal LoRA",
+    "arrow_config": "an Arrow router of LoRAs",
+    "kasa_config": "a KaSA",
+    "monteclora_config": "a MonteCLoRA",
+    "layer_replication": "a LoRA of replicated layers",
+    "target_parameters": "a LoRA of single parameters",
+}
 _MAX_WORDS = 8
 
 
@@ -21,6 +34,8 @@ class Strengths:
 
     def __init__(self, where: str, config: Mapping[str, Any]):
         self._where, self._config = where, config
+        for own in config.values():
+            _check_method(where, own)
 
     @property
     def any(self) -> bool:
@@ -33,9 +48,29 @@ class Strengths:
         alpha = own.get("lora_alpha", own.get("alpha")) if alpha is None else alpha
         rank = _match(own.get("rank_pattern"), name, self._where)
         rank = own.get("r") if rank is None else rank
-        if alpha is not None and not _is_positive(alpha):
+        if alpha is not None and not (is_number(alpha) and alpha > 0):
             raise CheckpointError(f"{self._where}: lora_alpha of {name[:100]} is {alpha!r:.40}; it must be over 0")
-        return Stated(alpha, rank if type(rank) is int and rank > 0 else None, own.get("use_rslora") is True)
+        is_rank = type(rank) is int and 0 < rank <= _MAX_RANK
+        return Stated(alpha, rank if is_rank else None, own.get("use_rslora") is True)
+
+
+def _check_method(where: str, config: Mapping[str, Any]) -> None:
+    """Refuse what PEFT's config says that factors alone do not: a base that the adapter belongs to and no other has,
+    or another way of adding."""
+    kind = config.get("peft_type")
+    if kind is not None and kind not in ("LORA", "LOHA", "LOKR"):
+        raise CheckpointError(f"{where}: peft_type is {kind!r:.40}; klein_mlx applies PEFT's LORA, LOHA and LOKR")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_STARTS:
+        name = next((word for start, word in _CHANGED_BASES.items() if init.lower().startswith(start)), None)
+        what = f"is {name}" if name else f"has init_lora_weights {init!r:.40}, which klein_mlx does not know"
+        raise CheckpointError(
+            f"{where}: {what}: its factors belong to the base that training changed; save it as a plain LoRA (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    method = next((word for field, word in _METHODS.items() if config.get(field)), None)
+    if method:
+        raise CheckpointError(f"{where}: is {method}, which klein_mlx does not apply")
 
 
 def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
@@ -58,11 +93,18 @@ def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
     if path.name.startswith("adapter_model") and beside.exists():
         values = read_json(beside)
         return Strengths(str(beside), {"transformer": values, "text_encoder": values})
+    if "lora_alpha" in metadata:  # flux-2-swift-mlx and its kin: one for all modules, as text
+        values = {"lora_alpha": _number(metadata["lora_alpha"])}
+        return Strengths(str(path), {"transformer": values, "text_encoder": values})
     return Strengths(str(path), {})
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _number(text: str) -> Any:
+    """A number from its text; the text itself where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _match(patterns: Any, name: str, where: str) -> Any:

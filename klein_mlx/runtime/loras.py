@@ -75,8 +75,10 @@ class Loras:
         self._parts.apply_loras(*lora.parts)
 
     def _log(self, lora: Lora, loaded: LoadedLora) -> None:
+        log = logging.getLogger("klein_mlx")
+        if lora.contradiction:
+            log.warning("LoRA %s: %s", loaded.name, lora.contradiction)
         if lora.unused:
-            log = logging.getLogger("klein_mlx")
             log.warning("LoRA %s: %d keys are not used (%s ...)", loaded.name, len(lora.unused), lora.unused[0])
 
 

@@ -147,7 +147,7 @@ class Lora:
 
     file: its file's name. layout: whose, in words. changes: part -> module path -> what is done to it. modules: how
     many of its own modules that is. unused: keys that belong to nothing (only with `partial`). needless: modules of
-    layers that no picture depends on.
+    layers that no picture depends on. contradiction: what is to be told of metadata that states another model.
     """
 
     file: str
@@ -157,6 +157,7 @@ class Lora:
     modules: int
     unused: tuple[str, ...] = ()
     needless: int = 0
+    contradiction: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def expanded(layer: nn.Module) -> mx.array:
         return mx.concatenate([expanded(layer.first), expanded(layer.second)], axis=1)
     assert isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
     scales = layer.scales.astype(mx.float32) if layer.mode == "affine" else layer.scales
-    biases = None if layer.biases is None else layer.biases.astype(mx.float32)
+    biases = layer["biases"].astype(mx.float32) if "biases" in layer else None
     kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     return mx.dequantize(layer.weight, scales, biases, **kind).astype(mx.float32)
 

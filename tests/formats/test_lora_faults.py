@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from folders import refusal
+from folders import raw_safetensors, refusal
+from lora_kinds import KINDS
 from lora_layouts import AB, DOWN_UP, LAYOUTS, Tensors, make_twin, save, to_bfl, written
 from lora_runs import difference, pipeline, velocity
 
@@ -91,7 +92,11 @@ def broken_factor(value: float) -> Callable[[Tensors], None]:
         (broken_factor(float("nan")), "lora_up.weight holds NaN or infinity"),
         (broken_factor(float("inf")), "lora_up.weight holds NaN or infinity"),
         (put("lora_down.weight", np.ones((3, 32))), "is made for a weight of shape (64, 32); here it is (64, 64)"),
-        (put("lora_down.weight", np.ones((3, 64, 3, 3))), "they must be matrices"),
+        (put("lora_down.weight", np.ones((3, 64, 3, 3))), "its down has shape (3, 64, 3, 3); factors must be matrices"),
+        (put("lora_down.weight", np.ones(64)), "its down has shape (64,); factors must be matrices"),
+        (put("lora_mid.weight", np.ones((3, 2))), "its core has shape (3, 2); it must be (3, 3)"),
+        (put("lora_mid.weight", np.ones((3, 3, 3, 3))), "its core has shape (3, 3, 3, 3); it must be (3, 3)"),
+        (put("dora_scale", 1.0), "its DoRA magnitude has shape (1,); it must be (64, 1) or (1, 64)"),
         (put("lora_down.weight", np.ones((0, 64))), "it is empty"),
         (put("dora_scale", np.ones((7, 1))), "its DoRA magnitude has shape (7, 1); it must be (64, 1) or (1, 64)"),
         (put("hada_w1_a", np.ones((64, 2))), "is a LoHa without hada_w1_b"),
@@ -106,6 +111,19 @@ def test_a_damaged_file_is_refused(change: Callable[[Tensors], None], message: s
     tensors = good()
     change(tensors)
     assert message in told(tensors, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["loha", "loha tucker", "lokr factored", "lokr both factored", "lokr tucker"])
+def test_factors_that_are_no_matrices_are_refused(kind: str, tmp_path: Path) -> None:
+    """Each of a module's factors, with an axis less, more, or a kernel."""
+    tensors = KINDS[kind]()[0]
+    config = pipeline().config
+    module = next(iter(tensors)).rpartition(".")[0]
+    for name in [name for name in tensors if name.startswith(f"{module}.") and not name.endswith("alpha")]:
+        array = tensors[name]
+        for wrong in (array.reshape(-1), array.reshape(*array.shape, 1), np.stack([array] * 3, -1), array.sum()):
+            file = save(tmp_path / "lora.safetensors", tensors | {name: np.asarray(wrong, np.float32)})
+            assert module in refusal(lambda file=file: read_lora(file, config))
 
 
 def test_integers_are_no_factors_but_may_be_alpha(tmp_path: Path) -> None:
@@ -135,6 +153,60 @@ def test_metadata_that_is_wrong_is_refused(metadata: str, message: str, tmp_path
     assert message in told(tensors, tmp_path, {"lora_adapter_metadata": metadata})
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_beyond_floats_are_refused(digits: int, tmp_path: Path) -> None:
+    """JSON knows no largest number; Python refuses to read one of 5000 digits."""
+    huge = "9" * digits
+    tensors = LAYOUTS["peft"](make_twin())[0]
+    line = told(tensors, tmp_path, {"lora_adapter_metadata": f'{{"transformer.lora_alpha": {huge}}}'})
+    assert ("lora_alpha of context_embedder is" if digits == 400 else "is not a JSON object") in line
+    assert "lora_alpha of context_embedder is inf" in told(tensors, tmp_path, {"lora_alpha": huge, "lora_rank": "3"})
+    assert "lora_alpha of context_embedder is 'two'" in told(tensors, tmp_path, {"lora_alpha": "two"})
+    whole = {"transformer.x_embedder.lokr_w1": np.ones((2, 2)), "transformer.x_embedder.lokr_w2": np.ones((32, 16))}
+    whole = {name: array.astype(np.float32) for name, array in whole.items()}
+    file = save(tmp_path / "lokr.safetensors", whole, {"lora_adapter_metadata": f'{{"alpha": 2, "r": {"9" * 400}}}'})
+    assert read_lora(file, pipeline().config).modules == 1  # a rank that none can be is none
+
+
+BASES = "its factors belong to the base that training changed; save it as a plain LoRA"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, f"is PiSSA: {BASES}"),
+        ({"init_lora_weights": "pissa_niter_16"}, f"is PiSSA: {BASES}"),
+        ({"init_lora_weights": "olora"}, f"is OLoRA: {BASES}"),
+        ({"init_lora_weights": "OLoRA"}, f"is OLoRA: {BASES}"),
+        ({"init_lora_weights": "corda"}, f"is CorDA: {BASES}"),
+        ({"init_lora_weights": "loftq"}, f"is LoftQ: {BASES}"),
+        ({"init_lora_weights": "lora_ga"}, f"is LoRA-GA: {BASES}"),
+        ({"init_lora_weights": "tomorrow"}, "has init_lora_weights 'tomorrow', which klein_mlx does not know"),
+        ({"alora_invocation_tokens": [1, 2]}, "is an activated LoRA (aLoRA), which klein_mlx does not apply"),
+        ({"use_qalora": True}, "is a QALoRA, which klein_mlx does not apply"),
+        ({"kasa_config": {}, "layer_replication": [[0, 2]]}, "is a LoRA of replicated layers, which"),
+        ({"peft_type": "HIRA"}, "peft_type is 'HIRA'; klein_mlx applies PEFT's LORA, LOHA and LOKR"),
+    ],
+)
+def test_a_method_that_factors_alone_do_not_tell_is_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """In the file's own metadata, and in the adapter_config.json beside it."""
+    tensors = LAYOUTS["peft"](make_twin())[0]
+    metadata = {f"transformer.{key}": value for key, value in config.items()}
+    assert message in told(tensors, tmp_path, {"lora_adapter_metadata": json.dumps(metadata)})
+    file = save(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert message in refusal(lambda: read_lora(file, pipeline().config))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_a_start_that_leaves_the_base_alone_is_applied(init: Any, tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.init_lora_weights": init})}
+    file = save(tmp_path / "lora.safetensors", LAYOUTS["peft"](make_twin())[0], metadata)
+    assert read_lora(file, pipeline().config).modules == len(make_twin())
+
+
 def test_what_is_no_lora_is_told(tmp_path: Path) -> None:
     assert "is not a LoRA: it holds a.weight" in told({"a.weight": np.ones(3, np.float32)}, tmp_path)
     weights = {"double_stream_modulation_img.lin.weight": np.ones((6, 1), np.float32)}
@@ -157,6 +229,46 @@ def test_unused_keys_are_named_and_may_be_left_out(tmp_path: Path) -> None:
     whole = pipeline()
     whole.load_lora(save(tmp_path / "good.safetensors", good()))
     assert mx.array_equal(velocity(pipe), velocity(whole))
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+@pytest.mark.parametrize("key", ["lora_up.weight_scale", "magnitude_vector", "lora_mystery.weight", "scale"])
+def test_what_belongs_to_a_module_that_is_used_is_never_left_out(key: str, prefix: str, tmp_path: Path) -> None:
+    """Without its magnitude or its scale the module would be applied, and wrongly."""
+    joint = "." if prefix.endswith(".") else "_"
+    tensors = written(to_bfl(make_twin()), prefix, *DOWN_UP, alpha=True, joint=joint)
+    name = f"{prefix}{'double_blocks.0.img_attn.proj'.replace('.', joint)}.{key}"
+    file = save(tmp_path / "lora.safetensors", tensors | {name: np.ones(64, np.float32)})
+    config = pipeline().config
+    message = f"klein_mlx does not know {name}, without which its module would be applied wrongly"
+    for partial in (False, True):
+        assert message in refusal(lambda partial=partial: read_lora(file, config, partial))
+
+
+def test_float8_factors_are_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
+    """All codes of e4m3 but NaN, against a table by the format's definition. e5m2, which MLX does not load, is
+    refused, and so is a scale beside a factor."""
+    codes = np.arange(127)
+    power, fraction = codes >> 3, codes & 7
+    values = (fraction + (power > 0) * 8) * 2.0 ** (np.maximum(power, 1) - 10)
+    table = dict(zip([*codes, *(codes | 128)], [*values, *-values], strict=True))
+    down = np.resize(list(table), (2, 64)).astype(np.uint8)
+    up = np.resize([*table][::-1], (64, 2)).astype(np.uint8)
+
+    def write(dtype: str) -> Path:
+        header = {
+            f"{BLOCK}.lora_A.weight": {"dtype": dtype, "shape": [2, 64], "data_offsets": [0, 128]},
+            f"{BLOCK}.lora_B.weight": {"dtype": dtype, "shape": [64, 2], "data_offsets": [128, 256]},
+        }
+        file = tmp_path / "lora.safetensors"
+        file.write_bytes(raw_safetensors(header, down.tobytes() + up.tobytes()))
+        return file
+
+    (change,) = read_lora(write("F8_E4M3"), pipeline().config).changes["transformer"]["double_blocks.0.img.to_out"]
+    for found, wanted in ((change.delta.down, down), (change.delta.up, up)):  # type: ignore[union-attr]
+        assert np.array_equal(np.array(found.astype(mx.float32)), np.vectorize(table.__getitem__)(wanted))
+    file = write("F8_E5M2")
+    assert "down has dtype F8_E5M2; klein_mlx reads" in refusal(lambda: read_lora(file, pipeline().config))
 
 
 def test_a_file_of_which_nothing_fits_is_refused_even_in_part(tmp_path: Path) -> None:

@@ -36,12 +36,22 @@ def made(kind: str) -> Tensors:
     return LAYOUTS[kind](make_twin())[0] if kind in LAYOUTS else KINDS[kind]()[0]
 
 
-@pytest.mark.parametrize("kind", ["comfyui alpha", "kohya", "musubi sparse", "full difference", *KINDS])
-def test_quantised_plus_branch_is_expanded_plus_difference(kind: str, model: Path, tmp_path: Path) -> None:
+ALL_KINDS = ("comfyui alpha", "kohya", "musubi sparse", "full difference", *KINDS)
+ONE_OF_EACH = ("comfyui alpha", "full difference", "loha", "lokr", "dora peft", "dora_scale columns", "norms")
+MODES = ("3", "8", "4-g32", "mxfp4", "nvfp4", "mxfp8")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kind"),
+    [*(("4", kind) for kind in ALL_KINDS), *((mode, kind) for mode in MODES for kind in ONE_OF_EACH)],
+)
+def test_quantised_plus_branch_is_expanded_plus_difference(
+    quantize: str, kind: str, model: Path, tmp_path: Path
+) -> None:
     """To 2e-5 in float32. The right side has no branches: every quantised layer is a plain one with its expanded
     weight, into which the same changes are merged. Taken off, the velocity is what it was, to the bit."""
     file = save(tmp_path / "lora.safetensors", made(kind))
-    pipe = pipeline(model, quantize=4)
+    pipe = pipeline(model, quantize=quantize)
     before = velocity(pipe)
     pipe.load_lora(file, scale=0.7)
     found = velocity(pipe)
