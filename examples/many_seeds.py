@@ -2,8 +2,7 @@
 
 import sys
 
-from klein_mlx import KleinPipeline
-from klein_mlx.runtime.run import Picture
+from klein_mlx import KleinPipeline, Picture
 
 pipe = KleinPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny", keep="all")
 for event in pipe.stream("a green star above a yellow circle", seed=[1, 2, 3, 4]):
