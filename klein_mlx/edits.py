@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from klein_mlx.errors import RequestError, flag, integer, is_number, short
+from klein_mlx.errors import RequestError, integer
 
 MASK_BLUR, MAX_BLUR, MAX_MARGIN = 4, 256, 8192  # pixels
 STRENGTH = 0.6  # of an init image without a mask; with one, 1: what is white is painted anew
@@ -49,58 +49,56 @@ def check_edit(
     extend: Any = None,
     init_reference: bool | None = None,
 ) -> Edit | None:
-    """None if there is no init image; else the edit. Raises RequestError for what does not go together."""
+    """None if there is no init image; else the edit. The arguments are in range, and are fields of `Options`.
+
+    Raises RequestError for what does not go together.
+    """
     asked = {"strength": strength, "mask_image": mask_image, "extend": extend, "init_reference": init_reference}
     if init_image is None:
         for name, value in asked.items():
             if value is not None:
-                raise RequestError(f"{name} needs an init_image: the picture to start from")
+                raise RequestError(name, rule="needs an {init_image}: the picture to start from")
     if mask_image is None:
-        if flag("invert_mask", invert_mask):
-            raise RequestError("invert_mask needs a mask_image")
+        if invert_mask:
+            raise RequestError("invert_mask", rule="needs a {mask_image}")
         if padding_mask_crop is not None:
-            raise RequestError("padding_mask_crop needs a mask_image: it crops the picture around the mask")
+            raise RequestError("padding_mask_crop", rule="needs a {mask_image}: it crops the picture around the mask")
         if mask_blur is not None and extend is None:
-            raise RequestError("mask_blur needs a mask_image or extend: without them nothing has an edge")
+            rule = "needs a {mask_image} or {extend}: without them nothing has an edge"
+            raise RequestError("mask_blur", rule=rule)
     if init_image is None:
         return None
     if padding_mask_crop is not None and extend is not None:
-        raise RequestError("padding_mask_crop does not go with extend: the new area surrounds the picture")
+        raise RequestError("padding_mask_crop", rule="does not go with {extend}: the new area surrounds the picture")
     margins, extend_to = _extension(extend)
     painted_over = mask_image is not None or extend is not None
     return Edit(
         init_image=init_image,
         strength=_strength(strength, sigmas, 1.0 if painted_over else STRENGTH),
         mask_image=mask_image,
-        mask_blur=integer("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, MAX_BLUR),
-        invert_mask=flag("invert_mask", invert_mask),
-        padding_mask_crop=None
-        if padding_mask_crop is None
-        else integer("padding_mask_crop", padding_mask_crop, 0, MAX_MARGIN),
+        mask_blur=MASK_BLUR if mask_blur is None else mask_blur,
+        invert_mask=invert_mask,
+        padding_mask_crop=padding_mask_crop,
         margins=margins,
         extend_to=extend_to,
-        init_reference=painted_over if init_reference is None else flag("init_reference", init_reference),
+        init_reference=extend is not None if init_reference is None else init_reference,
     )
 
 
-def _strength(strength: Any, sigmas: Any, default: float) -> float | None:
+def _strength(strength: float | None, sigmas: Any, default: float) -> float | None:
     if strength is None:
         return default if sigmas is None else None
     if sigmas is not None:
-        raise RequestError("strength and sigmas both say where to start; give one of them")
-    if not is_number(strength) or not 0 < strength <= 1:
-        raise RequestError(f"strength is {short(strength)}; it must be a number over 0 and at most 1")
-    return float(strength)
+        raise RequestError("strength", rule="and {sigmas} both say where to start; give one of them")
+    return strength
 
 
 def _extension(extend: Any) -> tuple[tuple[int, int, int, int] | None, tuple[int, int] | None]:
     """(margins at SIDES, None) or (None, size) of "left=256,right=256", {"left": 256}, "1536x1024" or (1536, 1024)."""
     if extend is None:
         return None, None
-    wrong = RequestError(
-        f"extend is {short(extend)}; it must be pixels to add, as left=256,right=256 (left, top, right, bottom), "
-        "or a size, as 1536x1024"
-    )
+    rule = "it must be pixels to add, as left=256,right=256 (left, top, right, bottom), or a size, as 1536x1024"
+    wrong = RequestError("extend", extend, rule)
     if isinstance(extend, str):
         size = re.fullmatch(r"(\d{1,5})\s*[xX]\s*(\d{1,5})", extend.strip())
         extend = (int(size[1]), int(size[2])) if size else _pairs(extend, wrong)

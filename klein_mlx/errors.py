@@ -5,10 +5,18 @@ it after `error:` and exits with 2; a library user catches `KleinError`. Anythin
 """
 
 import operator
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LONGEST = 1000
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line of at most about a thousand characters."""
+    line = " ".join(text.split())
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 class KleinError(Exception):
@@ -19,17 +27,46 @@ class KleinError(Exception):
     """
 
     def __str__(self) -> str:
-        line = " ".join(super().__str__().split())
-        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
-        return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        return one_line(super().__str__())
 
 
 class Stopped(KeyboardInterrupt):
     """The process is to end (kill, a closed terminal), not only what it is doing, as Ctrl-C may mean."""
 
 
+def named(text: str, names: Mapping[str, str]) -> str:
+    """A text whose {fields} are replaced by these names for them, or by their own; {{word}} is left alone."""
+    return re.sub(r"(?<!\{)\{(\w+)\}(?!\})", lambda found: names.get(found[1], found[1]), text)
+
+
+class Shown(str):
+    """A value that is described rather than quoted: "40 x 30", "all black"."""
+
+    __repr__ = str.__str__
+
+
+ABSENT = Shown()
+
+
 class RequestError(KleinError):
-    """What was asked cannot be done: a size, a number of steps, a prompt, a picture, an output path."""
+    """What was asked cannot be done: a size, a number of steps, a prompt, a picture, an output path.
+
+    RequestError(message), or RequestError(field, value, rule) for an argument: "FIELD is VALUE; RULE", or "FIELD RULE"
+    without a value. field: the argument's name in Python. rule: what would be right; other arguments stand in braces.
+    """
+
+    def __init__(self, field: str, value: Any = ABSENT, rule: str = ""):
+        self.field, self.value, self.rule = (field, value, rule) if rule else (None, ABSENT, field)
+        super().__init__(self.told({}))
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """The message, one line, with every argument under another name, such as its flag on the command line."""
+        if self.field is None:
+            return one_line(self.rule)
+        value = "" if self.value is ABSENT else f"is {short(self.value)}; "
+        rule = named(self.rule, names)
+        name, space, detail = self.field.partition(" ")  # "quantize_layer PATTERN"
+        return one_line(f"{names.get(name, name)}{space}{detail} {value}{rule}")
 
 
 class CheckpointError(KleinError):
@@ -61,7 +98,7 @@ def integer(what: str, value: Any, low: int, high: int) -> int:
     except TypeError:
         whole = None
     if whole is None or not low <= whole <= high:
-        raise RequestError(f"{what} is {short(value)}; it must be a whole number from {low} to {high}")
+        raise RequestError(what, value, f"it must be a whole number from {low} to {high}")
     return whole
 
 
@@ -73,7 +110,7 @@ def is_number(value: Any) -> bool:
 def flag(what: str, value: Any) -> bool:
     """`value` if it is True or False; else a RequestError."""
     if not isinstance(value, bool):
-        raise RequestError(f"{what} is {short(value)}; it must be True or False")
+        raise RequestError(what, value, "it must be True or False")
     return value
 
 

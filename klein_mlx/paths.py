@@ -1,5 +1,6 @@
 """Where this program keeps things on the user's disk, as the environment says when it is asked.
 
+Config, wildcards, LoRAs: `~/.config/klein-mlx` (`$XDG_CONFIG_HOME`).
 Models of one's own: `$KLEIN_MLX_HOME/models`, by default `~/.local/share/klein-mlx/models` (`$XDG_DATA_HOME`). What a
 session remembers: `~/.local/state/klein-mlx` (`$XDG_STATE_HOME`). What can be made again: `~/.cache/klein-mlx`
 (`$XDG_CACHE_HOME`). None of them where there is no home.
@@ -35,6 +36,11 @@ def state_folder() -> Path | None:
     return _place("XDG_STATE_HOME", ".local/state")
 
 
+def config_folder() -> Path | None:
+    """For the config file, wildcards and LoRAs."""
+    return _place("XDG_CONFIG_HOME", ".config")
+
+
 def cache_folder() -> Path | None:
     """For what is only kept because it takes time to make."""
     return _place("XDG_CACHE_HOME", ".cache")
@@ -51,7 +57,7 @@ def _place(variable: str, default: str) -> Path | None:
 def own_names() -> dict[str, str]:
     """The user's short names of models: [models] in ~/.config/klein-mlx/config.toml (`$XDG_CONFIG_HOME`), each for a
     folder, a hub id or another short name. Of a config that cannot be read, none."""
-    folder = _place("XDG_CONFIG_HOME", ".config")
+    folder = config_folder()
     try:
         text = (folder / "config.toml").read_text() if folder else ""
         names = tomllib.loads(text).get("models", {}) if "[models" in text else {}
@@ -78,8 +84,9 @@ def own_models() -> list[Path]:
 
 def cached_models() -> list[str]:
     """Repositories in the Hub's cache whose names say klein, whole or not; told by their folders' names alone."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    folder = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir() if path.name.startswith("models--"))

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self, Unpack
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 from PIL import Image
@@ -24,7 +24,7 @@ from klein_mlx.model.layers import one_weight_at_a_time
 from klein_mlx.model.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.model.tokenizer import Tokenizer
 from klein_mlx.model.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
-from klein_mlx.request import Arguments, LoraOptions, check
+from klein_mlx.request import Options, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.limits import ReadAhead, memory_limits
 from klein_mlx.runtime.loras import Loras
@@ -120,17 +120,29 @@ class KleinPipeline:
         return cls(source, quantize=quantize, dtype=dtype, keep=keep, prompt_cache=prompt_cache)
 
     def load_lora(
-        self, path: str | Path, scale: float = 1.0, name: str | None = None, **options: Unpack[LoraOptions]
+        self,
+        path: str | Path,
+        scale: float = 1.0,
+        name: str | None = None,
+        *,
+        partial: bool = False,
+        folder: str | Path | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
     ) -> LoadedLora:
-        """Put a LoRA on the model, besides those that are there. Its order among them does not matter.
+        """Apply a LoRA at strength `scale`, besides those that are loaded. The order does not matter.
 
         path: a file, a folder with one, a name in the LoRA folder, or a Hub id (owner/name, owner/name/file).
-        scale: -100..100, how much of it; 0 is nothing, exactly. name: by which it is unloaded; the file's by default.
-        options: see `klein_mlx.request.LoraOptions`.
+        scale: -100..100; 0 is exactly no LoRA. name: for `unload_lora`; the file's by default.
+        partial: skip keys that match nothing in this model, instead of refusing the file.
+        folder: where names are looked up; by default $KLEIN_MLX_LORAS, or ~/.config/klein-mlx/loras.
+        revision, token, local_files_only: as in huggingface_hub.
         Returns what was loaded. Raises CheckpointError for a file that is not whole, that was made for another model,
         or of which a key would not be used; RequestError for a bad scale, a taken name, or while a run is working.
         """
-        return self._loras.load(path, scale, name, **options)
+        where = {"folder": folder, "revision": revision, "token": token, "local_files_only": local_files_only}
+        return self._loras.load(path, scale, name, partial=partial, **where)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all: the weights are, bit for bit, what they were. Raises RequestError."""
@@ -145,12 +157,13 @@ class KleinPipeline:
         """The LoRAs in use: name, file, sha256 and scale of each."""
         return self._loras.loaded
 
-    def __call__(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> KleinOutput:
-        """Make pictures; the arguments are those of `stream`.
+    @takes(Options)
+    def __call__(self, options: Options) -> KleinOutput:
+        """Make pictures.
 
         Raises RequestError for what cannot be done, CheckpointError for weights that cannot be read.
         """
-        run = self.stream(prompt, **arguments)
+        run = self._run(options)
         pictures = [event for event in run if isinstance(event, Picture)]
         results = [picture.image for picture in pictures]
         kind = run.request.output_type
@@ -163,15 +176,17 @@ class KleinPipeline:
         seeds, recipes = [picture.seed for picture in pictures], [picture.recipe for picture in pictures]
         return KleinOutput(results, seeds, run.notes, run.seconds, recipes)
 
-    def stream(self, prompt: str | list[str] | None = None, **arguments: Unpack[Arguments]) -> Run:
+    @takes(Options)
+    def stream(self, options: Options) -> Run:
         """Check the request and return its run, an iterator of Steps and Pictures; nothing is computed before it is
         iterated.
 
-        prompt: a text, or several; each makes `num_images_per_prompt` pictures.
-        arguments: see `klein_mlx.request.Arguments`.
         Raises RequestError.
         """
-        run = Run(check(self.config, prompt=prompt, **arguments))
+        return self._run(options)
+
+    def _run(self, options: Options) -> Run:
+        run = Run(check_options(self.config, options))
         opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
         run.notes += opened.notes
         if run.request.reuse_references and not self.config.caches_references:

@@ -1,138 +1,328 @@
-"""What a user may ask for, and the one place that checks it.
+"""What a picture can be asked: the one list of options, and the one place that checks them.
 
-The command line, Python and any server pass through `check`; behind it every value is of the right type and in range,
-defaults are filled in, and nothing is repaired in silence.
+`Options` is the list. The signatures and the help of KleinPipeline's calls, the command's options, its config file, the
+lines of a prompt file, recipes and shell completion are generated from its fields. Behind `check` every value is of the
+right type and in range, defaults are filled in, and nothing is repaired in silence.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from functools import wraps
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from klein_mlx.config import ModelConfig
-from klein_mlx.edits import Edit, check_edit
-from klein_mlx.errors import RequestError, flag, integer, is_number, short
-
-
-class Arguments(TypedDict, total=False):
-    """What KleinPipeline takes besides the prompt; every one may be left out.
-
-    image: references for editing: a path, a PIL image, or a list of up to ten.
-    large_reference: a single reference may have 2024 * 2024 pixels (4 megapixels) instead of 1024 * 1024.
-    reuse_references: keep the references' keys and values of the first step for the later ones: faster, and for all
-        variants but 9b-kv, which always does so, an approximation: on tiny pixels move by under 0.1 of 255 on average.
-    init_image: a path or PIL image to start from, instead of from noise.
-    strength: (0, 1], how much of the way from noise is walked again; all steps are run at any strength. By default 0.6,
-        or 1 with a mask or an extension.
-    mask_image: a path or PIL image of the init image's size; what is white (128 or more of 255) is repainted, all other
-        pixels come back as they are in the file. The picture returned has the init image's size.
-    mask_blur: 0..256, the width in pixels of the soft edge, which lies inside the mask (4).
-    invert_mask: repaint what is black instead.
-    padding_mask_crop: pixels; only the mask's surroundings, with this margin, are repainted, at the full working size.
-    extend: paint a border around the init image: "left=256,right=256", {"top": 128}, or a size, "1536x1024".
-    init_reference: show the model the init image as first reference too; by default with a mask or an extension.
-    height, width: pixels, multiples of 16; by default the init image's, the first reference's, or 1024 (128 for tiny).
-        With a mask or an extension the size at which is painted.
-    num_inference_steps, guidance_scale: by default the variant's (4 and 1 for the distilled ones).
-    negative_prompt: with a guidance_scale over 1, instead of the empty prompt.
-    batch_guidance: guidance's two branches in one pass (True) or one after the other (False), the same numbers to
-        rounding; by default in one where memory allows.
-    num_images_per_prompt: pictures of each prompt, of seeds seed, seed + 1, ...
-    seed: 0 .. 2**64 - 1, or a list: one picture of each prompt per seed. Each picture depends on its seed alone.
-    latents: the initial noise (pictures, C, h, w), as in diffusers, instead of the seeds'.
-    prompt_embeds: (B, L, D) instead of prompts.
-    sigmas: noise levels before the shift, instead of evenly spaced ones; an init image is taken at the first of them.
-    output_type: "pil", "np" ((H, W, 3) in 0..1) or "latent" (denormalised, an mx.array, the whole picture painted).
-    max_sequence_length: text positions, padding included (512; 40 or so for tiny).
-    literal_prompt: special tokens that are written in a prompt, as <|im_end|>, are text; by default they are what the
-        tokenizer takes them for, as in the reference, and a note says so.
-    """
-
-    image: Any
-    large_reference: bool
-    reuse_references: bool
-    init_image: Any
-    strength: float | None
-    mask_image: Any
-    mask_blur: int | None
-    invert_mask: bool
-    padding_mask_crop: int | None
-    extend: Any
-    init_reference: bool | None
-    height: int | None
-    width: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    negative_prompt: str | None
-    batch_guidance: bool | None
-    num_images_per_prompt: int
-    seed: int | Sequence[int] | None
-    latents: Any
-    prompt_embeds: Any
-    sigmas: Sequence[float] | None
-    output_type: str
-    max_sequence_length: int | None
-    literal_prompt: bool
-
-
-class LoraOptions(TypedDict, total=False):
-    """What `load_lora` takes besides path, scale and name.
-
-    partial: leave out keys that belong to nothing in this model, instead of refusing the file.
-    folder: where LoRAs are looked up by name; by default $KLEIN_MLX_LORAS, or ~/.config/klein-mlx/loras.
-    revision, token, local_files_only: as in huggingface_hub.
-    """
-
-    partial: bool
-    folder: str | Path | None
-    revision: str | None
-    token: str | None
-    local_files_only: bool
-
+from klein_mlx.edits import MASK_BLUR, MAX_BLUR, MAX_MARGIN, Edit, check_edit
+from klein_mlx.errors import RequestError, Shown, flag, integer, is_number, named
+from klein_mlx.porting import instead_of
 
 MIN_SIDE, MAX_SIDE, MAX_AREA = 64, 8192, 4096 * 4096
-
-
 MAX_STEPS, MAX_SEED, MAX_IMAGES, MAX_REFERENCES = 1000, 2**64 - 1, 1000, 10
-
-
 MAX_PROMPT, MAX_TEXT = 100_000, 4096  # characters; tokens
-
-
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
 @dataclass(frozen=True)
-class Request:
-    """A checked request. Pictures are made one by one: every prompt with every seed.
+class Option:
+    """What a field of `Options` is to its user.
 
-    prompts: one or more, or empty if `prompt_embeds` is given. negative_prompt: for guidance; "" if none was given.
-    batch_guidance: both branches in one pass, or None: as memory allows. images: references as given, not yet opened.
-    large_reference: whether the only one may have up to 4 megapixels. reuse_references: whether their keys and values
-    are kept from the first step. edit: the picture to start from and what to do with it, or None. height, width:
-    pixels, or None: the init image's, the first reference's, or the default. seeds: one per picture of a prompt.
-    latents: initial noise (pictures, C, h, w), or None. literal_prompt: special tokens in prompts are text.
+    help: a phrase; other fields stand in braces. flag: on the command line, or None: in Python only. short: further
+    flags; aliases: those that no help shows. kind: of one value: str, int, float, bool, Path, or list (of numbers).
+    low, high: the range, both included; `over` excludes the lower end. choices: the only values. many: a list is taken,
+    on the command line by repeating the flag. negatable: --no-FLAG exists, and without either the program decides.
+    bare: the value of the flag alone. metavar, default: for the help. group: its heading. common: explained by a plain
+    --help. per_run: of the whole run, not of one picture: no line of a prompt file sets it. typed: on the command line
+    only. excludes: fields that give way where this one is set in a nearer place.
     """
 
-    prompts: tuple[str, ...]
-    negative_prompt: str
-    images: tuple[Any, ...]
-    large_reference: bool
-    reuse_references: bool
-    edit: Edit | None
-    height: int | None
-    width: int | None
-    steps: int
-    guidance: float
-    batch_guidance: bool | None
-    seeds: tuple[int, ...]
-    latents: Any
-    prompt_embeds: Any
-    sigmas: tuple[float, ...] | None
-    output_type: str
-    max_sequence_length: int
-    literal_prompt: bool
+    help: str
+    flag: str | None = None
+    short: tuple[str, ...] = ()
+    kind: type = str
+    low: float | None = None
+    high: float | None = None
+    over: bool = False
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    negatable: bool = False
+    metavar: str | None = None
+    default: str = ""
+    group: str = "picture"
+    common: bool = False
+    per_run: bool = False
+    typed: bool = False
+    bare: Any = None
+    aliases: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The name in a config, a line of a prompt file, a recipe: that of the flag."""
+        return (self.flag or "").lstrip("-").replace("-", "_")
+
+    @property
+    def range(self) -> str:
+        """The values that are right, in words; "" for any."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.low is None or self.high is None:
+            return ""
+        number = "a whole number" if self.kind is int else "a number"
+        return (
+            f"{number} over {self.low:g} and at most {self.high:g}"
+            if self.over
+            else f"{number} from {self.low:g} to {self.high:g}"
+        )
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` if it is of the option's kind and in its range; else a RequestError."""
+        if self.kind is bool:
+            return flag(name, value)
+        if self.choices:
+            if value not in self.choices:
+                raise RequestError(name, value, f"it must be {self.range}")
+        elif self.kind is int and self.low is not None and self.high is not None:
+            return integer(name, value, int(self.low), int(self.high))
+        elif self.low is not None and self.high is not None:
+            above = is_number(value) and (self.low < value if self.over else self.low <= value)
+            if not above or value > self.high:
+                raise RequestError(name, value, f"it must be {self.range}")
+            return float(value)
+        return value
+
+
+def option(help: str, flag: str | None = None, value: Any = None, **details: Any) -> Any:
+    """A field of `Options`. value: its default. details: see `Option`."""
+    return field(default=value, metadata={"option": Option(help, flag, **details)})
+
+
+def option_of(field: "Field[Any]") -> Option | None:
+    """What a field is to its user; None for one that is not the user's."""
+    return field.metadata.get("option")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a picture can be asked. Nothing is checked yet: see `check`."""
+
+    prompt: str | Sequence[str] | None = option(
+        "what to draw, or how to change the reference image; several make several pictures",
+        "--prompt",
+        short=("-p",),
+        metavar="TEXT",
+        common=True,
+    )
+    _: KW_ONLY
+    image: Any = option(
+        f"reference image to edit or draw from; up to {MAX_REFERENCES}",
+        "--image",
+        short=("-i",),
+        many=True,
+        metavar="FILE",
+        common=True,
+    )
+    seed: int | Sequence[int] | None = option(
+        "0 to 2**64 - 1; several make several pictures, each of which depends on its own seed alone",
+        "--seed",
+        short=("-S",),
+        kind=int,
+        many=True,
+        default="random",
+        common=True,
+    )
+    num_images_per_prompt: int = option(
+        "pictures per prompt, of seeds SEED, SEED + 1, ...",
+        "--count",
+        1,
+        short=("-n",),
+        kind=int,
+        low=1,
+        high=MAX_IMAGES,
+        common=True,
+    )
+    width: int | None = option(
+        "pixels, a multiple of 16",
+        "--width",
+        short=("-W",),
+        kind=int,
+        low=MIN_SIDE,
+        high=MAX_SIDE,
+        default="the first reference image's, or 1024; 128 for tiny",
+        excludes=("size",),
+        common=True,
+    )
+    height: int | None = option(
+        "pixels, a multiple of 16",
+        "--height",
+        short=("-H",),
+        kind=int,
+        low=MIN_SIDE,
+        high=MAX_SIDE,
+        default="as for the width",
+        excludes=("size",),
+        common=True,
+    )
+    num_inference_steps: int | None = option(
+        "denoising steps",
+        "--steps",
+        short=("-s",),
+        kind=int,
+        low=1,
+        high=MAX_STEPS,
+        default="the variant's: 4 if distilled, else 50",
+        excludes=("sigmas",),
+        common=True,
+    )
+    guidance_scale: float | None = option(
+        "guidance scale; above 1 with base variants only",
+        "--guidance",
+        kind=float,
+        low=1,
+        high=100,
+        default="the variant's: 1 if distilled, else 4",
+        common=True,
+    )
+    negative_prompt: str | None = option(
+        "what to steer away from; needs a {guidance_scale} over 1", "--negative", metavar="TEXT", common=True
+    )
+    batch_guidance: bool | None = option(
+        "run both guidance passes as one batch, or in turn: the same numbers to rounding",
+        "--batch-guidance",
+        kind=bool,
+        negatable=True,
+        default="one batch where memory allows",
+        group="sampling",
+    )
+    sigmas: Sequence[float] | None = option(
+        "noise levels before the shift, such as 1,0.75,0.5,0.25, instead of evenly spaced ones; with an init image the "
+        "first is where it starts",
+        "--sigmas",
+        kind=list,
+        metavar="LIST",
+        excludes=("num_inference_steps", "strength"),
+        group="sampling",
+    )
+    max_sequence_length: int | None = option(
+        "text tokens, padding included",
+        "--max-sequence-length",
+        kind=int,
+        low=1,
+        high=MAX_TEXT,
+        metavar="N",
+        default="the checkpoint's, 512",
+        group="sampling",
+    )
+    literal_prompt: bool = option(
+        "treat special tokens in a prompt, such as <|im_end|>, as plain text",
+        "--literal-prompt",
+        False,
+        kind=bool,
+        group="sampling",
+    )
+    large_reference: bool = option(
+        "let a single reference image have 4 megapixels instead of 1",
+        "--large-reference",
+        False,
+        kind=bool,
+        group="editing",
+    )
+    reuse_references: bool = option(
+        "compute reference images in the first step only: faster, and an approximation for all variants but 9b-kv, "
+        "which always does so",
+        "--reuse-references",
+        False,
+        kind=bool,
+        group="editing",
+    )
+    init_image: Any = option(
+        "picture to start from, instead of from noise", "--init-image", metavar="FILE", group="editing"
+    )
+    strength: float | None = option(
+        "how far to go from the init image; all steps run at any strength",
+        "--strength",
+        kind=float,
+        low=0,
+        high=1,
+        over=True,
+        metavar="S",
+        default="0.6, or 1 with a mask or an extension",
+        excludes=("sigmas",),
+        group="editing",
+    )
+    mask_image: Any = option(
+        "mask of the init image's size: white (128 or more of 255) is repainted, all other pixels stay as they are",
+        "--mask",
+        metavar="FILE",
+        group="editing",
+    )
+    mask_blur: int | None = option(
+        "width in pixels of the soft edge inside the mask",
+        "--mask-blur",
+        kind=int,
+        low=0,
+        high=MAX_BLUR,
+        metavar="PX",
+        default=str(MASK_BLUR),
+        group="editing",
+    )
+    invert_mask: bool = option(
+        "repaint what is black in the mask instead", "--invert-mask", False, kind=bool, group="editing"
+    )
+    padding_mask_crop: int | None = option(
+        "repaint only the mask's surroundings, with this margin in pixels, at the full working size",
+        "--mask-crop",
+        kind=int,
+        low=0,
+        high=MAX_MARGIN,
+        metavar="PX",
+        group="editing",
+    )
+    extend: Any = option(
+        "paint a border around the init image: left=256,right=256 (left, top, right, bottom), or a size, 1536x1024",
+        "--extend",
+        metavar="SIDES",
+        group="editing",
+    )
+    init_reference: bool | None = option(
+        "use the init image as the first reference image too",
+        "--init-reference",
+        kind=bool,
+        negatable=True,
+        default="with {extend} only",
+        group="editing",
+    )
+    latents: Any = option("initial noise, an array (pictures, C, h, w) as in diffusers, instead of the seeds'")
+    prompt_embeds: Any = option("an array (B, L, D) instead of prompts")
+    output_type: str = option(
+        '"pil"; "np": (H, W, 3) in 0..1; "latent": the denormalized latents, an mx.array, of the whole painted picture',
+        value="pil",
+        choices=OUTPUT_TYPES,
+    )
+
+
+USER_OPTIONS = {one.name: own for one in fields(Options) if (own := option_of(one))}
+
+
+@dataclass(frozen=True)
+class Request(Options):
+    """Checked options; pictures are made one by one, every prompt with every seed.
+
+    prompts: one or more, or empty if `prompt_embeds` is given. seeds: one per picture of a prompt. images: references
+    as given, not yet opened. edit: the picture to start from and what to do with it, or None. The inherited fields are
+    as asked for, and filled in: steps, guidance_scale, negative_prompt (""), sigmas (a tuple) and max_sequence_length;
+    batch_guidance is None where memory decides, height and width are where the pictures do.
+    """
+
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    images: tuple[Any, ...] = ()
+    edit: Edit | None = None
+    steps: int = 0
+    guidance: float = 1.0
+    sigmas: tuple[float, ...] | None = None
+    negative_prompt: str = ""
+    max_sequence_length: int = 0
 
     @property
     def pictures(self) -> list[tuple[int, int]]:
@@ -141,71 +331,93 @@ class Request:
         return [(index, seed) for index in range(count) for seed in self.seeds]
 
 
-def check(
-    config: ModelConfig,
-    *,
-    prompt: str | Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    image: Any = None,
-    large_reference: bool = False,
-    reuse_references: bool = False,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_guidance: bool | None = None,
-    num_images_per_prompt: int = 1,
-    seed: int | Sequence[int] | None = None,
-    latents: Any = None,
-    prompt_embeds: Any = None,
-    sigmas: Sequence[float] | None = None,
-    output_type: str = "pil",
-    max_sequence_length: int | None = None,
-    literal_prompt: bool = False,
-    **edit_arguments: Any,
-) -> Request:
-    """Check everything that can be checked before a file is opened; the arguments are `Arguments` and the prompt,
-    `edit_arguments` those of `edits.check_edit`.
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+def takes(options: Callable[P, Options]) -> Callable[[Callable[[S, Options], R]], Callable[Concatenate[S, P], R]]:
+    """Give a function of (something, Options) the arguments of `Options`, written out for help(), editors and type
+    checkers. An unknown argument is a TypeError that names the call and what to use instead."""
+    parameters = list(inspect.signature(options).parameters.values())
+
+    def decorate(function: Callable[[S, Options], R]) -> Callable[Concatenate[S, P], R]:
+        called = function.__qualname__.removesuffix(".__call__")
+
+        @wraps(function)
+        def call(first: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in USER_OPTIONS:
+                    raise TypeError(f"{called}() has no argument {name!r}{instead_of(name, USER_OPTIONS)}")
+            if len(args) > 1:
+                raise TypeError(f"{called}() takes the prompt alone without a name; name the others, as in image=...")
+            return function(first, options(*args, **kwargs))
+
+        own = inspect.signature(function)
+        first = next(iter(own.parameters.values()))
+        call.__signature__ = own.replace(parameters=[first, *parameters])  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{described()}"
+        return call
+
+    return decorate
+
+
+def described() -> str:
+    """Every option by its name in Python, with its range and default, a line each."""
+    lines = []
+    for name, own in USER_OPTIONS.items():
+        told = [own.help, own.range, f"default: {own.default}" if own.default else ""]
+        lines.append(f"{name}: {named('; '.join(filter(None, told)), {})}.")
+    return "\n".join(lines)
+
+
+def check_options(config: ModelConfig, options: Options) -> Request:
+    """Check everything that can be checked before a file is opened.
 
     Raises RequestError, whose one line says what, which value, and what would be right.
     """
-    prompts = _prompts(prompt, prompt_embeds)
-    if prompt_embeds is not None:
-        _shape("prompt_embeds", prompt_embeds, (None, None, config.transformer.joint_attention_dim))
-    steps, sigmas = _steps(config, num_inference_steps, sigmas)
-    guidance = _guidance(config, guidance_scale, negative_prompt)
-    height, width = _size(config, height, width)
-    seeds = _seeds(seed, integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES))
-    length = config.max_sequence_length if max_sequence_length is None else max_sequence_length
-    edit = check_edit(sigmas=sigmas, **edit_arguments)
+    asked = {name: getattr(options, name) for name in USER_OPTIONS}
+    prompts = _prompts(options.prompt, options.prompt_embeds)
+    if options.prompt_embeds is not None:
+        _shape("prompt_embeds", options.prompt_embeds, (None, None, config.transformer.joint_attention_dim))
+    for name, own in USER_OPTIONS.items():
+        if not own.many and asked[name] is not None:
+            asked[name] = own.check(name, asked[name])
+    steps, sigmas = _steps(config, options.num_inference_steps, options.sigmas)
+    guidance = _guidance(config, options.guidance_scale, options.negative_prompt)
+    _check_size(config, options.height, options.width)
+    length = options.max_sequence_length or config.max_sequence_length
+    edit = check_edit(sigmas=sigmas, **{name: asked[name] for name in EDITS})
+    asked |= {
+        "negative_prompt": _text("negative_prompt", options.negative_prompt or ""),
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "batch_guidance": _batch_guidance(options.batch_guidance, guidance, options.prompt_embeds, length),
+        "sigmas": sigmas,
+        "max_sequence_length": length,
+    }
+    if options.reuse_references and options.image is None and not (edit and edit.init_reference):
+        raise RequestError("reuse_references", rule="needs a reference image, and none is given")
     request = Request(
+        **asked,
         prompts=prompts,
-        negative_prompt=_text("negative_prompt", negative_prompt or ""),
-        images=_images(image, large_reference, edit),
-        large_reference=large_reference,
-        reuse_references=_reuse(reuse_references, image, edit),
+        seeds=_seeds(options.seed, options.num_images_per_prompt),
+        images=_images(options.image, options.large_reference, edit),
         edit=edit,
-        height=height,
-        width=width,
         steps=steps,
         guidance=guidance,
-        batch_guidance=_batch_guidance(batch_guidance, guidance, prompt_embeds, length),
-        seeds=seeds,
-        latents=latents,
-        prompt_embeds=prompt_embeds,
-        sigmas=sigmas,
-        output_type=_output_type(output_type),
-        max_sequence_length=integer("max_sequence_length", length, 1, MAX_TEXT),
-        literal_prompt=flag("literal_prompt", literal_prompt),
     )
     _latents(config, request)
     return request
 
 
-def _output_type(name: Any) -> str:
-    if name not in OUTPUT_TYPES:
-        raise RequestError(f"output_type is {name!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
-    return name
+@takes(Options)
+def check(config: ModelConfig, options: Options) -> Request:
+    """`check_options` of the options given as arguments."""
+    return check_options(config, options)
+
+
+EDITS = tuple(inspect.signature(check_edit).parameters.keys() - {"sigmas"})
 
 
 def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
@@ -216,66 +428,56 @@ def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
         return ()
     prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise RequestError(f"prompt is {short(prompt)}; it must be a string or a list of strings")
+        raise RequestError("prompt", prompt, "it must be a string or a list of strings")
     return tuple(_text("prompt", p) for p in prompts)
 
 
 def _text(what: str, text: Any) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"{what} is {short(text)}; it must be a string")
+        raise RequestError(what, text, "it must be a string")
     if len(text) > MAX_PROMPT:
-        raise RequestError(f"{what} has {len(text)} characters; it must have at most {MAX_PROMPT}")
+        raise RequestError(what, rule=f"has {len(text)} characters; it must have at most {MAX_PROMPT}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{what} has a lone surrogate at character {error.start}; it must be valid Unicode"
-        ) from None
+        rule = f"has a lone surrogate at character {error.start}; it must be valid Unicode"
+        raise RequestError(what, rule=rule) from None
     return text
 
 
-def _guidance(config: ModelConfig, guidance: Any, negative_prompt: str | None) -> float:
+def _guidance(config: ModelConfig, guidance: float | None, negative_prompt: str | None) -> float:
     variant = config.variant
     if guidance is None:
         guidance = variant.guidance
-    if not is_number(guidance) or not 1 <= guidance <= 100:
-        raise RequestError(f"guidance_scale is {short(guidance)}; it must be a number from 1 to 100")
     if guidance > 1 and config.is_distilled:
-        raise RequestError(
-            f"guidance_scale is {guidance:g}, but {variant.name} is distilled: guidance is built into its weights; "
-            "leave it at 1, or use a base variant"
+        rule = (
+            f"is {guidance:g}, but {variant.name} is distilled: guidance is built into its weights; leave it at 1, or"
         )
+        raise RequestError("guidance_scale", rule=f"{rule} use a base variant")
     if negative_prompt and guidance <= 1:
-        raise RequestError(
-            f"negative_prompt needs a guidance_scale over 1, and it is {guidance:g}"
-            + ("; a distilled model has none: use a base variant" if config.is_distilled else "")
-        )
+        hint = "; a distilled model has none: use a base variant" if config.is_distilled else ""
+        raise RequestError("negative_prompt", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}{hint}")
     return float(guidance)
 
 
-def _batch_guidance(value: Any, guidance: float, prompt_embeds: Any, length: int) -> bool | None:
+def _batch_guidance(value: bool | None, guidance: float, prompt_embeds: Any, length: int) -> bool | None:
     """False where the two branches differ in length; None: as memory allows."""
-    if value is not None:
-        flag("batch_guidance", value)
-        if guidance <= 1:
-            raise RequestError(f"batch_guidance needs a guidance_scale over 1, and it is {guidance:g}")
+    if value is not None and guidance <= 1:
+        raise RequestError("batch_guidance", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}")
     if prompt_embeds is None or prompt_embeds.shape[1] == length:
         return value
     if value:
-        raise RequestError(
-            f"batch_guidance needs branches of one length: prompt_embeds has {prompt_embeds.shape[1]} positions, "
-            f"max_sequence_length is {length}"
-        )
+        rule = f"needs branches of one length: {{prompt_embeds}} has {prompt_embeds.shape[1]} positions, "
+        raise RequestError("batch_guidance", rule=f"{rule}{{max_sequence_length}} is {length}")
     return False
 
 
-def _size(config: ModelConfig, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+def _check_size(config: ModelConfig, height: int | None, width: int | None) -> None:
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             check_side(name, side, config.pixels_per_token)
     if height is not None and width is not None:
         check_area(width, height)
-    return height, width
 
 
 def check_area(width: int, height: int) -> None:
@@ -289,7 +491,7 @@ def check_side(name: str, side: Any, multiple: int) -> int:
     side = integer(name, side, MIN_SIDE, MAX_SIDE)
     if side % multiple:
         below = side // multiple * multiple
-        raise RequestError(f"{name} is {side}; it must be a multiple of {multiple}: {below} or {below + multiple}")
+        raise RequestError(name, side, f"it must be a multiple of {multiple}: {below} or {below + multiple}")
     return side
 
 
@@ -300,56 +502,49 @@ def _seeds(seed: Any, count: int) -> tuple[int, ...]:
         seed = secrets.randbits(32)
     if isinstance(seed, list | tuple):
         if not seed:
-            raise RequestError("seed is an empty list; it must have one seed or more")
+            raise RequestError("seed", Shown("an empty list"), "it must have one seed or more")
         if count != 1:
-            raise RequestError(
-                f"num_images_per_prompt is {count}, but {len(seed)} seeds are given; each seed makes one picture"
-            )
+            rule = f"is {count}, but {len(seed)} seeds are given; each seed makes one picture"
+            raise RequestError("num_images_per_prompt", rule=rule)
         return tuple(integer("seed", s, 0, MAX_SEED) for s in seed)
     first = integer("seed", seed, 0, MAX_SEED)
     if first + count - 1 > MAX_SEED:
-        raise RequestError(f"seed is {first}; with {count} pictures the last would be over {MAX_SEED}")
+        raise RequestError("seed", first, f"with {count} pictures the last would be over {MAX_SEED}")
     return tuple(range(first, first + count))
 
 
-def _steps(config: ModelConfig, steps: Any, sigmas: Any) -> tuple[int, tuple[float, ...] | None]:
+def _steps(config: ModelConfig, steps: int | None, sigmas: Any) -> tuple[int, tuple[float, ...] | None]:
     """The number of steps: as asked, that of the sigmas, or the variant's."""
     if sigmas is not None:
         sigmas = _sigmas(sigmas, steps)
         steps = len(sigmas)
-    return integer("num_inference_steps", config.variant.steps if steps is None else steps, 1, MAX_STEPS), sigmas
+    return steps or config.variant.steps, sigmas
 
 
 def _sigmas(sigmas: Any, steps: int | None) -> tuple[float, ...]:
     try:
         values = tuple(float(s) for s in sigmas)
     except (TypeError, ValueError, OverflowError):
-        raise RequestError(f"sigmas is {short(sigmas)}; it must be a list of numbers") from None
+        raise RequestError("sigmas", sigmas, "it must be a list of numbers") from None
     falling = all(a > b for a, b in pairwise(values))
     if not 0 < len(values) <= MAX_STEPS or not falling or not all(0 < s <= 1 for s in values):
-        raise RequestError(f"sigmas is {short(sigmas)}; it must fall strictly, with every value in (0, 1]")
+        raise RequestError("sigmas", sigmas, "it must fall strictly, with every value in (0, 1]")
     if steps is not None and steps != len(values):
-        raise RequestError(f"num_inference_steps is {steps}, but sigmas has {len(values)}; leave one of them out")
+        rule = f"is {steps}, but {{sigmas}} has {len(values)}; leave one of them out"
+        raise RequestError("num_inference_steps", rule=rule)
     return values
 
 
-def _images(image: Any, large_reference: Any, edit: Edit | None) -> tuple[Any, ...]:
+def _images(image: Any, large_reference: bool, edit: Edit | None) -> tuple[Any, ...]:
     """The references, no more of them than fit, the init image counted where it is one."""
-    large = flag("large_reference", large_reference)
     images = tuple(image) if isinstance(image, list | tuple) else () if image is None else (image,)
     count = len(images) + (edit is not None and edit.init_reference)
     if (image is not None and not images) or count > MAX_REFERENCES:
         counted = ", the init image counted" if count > len(images) else ""
         raise RequestError(f"{count} reference images are given{counted}; it must be 1 to {MAX_REFERENCES}")
-    if large and count != 1:
-        raise RequestError(f"large_reference needs a single reference, and {count} are given")
+    if large_reference and count != 1:
+        raise RequestError("large_reference", rule=f"needs a single reference, and {count} are given")
     return images
-
-
-def _reuse(value: Any, image: Any, edit: Edit | None) -> bool:
-    if flag("reuse_references", value) and image is None and not (edit and edit.init_reference):
-        raise RequestError("reuse_references needs a reference image, and none is given")
-    return value
 
 
 def _latents(config: ModelConfig, request: Request) -> None:
@@ -366,4 +561,4 @@ def _shape(what: str, array: Any, wanted: tuple[int | None, ...]) -> None:
     fits = len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
     if not fits or 0 in shape:
         text = ", ".join("any" if w is None else str(w) for w in wanted)
-        raise RequestError(f"{what} has shape {shape}; it must be an array of shape ({text})")
+        raise RequestError(what, rule=f"has shape {shape}; it must be an array of shape ({text})")

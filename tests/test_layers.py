@@ -18,7 +18,8 @@ ROWS = [
     {"request"},
     {"edits"},
     {"config"},
-    {"paths", "errors"},
+    {"paths", "porting"},
+    {"errors"},
 ]
 FILES = {
     ".".join(path.relative_to(root).with_suffix("").parts): path

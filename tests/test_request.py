@@ -2,16 +2,16 @@
 
 import inspect
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
-from klein_mlx.edits import check_edit
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.request import Arguments, check
+from klein_mlx.pipeline import KleinPipeline
+from klein_mlx.request import Options, check
 
 
 def config(is_distilled: bool = True, **changes: Any) -> ModelConfig:
@@ -145,7 +145,7 @@ def test_defaults_of_an_edit() -> None:
     assert plain is not None
     assert masked is not None
     assert (plain.strength, plain.init_reference) == (0.6, False)
-    assert (masked.strength, masked.init_reference, masked.mask_blur) == (1.0, True, 4)
+    assert (masked.strength, masked.init_reference, masked.mask_blur) == (1.0, False, 4)
     wide = check(config(), prompt="a", init_image="in.png", extend=" left = 16 , top=32").edit
     assert wide is not None
     assert wide.margins == (16, 32, 0, 0)
@@ -154,15 +154,39 @@ def test_defaults_of_an_edit() -> None:
     assert sized.extend_to == (640, 480)
 
 
-def test_the_arguments_are_those_that_are_checked() -> None:
-    """`Arguments`, which the pipeline's calls show, and `check` name the same things."""
-    parameters = {*inspect.signature(check).parameters, *inspect.signature(check_edit).parameters}
-    parameters -= {"config", "prompt", "edit_arguments"}
-    assert parameters == set(Arguments.__annotations__)
-    assert Arguments.__doc__
-    assert all(re.search(rf"\b{name}\b", Arguments.__doc__) for name in parameters)
-    with pytest.raises(TypeError, match="widht"):
-        check(config(), prompt="a", widht=64)
+def test_the_arguments_of_every_call_are_the_options() -> None:
+    """One list: signatures, help and checks come from the fields of `Options`."""
+    names = {one.name for one in fields(Options)}
+    for call in (KleinPipeline.__call__, KleinPipeline.stream, check):
+        parameters = inspect.signature(call).parameters
+        assert set(parameters) - {"self", "config"} == names
+        assert all(f"\n{name}: " in (call.__doc__ or "") for name in names)
+        assert all(one.default == parameters[one.name].default for one in fields(Options))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("widht", "did you mean 'width'?"),
+        ("steps", "use num_inference_steps"),
+        ("guidance", "use guidance_scale"),
+        ("size", "use width=1024, height=768"),
+        ("return_dict", "leave it out: the result always has .images"),
+    ],
+)
+def test_unknown_arguments_name_the_call_and_what_to_use(name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"check() has no argument {name!r}; {words}")):
+        check(config(), "a", **{name: 1})
+
+
+def test_an_error_names_flags_on_the_command_line() -> None:
+    with pytest.raises(RequestError) as caught:
+        check(config(), "{seed}", negative_prompt="{width}")
+    names = {"negative_prompt": "--negative", "guidance_scale": "--guidance", "seed": "--seed"}
+    assert caught.value.told(names).startswith("--negative needs a --guidance over 1")
+    assert RequestError("seed", "{width}", "it is not {seed}").told({"seed": "--seed", "width": "--width"}) == (
+        "--seed is '{width}'; it is not --seed"
+    )
 
 
 def test_what_the_limits_allow() -> None:

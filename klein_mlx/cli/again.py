@@ -7,27 +7,26 @@ in the current folder, and among the options given. On the same machine the pixe
 import argparse
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from klein_mlx.cli.generate import make
-from klein_mlx.cli.options import add_request_arguments
-from klein_mlx.cli.settings import PER_RUN, complete, option_value, options_table, read_settings
+from klein_mlx.cli.options import KEYS, TABLE, Parser, RunOptions, add_request_arguments, typed_options
+from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.errors import RequestError
 from klein_mlx.images.metadata import read_metadata
 from klein_mlx.runtime.recipe import FORMAT, digest_file
 
-PICTURES = {"image", "init_image", "mask"}
+PICTURES = {"image", "init_image", "mask_image"}
 _KEPT = ("template", "original", "enhanced_by")  # what a recipe says besides, and the next one says again
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
+    """What `klein-mlx again` takes."""
+    parser.usage = f"{parser.prog} PICTURE [OPTIONS]"
     parser.add_argument("picture", metavar="PICTURE", help="made by klein-mlx, with its recipe inside")
-    parser.add_argument("--prompt", metavar="TEXT", help="another prompt")
     add_request_arguments(parser)
-    for action in parser._actions:
-        if action.dest != "help":
-            action.default = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,16 +34,18 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_metadata(args.picture).recipe
     if recipe is None:
         raise RequestError(f"{args.picture} has no recipe of klein-mlx inside; klein-mlx show says what it has")
-    if args.prompt_file is not None:
+    typed = typed_options(args)
+    if "prompt_file" in typed:
         raise RequestError("--prompt-file does not go with again; give it to klein-mlx generate")
-    typed = {name: value for name, value in vars(args).items() if value is not None}
     asked = _options(recipe, args.picture, typed)
-    given = argparse.Namespace(**{**vars(args), "no_wildcards": args.no_wildcards or args.prompt is None})
-    done = complete(given, asked)
-    if args.model is None and recipe["model"].get("name"):
-        done.model = _local_model(recipe["model"]["name"], done)
-    extra = {name: recipe[name] for name in _KEPT if name in recipe and args.prompt is None}
-    return make(done, extra, recipe["model"].get("fingerprint"))
+    new_prompt = "prompt" in typed
+    if not new_prompt:
+        typed["no_wildcards"] = True
+    options = complete(typed, asked)
+    if "model" not in typed and recipe["model"].get("name"):
+        options = replace(options, model=_local_model(recipe["model"]["name"], options))
+    extra = {name: recipe[name] for name in _KEPT if name in recipe and not new_prompt}
+    return make(options, extra, recipe["model"].get("fingerprint"))
 
 
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,18 +60,18 @@ def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) 
     if model.get("parts") and not any(typed.get(part) for part in ("transformer", "text_encoder", "vae")):
         names = ", ".join(f"--{part.replace('_', '-')} {name}" for part, name in dict(model["parts"]).items())
         raise RequestError(f"{picture} was made with parts from files of their own; give them: {names}")
-    table, options = options_table(), {}
-    values = {**recipe, "sigmas": _list(recipe.get("sigmas"))}
-    values |= {"model": model.get("id"), "revision": model.get("revision")}
-    for name, value in values.items():
-        if name not in table or name == "size" or value is None or value == [] or typed.get(name) is not None:
+    options = {}
+    values = {**recipe, "model": model.get("id"), "revision": model.get("revision")}
+    for key, value in values.items():
+        name = KEYS.get(key)
+        if name is None or key in ("size", "mlx") or value is None or value == [] or name in typed:
             continue
         if name in PICTURES:
             entries = value if isinstance(value, list) else [value]
             found = [str(_find(entry, picture, name, typed)) for entry in entries]
             value = found if isinstance(value, list) else found[0]
         try:
-            options[name] = option_value(name, table[name], value)
+            options[name] = option_value(TABLE[name], value)
         except RequestError as error:
             raise RequestError(f"{picture}: its recipe is damaged: {error}") from None
     if (loras := recipe.get("loras")) and not typed.get("lora"):
@@ -85,17 +86,14 @@ def _allowed(options: dict[str, Any], picture: str) -> dict[str, Any]:
         raise RequestError(f"{picture}: its recipe names the model {model!r:.60}; give one with --model")
     harmless = {"model", "revision", "dtype", "lora", "quantize", "group_size", "transformer_bits"}
     harmless |= {"text_encoder_bits", "quantize_layer"}
-    return {n: v for n, v in options.items() if (n not in PER_RUN or n in harmless) and n not in ("output", "preset")}
-
-
-def _list(sigmas: Any) -> str | None:
-    return ",".join(map(repr, sigmas)) if isinstance(sigmas, list) else None
+    of_a_picture = {name for name in TABLE if not TABLE[name].per_run and name != "output"}
+    return {name: value for name, value in options.items() if name in of_a_picture | harmless}
 
 
 def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Path:
     """The file that an entry describes, by its digest. RequestError that names both if it is nowhere."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("sha256"), str):
-        raise RequestError(f"{picture} was made with a picture that was no file; give it with --{option}")
+        raise RequestError(f"{picture} was made with a picture that was no file; give it with {TABLE[option].flag}")
     name, digest = str(entry.get("name"))[:100], entry["sha256"]
     for path in _candidates(Path(picture).parent, typed):
         try:
@@ -105,7 +103,7 @@ def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Pa
             continue
     raise RequestError(
         f"{picture} was made with {name!r} (sha256 {digest[:16]}), which is neither beside it nor in the current "
-        f"folder; give it with --{option.replace('_', '-')}"
+        f"folder; give it with {TABLE[option].flag}"
     )
 
 
@@ -141,9 +139,9 @@ def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
     )
 
 
-def _local_model(name: str, args: argparse.Namespace) -> str:
+def _local_model(name: str, options: RunOptions) -> str:
     """A folder of this name: of the config's models, or in the current folder."""
-    known = [*args.settings.models.values(), name]
+    known = [*options.models.values(), name]
     for path in known:
         if Path(path).name == Path(name).name and Path(path).is_dir():
             return path

@@ -4,7 +4,6 @@ The text encoder is loaded once for as many prompts as fit in MAX_EMBEDS, and fr
 line of a prompt file is told, and the rest goes on; what fails on the command line ends the run.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from klein_mlx.cli.asked import call_arguments
 from klein_mlx.cli.naming import Name, Named, plan_names
-from klein_mlx.cli.options import in_options
+from klein_mlx.cli.options import BITS, RunOptions, call_arguments, in_options
 from klein_mlx.cli.progress import JsonProgress, Progress, say
 from klein_mlx.cli.prompts import Failure, Job
 from klein_mlx.cli.terminal import viewer
@@ -55,17 +53,17 @@ class Made:
 class Batch:
     """The pictures that a command's jobs ask for."""
 
-    def __init__(self, pipe: KleinPipeline, args: argparse.Namespace, jobs: Sequence[Job | Failure]):
+    def __init__(self, pipe: KleinPipeline, options: RunOptions, jobs: Sequence[Job | Failure]):
         """Checks and names everything. Raises KleinError for what the command line itself asks wrongly."""
-        self.pipe, self.args, self.made = pipe, args, Made()
+        self.pipe, self.options, self.made = pipe, options, Made()
         self.failures = [job for job in jobs if isinstance(job, Failure)]
         self.planned: list[Planned] = []
         for job in jobs:
             if isinstance(job, Job):
                 self._plan(job)
-        self.to_stdout = any(str(one.job.args.output) == "-" for one in self.planned)
+        self.to_stdout = any(str(one.job.options.output) == "-" for one in self.planned)
         self._name()
-        self.view = viewer(args, pipe)
+        self.view = viewer(options, pipe)
         self._left = self._chunks()
         self._first = self._open(next(self._left, []))
 
@@ -75,7 +73,7 @@ class Batch:
 
     def _plan(self, job: Job) -> None:
         try:
-            arguments = call_arguments(job.args, self.pipe.config)
+            arguments = call_arguments(job.options, self.pipe.config)
             request = check(self.pipe.config, prompt=job.prompt, **arguments)
         except KleinError as error:
             self._fail(job, error)
@@ -89,7 +87,7 @@ class Batch:
         self.failures.append(Failure(job.where, error))
 
     def _name(self) -> None:
-        suffix = f".{self.args.format or 'png'}"
+        suffix = f".{self.options.format or 'png'}"
         if self.to_stdout:
             if self.pictures > 1:
                 raise RequestError(f"-o - writes one picture to stdout, and {self.pictures} are asked for")
@@ -98,20 +96,21 @@ class Batch:
             return
         model = self.pipe.config.variant.name
         wanted = [
-            Named(one.job.args.output, one.job.extra.get("original") or one.job.prompt, seed, model, one.request.steps)
+            Named(job.options.output, job.extra.get("original") or job.prompt, seed, model, one.request.steps)
             for one in self.planned
+            for job in (one.job,)
             for seed in one.request.seeds
         ]
-        names = iter(plan_names(wanted, suffix, self.args.force))
+        names = iter(plan_names(wanted, suffix, self.options.force))
         for one in self.planned:
             one.names = [next(names) for _ in one.request.seeds]
 
     def run(self) -> Made:
         """Make the pictures; files appear as they are finished. Raises KleinError, after which they are still there."""
-        args = self.args
+        options = self.options
         steps = sum(one.request.steps * len(one.request.pictures) for one in self.planned)
-        kind = JsonProgress if args.progress == "json" else Progress
-        progress = kind(self.pictures, steps, args.quiet)
+        kind = JsonProgress if options.progress == "json" else Progress
+        progress = kind(self.pictures, steps, options.quiet)
         try:
             self._run_chunk(self._first, progress)
             for chunk in self._left:
@@ -172,10 +171,10 @@ class Batch:
                     self.made.seconds[phase] += seconds
 
     def _save(self, one: Planned, picture: Picture, name: Name | None, progress: Progress) -> None:
-        args, image = one.job.args, picture.image
-        recipe = None if args.no_metadata else {**picture.recipe, **one.job.extra, **self._bits()}
+        options, image = one.job.options, picture.image
+        recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **self._bits()}
         if name is None:
-            suffix = f".{args.format or 'png'}"
+            suffix = f".{options.format or 'png'}"
             sys.stdout.buffer.write(encode_image(image, suffix, recipe))
             sys.stdout.buffer.flush()
             path = None
@@ -183,15 +182,14 @@ class Batch:
             suffix = name.path.suffix.lower()
             path = save_image_free(image, name.path, recipe) if name.free else name.path
             if not name.free:
-                save_image(image, path, args.force, recipe)
+                save_image(image, path, options.force, recipe)
         if recipe and not fits(FORMATS[suffix], recipe):
             progress.note(f"the recipe is too long for {suffix}; .png or .webp would hold it")
         self._tell(path, picture, progress)
 
     def _bits(self) -> dict[str, Any]:
         """How the weights' bits were asked for, in the words of the options."""
-        names = ("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer")
-        return {name: value for name in names if (value := getattr(self.args, name))}
+        return {name: value for name in BITS if (value := getattr(self.options, name))}
 
     def _tell(self, path: Path | None, picture: Picture, progress: Progress) -> None:
         made = self.made
@@ -199,10 +197,10 @@ class Batch:
             made.files.append(str(path))
         made.seeds.append(picture.seed)
         made.prompts.append(picture.prompt)
-        if self.args.grid is not None:
+        if self.options.grid is not None:
             small = picture.image.copy()
             small.thumbnail((512, 512), Image.Resampling.LANCZOS)
             made.thumbnails.append((small, f"seed {picture.seed}"))
-        if path is not None and not self.args.json:
+        if path is not None and not self.options.json:
             say(str(path))
         progress.picture(None if path is None else str(path), picture.seed, picture.prompt)

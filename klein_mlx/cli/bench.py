@@ -10,12 +10,21 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.options import DEFAULT_MODEL, add_bit_arguments, asked_bits, refuse_group_size_alone
+from klein_mlx.cli.options import (
+    BITS,
+    DEFAULT_MODEL,
+    add_options,
+    asked_bits,
+    parse_size,
+    refuse_group_size_alone,
+    typed_options,
+)
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
     from klein_mlx.bench.measure import Measured
     from klein_mlx.bench.predict import PictureCost, Prediction
+    from klein_mlx.config import ModelConfig
     from klein_mlx.pipeline import KleinPipeline
 
 __all__ = ["add_arguments", "run"]
@@ -31,17 +40,12 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx bench`."""
     add = parser.add_argument
-    add("-m", "--model", help=f'a hub id, a folder, or "tiny" (default: {DEFAULT_MODEL})')
-    add("--size", metavar="WxH", help="in pixels, multiples of 16 (default: the model's, 1024x1024; 128x128 for tiny)")
-    add("--steps", type=int, help="denoising steps (default: the variant's)")
+    add_options(parser, ("model", "size", "num_inference_steps"))
     add("--runs", type=int, default=3, help="pictures that are measured, after one that is not (default: 3)")
-    add("--cold", action="store_true", help="load everything anew for every picture, and leave none out")
-    add("--prompt", default="a red fox in the snow", help="what to draw; a number is added, so that none is known yet")
-    add_bit_arguments(parser, "quantise the weights while loading")
-    add("--dtype", help="as in generate")
-    add("--keep", help="as in generate")
-    add("--offline", action="store_true", help="use only what is on disk")
-    add("-y", "--yes", action="store_true", help="download what is missing without asking")
+    add("--cold", action="store_true", help="reload everything for each picture; no warm-up run")
+    about = "what to draw; a number is appended so that nothing is cached (default: a red fox in the snow)"
+    add("--prompt", default="a red fox in the snow", metavar="TEXT", help=about)
+    add_options(parser, (*BITS, "dtype", "keep", "offline", "yes"))
     add(
         "--predict",
         nargs="?",
@@ -53,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, or predict, what the parsed options ask for. Returns the exit code; raises KleinError."""
+    typed_options(args)
     if not 1 <= args.runs <= MAX_RUNS:
         raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
     refuse_group_size_alone(vars(args), vars(args))
@@ -68,14 +73,11 @@ def _import_seconds() -> float:
     return float(done.stdout)
 
 
-def _size(args: argparse.Namespace, default: int) -> tuple[int, int]:
-    """(width, height) of --size."""
+def _size(args: argparse.Namespace, config: "ModelConfig") -> tuple[int, int]:
+    """(width, height) of --size, which the request checks."""
     if args.size is None:
-        return default, default
-    width, _, height = args.size.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and len(args.size) < 16):
-        raise RequestError(f"--size is {args.size!r}; it must be WIDTHxHEIGHT in pixels, as 1024x1024")
-    return int(width), int(height)
+        return config.default_size, config.default_size
+    return parse_size(args.size, config.pixels_per_token, config.default_size)
 
 
 # Measuring
@@ -88,8 +90,8 @@ def _measure(args: argparse.Namespace, import_seconds: float) -> int:
 
     model = obtain(args.model or DEFAULT_MODEL, offline=args.offline, yes=args.yes)
     own = {"quantize": asked_bits(args), "dtype": args.dtype, "keep": args.keep, "local_files_only": args.offline}
-    bench = Bench(lambda: KleinPipeline.from_pretrained(model, **own), args.prompt, args.steps, args.cold)
-    width, height = _size(args, bench.pipe.config.default_size)
+    bench = Bench(lambda: KleinPipeline.from_pretrained(model, **own), args.prompt, args.num_inference_steps, args.cold)
+    width, height = _size(args, bench.pipe.config)
     runs = []
     for number in range(1 if args.cold else 0, args.runs + 1):
         _progress(f"picture {number} of {args.runs}" if number else "warming up")
@@ -251,8 +253,9 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureC
         config, steps, guidance = source.config, source.config.variant.steps, source.config.variant.guidance
         name = config.variant.name
     quantization = {**source.quantization, **settle(asked_bits(args), source)}
-    width, height = _size(args, config.default_size)
-    request = check(config, prompt="", width=width, height=height, num_inference_steps=args.steps or steps, seed=0)
+    width, height = _size(args, config)
+    steps = args.num_inference_steps or steps
+    request = check(config, prompt="", width=width, height=height, num_inference_steps=steps, seed=0)
     passes = 2 if guidance > 1 else 1
     cost = picture_cost(config, width, height, request.steps, dtype, quantization, passes)
     bits = {part: own.bits for part, own in quantization.items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klein_mlx.cli.options import (
-    add_bit_arguments,
-    add_lora_arguments,
+    BITS,
+    LORAS,
+    add_options,
     asked_bits,
     asked_loras,
     lora_options,
@@ -29,22 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
     add("destination", metavar="DESTINATION", help="the folder to make; its parent must exist")
-    add_bit_arguments(parser, "quantise the weights (default: keep dtypes)")
+    add_options(parser, BITS, quantize="quantize the weights: 3, 4, 5, 6, 8, mxfp4, nvfp4, mxfp8 or mixed-4")
     add("--calibrate", action="store_true", help="choose the codes on a few pictures: closer, in minutes to an hour")
     add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
         add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
-    add_lora_arguments(parser, "merge a LoRA into the weights, SCALE times, before they are quantised")
+    add_options(
+        parser, LORAS, lora="merge a LoRA into the weights at strength SCALE (1), before quantizing; repeat for more"
+    )
     add("--to", choices=("klein", "diffusers"), default="klein", help="the layout to write (default: our own)")
     add("--verify", action="store_true", help="read what was written again and compare it with the source")
     add("--dry-run", action="store_true", help="print what would be done, with sizes; write nothing")
     add("--upload", metavar="REPO", help="upload the result to this repository of the Hub (owner/name)")
     add("--force", action="store_true", help="replace a checkpoint that is there already")
     add("--variant", metavar="NAME", help='"tiny" marks the embedded checkpoint; others are told from their sizes')
-    add("--revision", help="the source's revision on the hub")
-    add("--offline", action="store_true", help="use only what is on disk")
-    add("-y", "--yes", action="store_true", help="download what is missing without asking")
+    add_options(parser, ("revision", "offline", "yes"))
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     needed = {part for part in PARTS if parts[part] is None}
     model = obtain(args.source, revision=args.revision, parts=needed, **consent)
     source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
-    source = merge_loras(source, asked_loras(args), **lora_options(args))
+    source = merge_loras(source, asked_loras(args.lora), **lora_options(args))
     if args.dry_run:
         print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
         return 0

@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.asked import open_pipeline
+from klein_mlx.cli.options import RunOptions, asked_bits, asked_loras, lora_options, typed_options
 from klein_mlx.cli.options import add_generate_arguments as add_arguments
 from klein_mlx.cli.settings import complete
+from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -22,96 +24,130 @@ __all__ = ["add_arguments", "make", "run"]
 
 def run(args: argparse.Namespace) -> int:
     """Make the pictures that the parsed options ask for. Returns the exit code; raises KleinError."""
-    return make(complete(args))
+    return make(complete(typed_options(args)))
 
 
-def make(args: argparse.Namespace, extra: dict[str, Any] | None = None, fingerprint: str | None = None) -> int:
+def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: str | None = None) -> int:
     """The same with options that are complete (`settings.complete`).
 
-    extra: what recipes say besides. fingerprint: of the model that is expected; another is told.
+    extra: what recipes say besides. fingerprint: of the expected model; the user is told if it is another.
     """
-    if args.prompt is None and args.prompt_file is None:
+    if options.prompt is None and options.prompt_file is None:
         raise RequestError('no prompt is given; for example: klein-mlx generate "a red fox in the snow"')
-    grid = _check_outputs(args)
+    grid = _check_outputs(options)
     from klein_mlx.cli.prompts import Job, read_jobs
 
-    jobs = read_jobs(args)
+    jobs = read_jobs(options)
     for job in jobs:
         if isinstance(job, Job):
             job.extra = {**(extra or {}), **job.extra}
-    pipe = open_pipeline(args)
-    if fingerprint not in (None, pipe.recorder.fingerprint) and not args.quiet:
+    pipe = open_pipeline(options)
+    if fingerprint not in (None, pipe.recorder.fingerprint) and not options.quiet:
         print("the model is not the one that made the picture: its fingerprint differs", file=sys.stderr)
-    if args.enhance:
-        _enhance(args, [job for job in jobs if isinstance(job, Job)], pipe)
+    if options.enhance:
+        _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
     from klein_mlx.cli.batch import Batch
 
-    batch = Batch(pipe, args, jobs)
-    if args.grid and grid in [name.path for one in batch.planned for name in one.names]:
+    batch = Batch(pipe, options, jobs)
+    if options.grid and grid in [name.path for one in batch.planned for name in one.names]:
         raise RequestError(f"--grid {grid} is the name of a picture too; give it another")
-    _tell(args, batch)
+    _tell(options, batch)
     made = batch.run()
     if grid is not None and made.thumbnails:
         from klein_mlx.cli.terminal import contact_sheet
         from klein_mlx.images.saving import save_image, save_image_free
 
         sheet = contact_sheet(made.thumbnails)
-        made.files.append(str(save_image_free(sheet, grid) if args.grid == "" else grid))
-        if args.grid != "":
-            save_image(sheet, grid, args.force)
-        if not args.json:
+        made.files.append(str(save_image_free(sheet, grid) if options.grid == "" else grid))
+        if options.grid != "":
+            save_image(sheet, grid, options.force)
+        if not options.json:
             print(made.files[-1], flush=True)
-    if args.json:
+    if options.json:
         print(json.dumps(_report(batch, made)), flush=True)
     return 2 if made.failed else 0
 
 
-def _enhance(args: argparse.Namespace, jobs: "list[Job]", pipe: "KleinPipeline") -> None:
+def open_pipeline(options: RunOptions) -> "KleinPipeline":
+    """The model that the options name, opened, and downloaded first if the user agrees. Raises KleinError."""
+    from klein_mlx.cli.download import obtain, obtain_vae
+    from klein_mlx.formats.open import SMALL_DECODER
+    from klein_mlx.pipeline import KleinPipeline
+    from klein_mlx.runtime.loras import described
+
+    if options.small_decoder and options.vae:
+        raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
+    if options.quiet:
+        logging.getLogger("klein_mlx").setLevel(logging.ERROR)
+    given = {part for part in PARTS if getattr(options, part) or (part == "vae" and options.small_decoder)}
+    consent = {"offline": options.offline, "yes": options.yes, "quiet": options.quiet}
+    model = obtain(options.model, revision=options.revision, parts=set(PARTS) - given, own=options.models, **consent)
+    vae = SMALL_DECODER if options.small_decoder else options.vae
+    pipe = KleinPipeline.from_pretrained(
+        model,
+        quantize=asked_bits(options),
+        dtype=options.dtype,
+        keep=options.keep,
+        prompt_cache=options.prompt_cache,
+        revision=options.revision,
+        local_files_only=options.offline,
+        vae=obtain_vae(vae, **consent) if vae else None,
+        transformer=options.transformer,
+        text_encoder=options.text_encoder,
+    )
+    for path, scale in asked_loras(options.lora):
+        loaded = pipe.load_lora(path, scale, **lora_options(options))
+        if not options.quiet:
+            print(described(pipe.parts.loras.get(loaded.name), loaded), file=sys.stderr)
+    return pipe
+
+
+def _enhance(options: RunOptions, jobs: "list[Job]", pipe: "KleinPipeline") -> None:
     """Let a language model rewrite the jobs' prompts; what it made of them is told."""
     import secrets
 
     from klein_mlx.cli.enhance import enhance_prompts
 
     for job in jobs:
-        job.args.seed = job.args.seed or [secrets.randbits(32)]
-    prompts = [(job.prompt, job.args.seed[0]) for job in jobs]
-    written, name = enhance_prompts(prompts, pipe.source, args.enhance_model, args.offline)
+        job.options = replace(job.options, seed=job.options.seeds or [secrets.randbits(32)])
+    prompts = [(job.prompt, job.options.seeds[0]) for job in jobs]
+    written, name = enhance_prompts(prompts, pipe.source, options.enhance_model, options.offline)
     for job, text in zip(jobs, written, strict=True):
         job.extra |= {"original": job.prompt, "enhanced_by": name}
         job.prompt = text
-        if not args.quiet and args.progress != "json":
+        if not options.quiet and options.progress != "json":
             print(f"enhanced: {text}", file=sys.stderr)
 
 
-def _check_outputs(args: argparse.Namespace) -> Path | None:
+def _check_outputs(options: RunOptions) -> Path | None:
     """Refuse what could not be written before a model is looked for; returns where the contact sheet goes, or None."""
     from klein_mlx.cli.naming import check_template, is_template
     from klein_mlx.images.saving import check_output
 
-    output = args.output
+    output = options.output
     if output is not None and is_template(output):
         check_template(output)
     elif output is not None and str(output) == "-":
-        if args.json or args.grid is not None:
-            other = "--json" if args.json else "--grid"
+        if options.json or options.grid is not None:
+            other = "--json" if options.json else "--grid"
             raise RequestError(f"-o - writes the picture to stdout, which {other} needs too; give one of them")
     elif output is not None:
-        several = args.count > 1 or len(args.seed or ()) > 1 or args.prompt_file is not None
-        check_output(output, args.force or several)
-    if args.format is not None and output is not None and str(output) != "-":
-        raise RequestError(f"--format is {args.format}, and output {output} has its own suffix; leave --format out")
-    if args.grid is None:
+        several = options.num_images_per_prompt > 1 or len(options.seeds) > 1 or options.prompt_file is not None
+        check_output(output, options.force or several)
+    if options.format is not None and output is not None and str(output) != "-":
+        raise RequestError(f"--format is {options.format}, and output {output} has its own suffix; leave --format out")
+    if options.grid is None:
         return None
-    grid = Path(args.grid or "grid.png")
-    check_output(grid, args.force or args.grid == "")
+    grid = Path(options.grid or "grid.png")
+    check_output(grid, options.force or options.grid == "")
     return grid
 
 
-def _tell(args: argparse.Namespace, batch: "Batch") -> None:
+def _tell(options: RunOptions, batch: "Batch") -> None:
     """What is worth knowing first: seeds, prompts that were chosen, that a format loses what an edit keeps."""
 
     def say(line: str) -> None:
-        if args.progress != "json" and not args.quiet:
+        if options.progress != "json" and not options.quiet:
             print(line, file=sys.stderr)
 
     edits = [one.request.edit for one in batch.planned]
@@ -122,12 +158,12 @@ def _tell(args: argparse.Namespace, batch: "Batch") -> None:
     for job in jobs:
         if "template" in job.extra and job.prompt != job.extra["template"]:
             say(f"prompt: {job.prompt}")
-    if args.prompt_file is not None:
+    if options.prompt_file is not None:
         return
     seeds = [seed for one in batch.planned for seed in one.request.seeds]
     line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
-    untold = args.seed is None and args.output is not None and not args.json  # by no name, option or result
-    if args.quiet and untold and args.progress != "json":
+    untold = options.seed is None and options.output is not None and not options.json  # by no name, option or result
+    if options.quiet and untold and options.progress != "json":
         print(line, file=sys.stderr)
     say(line)
 

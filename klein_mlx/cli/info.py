@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import re
 from typing import Any
 
-from klein_mlx.cli.options import add_bit_arguments, asked_bits
+from klein_mlx.cli.options import BITS, add_options, asked_bits, parse_size, typed_options
 from klein_mlx.errors import RequestError, integer
 from klein_mlx.request import MAX_REFERENCES
 
@@ -14,12 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx info` takes."""
     parser.add_argument("model", help='a folder, a hub id, "tiny", or a file that holds a part of a model')
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its recorded sha256")
-    parser.add_argument("-y", "--yes", action="store_true", help="download what is missing without asking")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="tell the memory that a picture of this size needs")
-    parser.add_argument("--references", type=int, default=0, metavar="N", help="with so many of one megapixel")
-    parser.add_argument("--dtype", help="computed in: bfloat16 or float32 (default: as generate)")
-    parser.add_argument("--keep", help="what stays in memory: all, transformer or nothing (default: as generate)")
-    add_bit_arguments(parser, "quantised so while loading")
+    add_options(parser, ("yes", "size"), size="estimate the memory of a picture of this size: 1024x768, 16:9, 2mp")
+    references = "include N one-megapixel reference images in the estimate"
+    parser.add_argument("--references", type=int, default=0, metavar="N", help=references)
+    add_options(parser, ("dtype", "keep", *BITS))
     parser.add_argument("--json", action="store_true", help="as a JSON object on stdout")
 
 
@@ -29,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.describe import describe, format_description, verify
     from klein_mlx.formats.open import open_any
 
+    typed_options(args)
     source = open_any(obtain(args.model, yes=args.yes))
     description = describe(source)
     if args.size is not None:
@@ -43,19 +41,16 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The estimate of a picture of --size, as plain values."""
     from klein_mlx.formats.part import PartFile
     from klein_mlx.request import check_area, check_side
-    from klein_mlx.runtime.memory import KEPT, Work, estimate
+    from klein_mlx.runtime.memory import Work, estimate
     from klein_mlx.runtime.parts import compute_dtype
     from klein_mlx.weights.bits import settle
 
     if isinstance(source, PartFile):
         raise RequestError(f"--size needs a whole model, and {args.model} is a {source.part}")
-    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", args.size)
-    if not sides:
-        raise RequestError(f"--size is {args.size!r}; it must be WIDTHxHEIGHT, as 1024x1024")
-    if args.keep is not None and args.keep not in KEPT:
-        raise RequestError(f"--keep is {args.keep!r}; it must be one of {', '.join(KEPT)}")
     multiple = source.config.pixels_per_token
-    width, height = (check_side("--size", int(side), multiple) for side in sides.groups())
+    width, height = parse_size(args.size, multiple, source.config.default_size)
+    check_side("width", width, multiple)
+    check_side("height", height, multiple)
     check_area(width, height)
     count = integer("--references", args.references, 0, MAX_REFERENCES)
     references = ((1024, 1024),) * count

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from klein_mlx.cli.options import add_lora_folder
+from klein_mlx.cli.options import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,8 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("info",), metavar="info", help="what the file is: model, layout, rank, words, licence")
     add("lora", help="a file, a name in the LoRA folder, or a hub id")
-    add_lora_folder(parser)
-    add("--offline", action="store_true", help="use only what is on disk")
+    add_options(parser, ("lora_folder", "offline"))
     add("--json", action="store_true", help="as a JSON object on stdout")
 
 
@@ -21,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.describe import describe_lora, format_lora
     from klein_mlx.formats.lora_find import find_lora
 
-    found = describe_lora(find_lora(args.lora, folder=args.lora_folder, local_files_only=args.offline))
+    found = describe_lora(find_lora(args.lora, folder=args.lora_folder, local_files_only=bool(args.offline)))
     print(json.dumps(found) if args.json else format_lora(found))
     return 0

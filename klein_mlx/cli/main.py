@@ -160,9 +160,9 @@ def _run(given: Sequence[str]) -> int:
     name, words = choose(given)
     args = command_parser(name).parse_args(words)
     if name == "generate" and given[:1] != ["generate"]:
-        if args.prompt:
-            refuse_slip(args.prompt)
-        elif getattr(args, "prompt_file", None) is None and sys.stdin.isatty() and sys.stdout.isatty():
+        if args.words:
+            refuse_slip(args.words)
+        elif not (args.prompt or args.prompt_file) and sys.stdin.isatty() and sys.stdout.isatty():
             from klein_mlx.cli import repl
 
             return repl.run(args)

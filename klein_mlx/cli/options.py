@@ -1,17 +1,37 @@
-"""The options of `klein-mlx generate`: their names, their help, and errors told in their words."""
+"""What a run of the command can be asked: a picture's options, and those of the model, the files and the terminal.
+
+Parsers are built from the fields, and so is everything else that reads options: the config file, the lines of a prompt
+file, recipes, completion.
+"""
 
 import argparse
 import math
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.errors import KleinError, RequestError, nearest
+from klein_mlx.errors import KleinError, RequestError, named, nearest
+from klein_mlx.request import Option, Options, option, option_of
 
 if TYPE_CHECKING:
+    from klein_mlx.config import ModelConfig
     from klein_mlx.weights.bits import Asked
 
+DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
+DTYPES = ("bfloat16", "float32", "float16")
+KEPT = ("all", "transformer", "nothing")
+
+GENERATE_EXAMPLES = """examples:
+  klein-mlx "a red circle left of a blue square" --model tiny -o out.png
+  klein-mlx "a red fox in the snow" --width 768 --height 1024 --seed 7
+  klein-mlx "make it autumn" -i fox.png -o autumn.png
+  klein-mlx "a red hat" --init-image fox.png --mask head.png -o hat.png
+  klein-mlx "snowy hills" --init-image fox.png --extend left=256,right=256 -o wide.png
+"""
 
 MEGAPIXEL = 1024 * 1024
 
@@ -38,9 +58,9 @@ def parse_size(text: str, multiple: int, default_side: int) -> tuple[int, int]:
         elif pixels and float(pixels[1]):
             area = float(pixels[1]) * MEGAPIXEL
         else:
-            raise RequestError(f"--size is {text[:40]!r}; {_RIGHT}")
+            raise RequestError("--size", text[:40], _RIGHT)
     if not 1 / 8 <= aspect <= 8:
-        raise RequestError(f"--size is {text[:40]!r}; its aspect must be at most 8 : 1")
+        raise RequestError("--size", text[:40], "its aspect must be at most 8 : 1")
     return _nearest(math.sqrt(area * aspect), math.sqrt(area / aspect), multiple)
 
 
@@ -58,55 +78,373 @@ def _nearest(width: float, height: float, multiple: int) -> tuple[int, int]:
     return min(((w, h) for w in around(width) for h in around(height)), key=distance)
 
 
-def add_bit_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """--quantize and what refines it. purpose: of --quantize, for its help."""
-    add = parser.add_argument
-    add("-q", "--quantize", metavar="BITS", help=f"3, 4, 5, 6, 8, mxfp4, nvfp4, mxfp8 or mixed-4: {purpose}")
-    add("--group-size", type=int, metavar="N", help="weights that share a scale: 32, 64 or 128 (default: 64)")
-    add("--transformer-bits", metavar="BITS", help="as --quantize, for the transformer alone (none: leave it)")
-    add("--text-encoder-bits", metavar="BITS", help="as --quantize, for the text encoder alone")
-    add(
-        "--quantize-layer",
-        action="append",
-        default=[],
-        metavar="PATTERN=BITS",
-        help="for the layers of this pattern, as 'double_blocks.*.to_v=8'; repeat, a later one wins",
+def _run_option(help: str, flag: str, value: Any = None, **details: Any) -> Any:
+    return option(help, flag, value, per_run=True, **details)
+
+
+def _switch(help: str, flag: str, **details: Any) -> Any:
+    return _run_option(help, flag, False, kind=bool, **details)
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Everything that can be asked of `klein-mlx generate`. models, wildcards: from the config file: short names of
+    models, and the folders in which __names__ are looked up."""
+
+    prompt: str | None = option(
+        "what to draw, or how to change the reference image; {red|blue} and __name__ vary it; - reads stdin",
+        "--prompt",
+        short=("-p",),
+        metavar="TEXT",
+        common=True,
     )
+    size: str | None = option(
+        "WIDTHxHEIGHT (1024x768), aspect (16:9), megapixels (2mp) or both (16:9,2mp)",
+        "--size",
+        metavar="SIZE",
+        excludes=("width", "height"),
+        common=True,
+    )
+    output: Path | None = option(
+        ".png, .jpg or .webp, with {{slug}} {{seed}} {{index}} {{date}} {{time}} {{model}} {{steps}}; a folder; "
+        "- is stdout",
+        "--output",
+        short=("-o",),
+        kind=Path,
+        metavar="FILE",
+        default="{{slug}}-{{seed}}.png, or the next free name",
+        common=True,
+    )
+    model: str = _run_option(
+        'model on the Hub, a folder, a short name ("klein-mlx models") or "tiny"',
+        "--model",
+        DEFAULT_MODEL,
+        short=("-m",),
+        default=DEFAULT_MODEL,
+        common=True,
+    )
+    quantize: str | None = _run_option(
+        "quantize the weights while loading: 3, 4, 5, 6, 8, mxfp4, nvfp4, mxfp8 or mixed-4",
+        "--quantize",
+        short=("-q",),
+        metavar="BITS",
+        common=True,
+    )
+    lora: Sequence[str] | None = _run_option(
+        "apply a LoRA at strength SCALE (1): a file, a name in the LoRA folder, or a Hub id",
+        "--lora",
+        many=True,
+        metavar="LORA[:SCALE]",
+        common=True,
+    )
+    show: bool = _switch("draw the pictures in the terminal, where it can", "--show", common=True)
+    revision: str | None = _run_option("the model's revision on the Hub", "--revision", group="model")
+    group_size: int | None = _run_option(
+        "weights that share a scale: 32, 64 or 128", "--group-size", kind=int, metavar="N", default="64", group="model"
+    )
+    transformer_bits: str | None = _run_option(
+        "as {quantize}, for the transformer alone (none: leave it)",
+        "--transformer-bits",
+        metavar="BITS",
+        group="model",
+    )
+    text_encoder_bits: str | None = _run_option(
+        "as {quantize}, for the text encoder alone", "--text-encoder-bits", metavar="BITS", group="model"
+    )
+    quantize_layer: Sequence[str] | None = _run_option(
+        "for the layers of a pattern, such as 'double_blocks.*.to_v=8'; later ones override",
+        "--quantize-layer",
+        many=True,
+        metavar="PATTERN=BITS",
+        group="model",
+    )
+    transformer: str | None = _run_option(
+        "file or folder in place of the model's own (BFL's, ComfyUI's, GGUF, ...)",
+        "--transformer",
+        metavar="FILE",
+        group="model",
+    )
+    text_encoder: str | None = _run_option(
+        "likewise (ComfyUI's, GGUF, mlx-lm's, ...)", "--text-encoder", metavar="FILE", group="model"
+    )
+    vae: str | None = _run_option(
+        "file, folder or Hub id in place of the model's own VAE",
+        "--vae",
+        metavar="VAE",
+        excludes=("small_decoder",),
+        group="model",
+    )
+    small_decoder: bool = _switch(
+        "FLUX.2-small-decoder as the VAE: decodes faster", "--small-decoder", excludes=("vae",), group="model"
+    )
+    lora_partial: bool = _switch(
+        "skip keys of a LoRA that match nothing in this model", "--lora-partial", group="model"
+    )
+    lora_folder: str | None = _run_option(
+        "where LoRA names are looked up",
+        "--lora-folder",
+        metavar="FOLDER",
+        default="$KLEIN_MLX_LORAS, or ~/.config/klein-mlx/loras",
+        group="model",
+    )
+    dtype: str | None = _run_option(
+        "type of the computation; float16 suits M1 and M2",
+        "--dtype",
+        choices=DTYPES,
+        metavar="DTYPE",
+        default="bfloat16 on a GPU, float32 on a CPU",
+        group="model",
+    )
+    prompt_cache: str | bool | None = _run_option(
+        "cache prompt embeddings on disk; a repeated prompt skips the text encoder",
+        "--prompt-cache",
+        bare=True,
+        metavar="FOLDER",
+        group="model",
+    )
+    keep: str | None = _run_option(
+        "what stays in memory between phases",
+        "--keep",
+        choices=KEPT,
+        metavar="WHAT",
+        default="as memory allows",
+        group="model",
+    )
+    offline: bool = _switch("use only what is on disk", "--offline", group="model")
+    yes: bool = _switch("download what is missing without asking", "--yes", short=("-y",), group="model")
+    prompt_file: str | None = _run_option(
+        "one prompt per line, # for comments; or JSONL with any options; - is stdin",
+        "--prompt-file",
+        metavar="FILE",
+        typed=True,
+        group="many at once",
+    )
+    no_wildcards: bool = _switch("take {a|b} and __name__ in prompts literally", "--no-wildcards", group="many at once")
+    enhance: bool = _switch(
+        "let a language model rewrite the prompt; the recipe keeps both", "--enhance", group="many at once"
+    )
+    enhance_model: str | None = _run_option(
+        "for {enhance}: a folder or Hub id",
+        "--enhance-model",
+        metavar="MODEL",
+        default="the model's own Qwen3",
+        group="many at once",
+    )
+    grid: str | None = _run_option(
+        "make a contact sheet of all pictures too", "--grid", bare="", metavar="FILE", group="many at once"
+    )
+    config: str | None = _run_option(
+        "defaults, presets, models",
+        "--config",
+        metavar="FILE",
+        default="~/.config/klein-mlx/config.toml",
+        typed=True,
+        group="many at once",
+    )
+    preset: str | None = _run_option(
+        "options from the config's [presets.NAME]", "--preset", metavar="NAME", group="many at once"
+    )
+    format: str | None = _run_option(
+        "file format for automatic names and for -o -",
+        "--format",
+        choices=("png", "jpg", "jpeg", "webp"),
+        metavar="FORMAT",
+        default="png",
+        group="output",
+    )
+    force: bool = _switch("overwrite the output file", "--force", group="output")
+    show_steps: bool = _switch("draw a sketch after each step too", "--show-steps", group="output")
+    no_metadata: bool = _switch("keep the recipe out of the picture", "--no-metadata", group="output")
+    json: bool = _switch("one JSON object on the last line of stdout", "--json", group="output")
+    progress: str = _run_option(
+        "a bar, or one JSON object per line on stderr for programs",
+        "--progress",
+        "bar",
+        choices=("bar", "json"),
+        metavar="KIND",
+        default="bar",
+        group="output",
+    )
+    quiet: bool = _switch("nothing on stderr but errors", "--quiet", group="output")
+    models: Mapping[str, str] = field(default_factory=dict)
+    wildcards: tuple[Path, ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that are given; none: at random."""
+        return [self.seed] if isinstance(self.seed, int) else list(self.seed or ())
 
 
-def refuse_group_size_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """RequestError for a --group-size that was typed where none of the options quantises anything."""
-    bits = ("quantize", "transformer_bits", "text_encoder_bits", "quantize_layer")
-    if typed.get("group_size") is not None and not any(options.get(name) for name in bits):
-        raise RequestError(f"group_size is {typed['group_size']}, but nothing is quantised; add --quantize 4")
+TABLE: dict[str, Option] = {one.name: own for one in fields(RunOptions) if (own := option_of(one)) and own.flag}
+FLAGS = {name: own.flag for name, own in TABLE.items() if own.flag}
+KEYS = {key: name for name, own in TABLE.items() for key in (own.key, name)}  # in files: the flag's name, or Python's
 
 
-def asked_bits(args: argparse.Namespace) -> "Asked | None":
-    """What the parsed options ask for. Raises RequestError."""
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, without abbreviations, and with a short --help where options are many."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("formatter_class", partial(argparse.RawDescriptionHelpFormatter, max_help_position=26))
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.rare: list[argparse._ArgumentGroup] = []  # headings whose options only --help-all explains
+
+    def error(self, message: str) -> Any:
+        """What argparse found, in our words: the option, its value, what would be right."""
+        if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (\w+) value: (.*)", message, re.S):
+            value = found[3] if len(found[3]) <= 60 else f"{found[3][:57]}..."
+            message = f"{found[1]} is {value}; it must be {_KINDS[found[2]]}"
+        raise RequestError(f"{message}{self._hint(message)} (see {self.prog} --help)")
+
+    def _hint(self, message: str) -> str:
+        """What may have been meant by an argument that is not known."""
+        _, known, rest = message.partition("unrecognized arguments: ")
+        if not known:
+            return ""
+        option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
+        if option is None:
+            dests = {action.dest for action in self._actions}
+            if "words" in dests:
+                return "; put the prompt in quotes, as one argument"
+            return "; another prompt is --prompt" if "prompt" in dests else ""
+        near = nearest(option, self._option_string_actions)
+        return f"; did you mean {near}?" if near else ""
+
+    def format_help(self) -> str:
+        return self.all_help() if not self.rare else self.common_help()
+
+    def all_help(self) -> str:
+        """Every option."""
+        return super().format_help()
+
+    def common_help(self) -> str:
+        """The common options explained, the others by their names."""
+        groups, self._action_groups = self._action_groups, [g for g in self._action_groups if g not in self.rare]
+        epilog, self.epilog = self.epilog, None
+        try:
+            told = super().format_help()
+        finally:
+            self._action_groups, self.epilog = groups, epilog
+        lines = ["more, explained by --help-all:"]
+        for group in self.rare:
+            shown = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+            flags = ", ".join(next(s for s in action.option_strings if s.startswith("--")) for action in shown)
+            lines += textwrap.wrap(f"  {group.title}: {flags}", 80, subsequent_indent="    ", break_on_hyphens=False)
+        return "\n".join([told, *lines, "", epilog or ""]).rstrip() + "\n"
+
+
+class _AllHelp(argparse.Action):
+    """--help-all."""
+
+    def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
+        print(parser.all_help(), end="")
+        parser.exit()
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of "1,0.75,0.5,0.25"."""
+    return [float(number) for number in text.split(",")]
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "numbers": "numbers and commas, as 1,0.75,0.5,0.25"}
+_PARSED: dict[type, Any] = {int: int, float: float, list: numbers, Path: Path, str: str}
+
+
+def add_options(parser: Any, names: Iterable[str], **help: str) -> None:
+    """Add these fields of `RunOptions` to a parser or a group; what is not typed is None. help: in place of a field's.
+
+    Other spellings work too, without being shown: --num-inference-steps for --steps.
+    """
+    for name in names:
+        own = TABLE[name]
+        kind: dict[str, Any] = {"metavar": own.metavar or own.key.upper(), "type": _PARSED.get(own.kind)}
+        if own.kind is bool:
+            kind = {"action": argparse.BooleanOptionalAction if own.negatable else "store_true"}
+        elif own.many:
+            kind["action"] = "append"
+        elif own.bare is not None:
+            kind |= {"nargs": "?", "const": own.bare}
+        unset = False if own.kind is bool and not own.negatable else None
+        shared: dict[str, Any] = {"dest": name, "default": unset, **kind}
+        parser.add_argument(*own.short, own.flag, help=help.get(name) or explained(own), **shared)
+        if others := [flag for flag in (f"--{name.replace('_', '-')}", *own.aliases) if flag != own.flag]:
+            parser.add_argument(*others, help=argparse.SUPPRESS, **shared)
+
+
+def explained(own: Option) -> str:
+    """An option's help, with its range and default, its fields as flags."""
+    more = [own.range.removeprefix("one of "), "repeat for more" if own.many else ""]
+    more.append(f"default: {own.default}" if own.default else "")
+    told = "; ".join(filter(None, more))
+    text = named(f"{own.help} ({told})" if told else own.help, FLAGS)
+    return text.replace("{{", "{").replace("}}", "}").replace("%", "%%")
+
+
+def add_generate_arguments(parser: Parser) -> None:
+    """Everything that can be asked of one picture or several. None: not given; `settings.complete` fills it in."""
+    parser.add_argument("words", nargs="?", metavar="PROMPT", help=argparse.SUPPRESS)
+    add_request_arguments(parser)
+
+
+def add_request_arguments(parser: Parser) -> None:
+    """The options without the prompt, in their groups: first those that are used most."""
+    parser.usage = f"{parser.prog} PROMPT [OPTIONS]" if parser.usage is None else parser.usage
+    common = parser.add_argument_group("common options")
+    add_options(common, [name for name, own in TABLE.items() if own.common])
+    common.add_argument("--help-all", action=_AllHelp, nargs=0, help="explain every option")
+    for title in dict.fromkeys(own.group for own in TABLE.values() if not own.common):
+        group = parser.add_argument_group(title)
+        add_options(group, [name for name, own in TABLE.items() if own.group == title and not own.common])
+        parser.rare.append(group)
+
+
+def typed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were typed, by the names of their fields. Raises RequestError."""
+    given = {name: getattr(args, name, None) for name in TABLE}
+    typed = {name: v for name, v in given.items() if v is not None and (v is not False or TABLE[name].negatable)}
+    if (words := getattr(args, "words", None)) is not None:
+        if "prompt" in typed:
+            raise RequestError(f"a prompt is given twice, {words[:40]!r} and with --prompt; give one of them")
+        typed["prompt"] = words
+    for name, value in typed.items():
+        if TABLE[name].choices:
+            TABLE[name].check(name, value)
+    return typed
+
+
+# ---- what the options ask for, as the library takes it ----
+
+
+def call_arguments(options: RunOptions, config: "ModelConfig") -> dict[str, Any]:
+    """What `KleinPipeline.stream` takes besides the prompt. config: of the model, which decides what a size is."""
+    arguments = {name: getattr(options, name) for name in CALL}
+    if options.size is not None:
+        if options.width is not None or options.height is not None:
+            raise RequestError("size", rule="and {width} or {height} are given; give one of them")
+        size = parse_size(options.size, config.pixels_per_token, config.default_size)
+        arguments["width"], arguments["height"] = size
+    if len(options.seeds) == 1:
+        arguments["seed"] = options.seeds[0]
+    return arguments
+
+
+CALL = tuple(one.name for one in fields(Options) if one.name in TABLE and one.name != "prompt")
+
+
+def asked_bits(options: Any) -> "Asked | None":
+    """What --quantize and its refinements ask for. options: has their fields. Raises RequestError."""
     from klein_mlx.weights.bits import from_options
 
     return from_options(
-        args.quantize, args.group_size, args.transformer_bits, args.text_encoder_bits, args.quantize_layer or []
+        options.quantize,
+        options.group_size,
+        options.transformer_bits,
+        options.text_encoder_bits,
+        options.quantize_layer or [],
     )
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """what: what is done with them, for the help."""
-    add = parser.add_argument
-    add(
-        "--lora",
-        action="append",
-        metavar="LORA[:SCALE]",
-        help=f"{what}: a file, a name in the LoRA folder, or a hub id; repeat for more",
-    )
-    add("--lora-partial", action="store_true", help="leave out keys of a LoRA that belong to nothing in this model")
-    add_lora_folder(parser)
-
-
-def add_lora_folder(parser: argparse.ArgumentParser) -> None:
-    """Where a LoRA's name is looked up."""
-    where = "where names are looked up ($KLEIN_MLX_LORAS, ~/.config/klein-mlx/loras)"
-    parser.add_argument("--lora-folder", metavar="FOLDER", help=where)
+BITS = ("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer")
+LORAS = ("lora", "lora_partial", "lora_folder")
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -117,11 +455,11 @@ def split_scale(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def asked_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
+def asked_loras(texts: Iterable[str] | None) -> list[tuple[str, float]]:
     """Path and scale of each LoRA, in the order in which they were given."""
     from klein_mlx.weights.lora import checked_scale
 
-    loras = [split_scale(text) for text in args.lora or ()]
+    loras = [split_scale(text) for text in texts or ()]
     for path, scale in loras:
         try:
             checked_scale(scale)
@@ -130,197 +468,22 @@ def asked_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
     return loras
 
 
-def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `KleinPipeline.load_lora` takes besides."""
-    return {"partial": args.lora_partial, "folder": args.lora_folder, "local_files_only": args.offline}
-
-
-DEFAULT_MODEL = "black-forest-labs/FLUX.2-klein-4B"
-
-
-GENERATE_EXAMPLES = """examples:
-  klein-mlx "a red circle left of a blue square" --model tiny -o out.png
-  klein-mlx "a red fox in the snow" --width 768 --height 1024 --seed 7
-  klein-mlx "make it autumn" -i fox.png -o autumn.png
-  klein-mlx "a red hat" --init-image fox.png --mask head.png -o hat.png
-  klein-mlx "snowy hills" --init-image fox.png --extend left=256,right=256 -o wide.png
-"""
-
-
-# What the library calls an argument, and what the command line does.
-OPTIONS = {
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "negative_prompt": "--negative",
-    "batch_guidance": "--batch-guidance",
-    "num_images_per_prompt": "--count",
-    "max_sequence_length": "--max-sequence-length",
-    "literal_prompt": "--literal-prompt",
-    "large_reference": "--large-reference",
-    "reuse_references": "--reuse-references",
-    "init_image": "--init-image",
-    "init_reference": "--init-reference",
-    "mask_image": "--mask",
-    "mask_blur": "--mask-blur",
-    "invert_mask": "--invert-mask",
-    "padding_mask_crop": "--mask-crop",
-    "strength": "--strength",
-    "extend": "--extend",
-    "group_size": "--group-size",
-    "quantize_layer": "--quantize-layer",
-    "transformer_bits": "--transformer-bits",
-    "text_encoder_bits": "--text-encoder-bits",
-    **{name: f"--{name}" for name in ("width", "height", "seed", "quantize", "dtype", "keep")},
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and without abbreviations."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> Any:
-        """What argparse found, in our words: the option, its value, what would be right."""
-        kinds = {"int": "a whole number", "float": "a number"}
-        if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (int|float) value: (.*)", message, re.S):
-            value = found[3] if len(found[3]) <= 60 else f"{found[3][:57]}..."
-            message = f"{found[1]} is {value}; it must be {kinds[found[2]]}"
-        raise RequestError(f"{message}{self._hint(message)} (see {self.prog} --help)")
-
-    def _hint(self, message: str) -> str:
-        """What may have been meant by an argument that is not known."""
-        _, known, rest = message.partition("unrecognized arguments: ")
-        if not known:
-            return ""
-        option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
-        if option is None:
-            prompt = next((action for action in self._actions if action.dest == "prompt"), None)
-            if prompt is None:
-                return ""
-            return (
-                "; another prompt is --prompt"
-                if prompt.option_strings
-                else "; put the prompt in quotes, as one argument"
-            )
-        near = nearest(option, self._option_string_actions)
-        return f"; did you mean {near}?" if near else ""
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that can be asked of one picture or several. None: not given; `settings.complete` fills it in."""
-    add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw, or how to change the reference; {red|blue} and __name__ vary it")
-    add_request_arguments(parser)
-    for action in parser._actions:
-        if action.dest != "help":
-            action.default = None
-
-
-def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options without the prompt, in their groups."""
-    add = parser.add_argument
-    add("-m", "--model", help='a hub id, a folder, a short name ("klein-mlx models"), "tiny"')
-    add("-i", "--image", action="append", metavar="FILE", help="a reference to edit or to draw from; repeat for more")
-    add("--large-reference", action="store_true", help="let a single reference have 4 megapixels instead of 1")
-    add("--reuse-references", action="store_true", help="compute references in the first step only (an approximation)")
-    _add_edit_arguments(parser.add_argument_group("starting from a picture"))
-    add("--width", type=int, help="in pixels, a multiple of 16 (default: the reference's, or 1024; 128 for tiny)")
-    add("--height", type=int, help="in pixels, a multiple of 16")
-    add("--size", metavar="SIZE", help="1024x768; 16:9, of the usual number of pixels; 2mp; 16:9,2mp")
-    add("--steps", type=int, help="denoising steps (default: the variant's, 4 for distilled ones)")
-    add("--guidance", type=float, help="guidance scale (default: the variant's; base variants only)")
-    add("--sigmas", metavar="LIST", help="noise levels before the shift, as 1,0.75,0.5,0.25, in place of --steps")
-    add("--negative", metavar="TEXT", help="what to steer away from; needs guidance over 1")
-    add(
-        "--batch-guidance",
-        action=argparse.BooleanOptionalAction,
-        help="guidance's two branches in one pass, or one after the other (default: as memory allows)",
-    )
-    add("--seed", type=int, action="append", help="0 to 2**64 - 1; repeat for several pictures (default: random)")
-    add("-n", "--count", type=int, help="pictures, of seeds SEED, SEED + 1, ... (default: 1)")
-    add_bit_arguments(parser, "quantise the weights while loading")
-    add(
-        "--transformer",
-        metavar="FILE",
-        help="a file or folder in place of the model's own (BFL's, ComfyUI's, GGUF, ...)",
-    )
-    add("--text-encoder", metavar="FILE", help="likewise (ComfyUI's, GGUF, mlx-lm's, ...)")
-    add("--vae", metavar="VAE", help="a file, folder or hub id in place of the model's own VAE")
-    add("--small-decoder", action="store_true", help="FLUX.2-small-decoder as the VAE: decodes faster")
-    add_lora_arguments(parser, "put a LoRA on the model, SCALE times (default: 1)")
-    add("--dtype", help="bfloat16, float32, or float16, for an M1 or M2 (default: bfloat16 on a GPU, float32 on a CPU)")
-    add(
-        "--prompt-cache",
-        nargs="?",
-        const=True,
-        metavar="DIR",
-        help="keep prompts' embeddings on disk: one that comes again loads no encoder (default: not kept)",
-    )
-    add("--keep", help="what stays in memory between phases: all, transformer or nothing")
-    add("--max-sequence-length", type=int, metavar="N", help="text positions (default: the checkpoint's, 512)")
-    add("--literal-prompt", action="store_true", help="special tokens in a prompt, as <|im_end|>, are text")
-    add("--revision", help="the model's revision on the hub")
-    add("--offline", action="store_true", help="use only what is on disk")
-    add("-y", "--yes", action="store_true", help="download what is missing without asking")
-    _add_many_arguments(parser.add_argument_group("many at once"))
-    _add_output_arguments(parser.add_argument_group("output"))
-
-
-def _add_many_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--prompt-file", metavar="FILE", help="a prompt a line, # for comments; or JSONL with any options; - is stdin")
-    add("--no-wildcards", action="store_true", help="take {a|b} and __name__ in prompts as they are")
-    add("--enhance", action="store_true", help="let a language model rewrite the prompt; the recipe keeps both")
-    add("--enhance-model", metavar="MODEL", help="for --enhance: a folder or hub id (default: the model's own Qwen3)")
-    add("--grid", nargs="?", const="", metavar="FILE", help="a contact sheet of all pictures too")
-    add("--config", metavar="FILE", help="defaults, presets, models (default: ~/.config/klein-mlx/config.toml)")
-    add("--preset", metavar="NAME", help="options from the config's [presets.NAME]")
-
-
-def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=".png, .jpg or .webp, with {slug} {seed} {index} {date} {time} {model} {steps}; "
-        "- is stdout (default: {slug}-{seed}.png, or the next free name)",
-    )
-    add("--format", choices=("png", "jpg", "webp"), help="of names that are made, and of -o - (default: png)")
-    add("--force", action="store_true", help="overwrite the output file")
-    add("--show", action="store_true", help="draw the pictures in the terminal, where it can")
-    add("--show-steps", action="store_true", help="draw a sketch after each step too")
-    add("--no-metadata", action="store_true", help="keep the recipe out of the picture")
-    add("--json", action="store_true", help="one JSON object on the last line of stdout")
-    add("--progress", choices=("bar", "json"), help="json: one object a line on stderr, for programs (default: bar)")
-    add("--quiet", action="store_true", help="no progress and no notes on stderr")
-
-
-def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--init-image", metavar="FILE", help="the picture to start from, instead of from noise")
-    add("--strength", type=float, metavar="S", help="over 0, at most 1: how far to go from it (default: 0.6; masks: 1)")
-    add("--mask", metavar="FILE", help="of the picture's size; white is repainted, the rest comes back as it was")
-    add("--mask-blur", type=int, metavar="PX", help="width of the soft edge inside the mask (default: 4)")
-    add("--invert-mask", action="store_true", help="repaint what is black instead")
-    add("--mask-crop", type=int, metavar="PX", help="repaint the mask's surroundings alone, PX around it, enlarged")
-    add("--extend", metavar="SIDES", help="paint a border: left=256,right=256 (left, top, right, bottom), or 1536x1024")
-    add(
-        "--init-reference",
-        action=argparse.BooleanOptionalAction,
-        help="show the picture as first reference too (default: with --mask and --extend)",
-    )
+def lora_options(options: Any) -> dict[str, Any]:
+    """What `KleinPipeline.load_lora` takes besides. options: has the fields of --lora."""
+    return {
+        "partial": bool(options.lora_partial),
+        "folder": options.lora_folder,
+        "local_files_only": bool(options.offline),
+    }
 
 
 def in_options(error: KleinError) -> str:
     """The error's line, with the arguments that it names called as they were typed."""
-    line = " ".join(str(error).split())
-    if not isinstance(error, RequestError):
-        return line
-    name, space, rest = line.partition(" ")
-    named = "|".join(option for option in OPTIONS if "_" in option)  # other words may mean themselves
-    rest = re.sub(rf"(?<![\w./'-])({named})(?![\w./'-])", lambda match: OPTIONS[match[1]], rest)
-    return f"{OPTIONS.get(name, name)}{space}{rest}"
+    return error.told(FLAGS) if isinstance(error, RequestError) else str(error)
+
+
+def refuse_group_size_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """RequestError for a --group-size that was typed where none of the options quantizes anything."""
+    bits = ("quantize", "transformer_bits", "text_encoder_bits", "quantize_layer")
+    if typed.get("group_size") is not None and not any(options.get(name) for name in bits):
+        raise RequestError("group_size", rule=f"is {typed['group_size']}, but nothing is quantized; add --quantize 4")

@@ -3,29 +3,29 @@
 A bad line becomes a failure that names file and line; the others go on.
 """
 
-import argparse
 import json
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.settings import PER_RUN, config_folder, join, option_value, options_table
+from klein_mlx.cli.options import KEYS, TABLE, RunOptions
+from klein_mlx.cli.settings import join, option_value
 from klein_mlx.cli.wildcards import expand, is_template
 from klein_mlx.errors import KleinError, RequestError, nearest
-from klein_mlx.request import MAX_PROMPT, MAX_SEED
+from klein_mlx.request import MAX_IMAGES, MAX_PROMPT, MAX_SEED
 
 MAX_LINE = 4 * MAX_PROMPT + 100_000  # bytes
 
 
 @dataclass
 class Job:
-    """One request. args: its options, complete. prompt: as the model gets it. extra: what its recipe says besides.
+    """One request. options: complete. prompt: as the model gets it. extra: what its recipe says besides.
     where: file and line, or None for the command line's own."""
 
-    args: argparse.Namespace
+    options: RunOptions
     prompt: str
     where: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -39,24 +39,24 @@ class Failure:
     error: KleinError
 
 
-def read_jobs(args: argparse.Namespace) -> list[Job | Failure]:
+def read_jobs(options: RunOptions) -> list[Job | Failure]:
     """What the options ask for, in order.
 
     A prompt that varies makes a job for every seed, any other one job with all of its seeds. Raises RequestError for
     what concerns all of them, and for the command line's own prompt.
     """
-    if args.prompt is not None and args.prompt_file is not None:
+    if options.prompt is not None and options.prompt_file is not None:
         raise RequestError("a prompt and --prompt-file are given; give one of them")
-    if args.prompt_file is None:
-        return list(_vary(args, None))
+    if options.prompt_file is None:
+        return list(_vary(options, None))
     jobs: list[Job | Failure] = []
-    for where, line in _lines(args.prompt_file):
+    for where, line in _lines(options.prompt_file):
         try:
-            jobs += _vary(_line_args(args, line), where)
+            jobs += _vary(_line_options(options, line), where)
         except RequestError as error:
             jobs.append(Failure(where, error))
     if not jobs:
-        raise RequestError(f"--prompt-file {args.prompt_file} has no prompt; it must have one a line")
+        raise RequestError(f"--prompt-file {options.prompt_file} has no prompt; it must have one per line")
     return jobs
 
 
@@ -86,68 +86,61 @@ def _lines(name: str) -> Iterator[tuple[str, str | RequestError]]:
                 yield where, line
 
 
-def _line_args(args: argparse.Namespace, line: str | RequestError) -> argparse.Namespace:
+def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:
     """The options of one line, over those of the run."""
     if isinstance(line, RequestError):
         raise line
     if not line.startswith("{"):
-        return argparse.Namespace(**{**vars(args), "prompt": line})
+        return replace(options, prompt=line)
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         if '"' not in line.partition(":")[0]:  # a prompt that begins with a choice: {red|blue} ...
-            return argparse.Namespace(**{**vars(args), "prompt": line})
+            return replace(options, prompt=line)
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise RequestError(f"the line is no JSON object: {reason}{column}") from None
+        raise RequestError(f"the line is not a JSON object: {reason}{column}") from None
     if not isinstance(values.get("prompt"), str):
         raise RequestError("the line has no prompt; it must be a text under the key prompt")
-    return argparse.Namespace(**join_line(vars(args), _line_values(values)))
+    return join_line(options, _line_values(values))
 
 
 def _line_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    table, read = options_table(), {}
+    read = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
-        if name in PER_RUN or name == "preset":
-            raise RequestError(f"{key} is of the whole run; give it on the command line")
-        if name not in table:
-            known = [option for option in table if option not in PER_RUN]
-            near = nearest(name, known)
+        name = KEYS.get(key.replace("-", "_"))
+        if name is None or TABLE[name].typed:
+            near = nearest(key.replace("-", "_"), [own.key for own in TABLE.values() if not own.per_run])
             raise RequestError(f"{key[:60]} is unknown" + (f"; did you mean {near}?" if near else ""))
+        if TABLE[name].per_run:
+            raise RequestError(f"{key} applies to the whole run; give it on the command line")
         if value is not None:
-            read[name] = option_value(name, table[name], value)
+            read[name] = option_value(TABLE[name], value)
     output = read.get("output")
     if output is not None and (output.is_absolute() or ".." in output.parts):
         raise RequestError(f"output is {str(output)[:60]!r}; a line's output must stay below the current folder")
     return read
 
 
-def join_line(args: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A line's options over those of the run, which keep what the line replaces out."""
-    return {**dict.fromkeys(args), **join(values, args)}
+def join_line(options: RunOptions, values: Mapping[str, Any]) -> RunOptions:
+    """A line's options over those of the run, less what the line excludes."""
+    return RunOptions(**join(values, {one.name: getattr(options, one.name) for one in fields(options)}))
 
 
-def _vary(args: argparse.Namespace, where: str | None) -> Iterator[Job]:
-    template = args.prompt
-    odd = not 1 <= args.count <= 1000 or len(args.seed or ()) > 1 < args.count  # for the request to refuse
-    odd = odd or not all(0 <= seed <= MAX_SEED for seed in args.seed or ())
-    if odd or args.no_wildcards or not isinstance(template, str) or not is_template(template):
-        yield Job(args, template, where)
+def _vary(options: RunOptions, where: str | None) -> Iterator[Job]:
+    template, seeds, count = options.prompt, options.seeds, options.num_images_per_prompt
+    odd = not 1 <= count <= MAX_IMAGES or len(seeds) > 1 < count  # for the request to refuse
+    odd = odd or not all(0 <= seed <= MAX_SEED for seed in seeds)
+    if odd or options.no_wildcards or template is None or not is_template(template):
+        yield Job(options, template or "", where)
         return
-    folders = [Path("wildcards")]
-    if "wildcards" in args.settings.folders:
-        folders.append(args.settings.folders["wildcards"])
-    if own := config_folder():
-        folders.append(own / "wildcards")
-    for seed in _seeds(args):
-        own_args = argparse.Namespace(**{**vars(args), "seed": [seed], "count": 1})
-        prompt = expand(template, seed, folders)
+    for seed in _seeds(options):
+        prompt = expand(template, seed, options.wildcards)
         extra = {"template": template} if prompt != template else {}
-        yield Job(own_args, prompt, where, extra)
+        yield Job(replace(options, seed=[seed], num_images_per_prompt=1), prompt, where, extra)
 
 
-def _seeds(args: argparse.Namespace) -> list[int]:
+def _seeds(options: RunOptions) -> list[int]:
     """Every picture's seed, as the request numbers them."""
-    seeds = args.seed or [secrets.randbits(32)]
-    return list(seeds) if len(seeds) > 1 else list(range(seeds[0], seeds[0] + args.count))
+    seeds = options.seeds or [secrets.randbits(32)]
+    return list(seeds) if len(seeds) > 1 else list(range(seeds[0], seeds[0] + options.num_images_per_prompt))

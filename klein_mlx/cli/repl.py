@@ -166,7 +166,7 @@ class Session:
             try:
                 width, height = parse_size(rest, config.pixels_per_token, config.default_size)
             except RequestError as error:
-                raise RequestError(f"{str(error).replace('--size', '!size')}, or default") from None
+                raise RequestError(f"{error.told({'--size': '!size'})}, or default") from None
             self._try(width=width, height=height)
         width, height = self.settings["width"], self.settings["height"]
         self.say(f"size {f'{width}x{height}' if width else 'default'}")
@@ -222,24 +222,27 @@ def _whole(what: str, text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
-    from klein_mlx.cli.asked import call_arguments, open_pipeline
+    from klein_mlx.cli.generate import open_pipeline
+    from klein_mlx.cli.options import call_arguments, typed_options
     from klein_mlx.cli.progress import say
     from klein_mlx.cli.settings import complete
     from klein_mlx.cli.terminal import protocol
 
+    typed = typed_options(args)
     for name in ("output", "grid", "json", "enhance", "force"):
-        if getattr(args, name) is not None:
+        if name in typed:
             raise RequestError(f"--{name} needs a prompt; a session, which begins without one, does not take it")
-    if args.progress == "json":
+    if typed.get("progress") == "json":
         raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
-    args = complete(args)
-    pipe = open_pipeline(args)
-    draws = not args.quiet and protocol(os.environ) is not None
-    suffix = f".{args.format or 'png'}"
-    steps = draws and args.show_steps
-    session = Session(pipe, call_arguments(args, pipe.config), say, draws, steps, suffix, not args.no_metadata)
-    if not args.quiet:
-        print(WELCOME.format(model=f"{pipe.config.variant.name}: {args.model}"))
+    options = complete(typed)
+    pipe = open_pipeline(options)
+    draws = not options.quiet and protocol(os.environ) is not None
+    suffix = f".{options.format or 'png'}"
+    steps = draws and options.show_steps
+    settings = call_arguments(options, pipe.config)
+    session = Session(pipe, settings, say, draws, steps, suffix, not options.no_metadata)
+    if not options.quiet:
+        print(WELCOME.format(model=f"{pipe.config.variant.name}: {options.model}"))
     with _history():
         while True:
             try:

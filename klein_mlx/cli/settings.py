@@ -17,7 +17,6 @@
 What is typed goes before the preset, the preset before the file's defaults.
 """
 
-import argparse
 import os
 import re
 import tomllib
@@ -26,37 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.options import DEFAULT_MODEL, Parser, add_generate_arguments, refuse_group_size_alone
+from klein_mlx.cli.options import KEYS, TABLE, RunOptions, numbers, refuse_group_size_alone
 from klein_mlx.errors import RequestError, nearest
+from klein_mlx.paths import config_folder
+from klein_mlx.request import Option
 
 FOLDERS = ("loras", "wildcards")
 TABLES = ("presets", "models", "folders")
 MAX_CONFIG = 1024 * 1024  # bytes
-DEFAULTS = {"model": DEFAULT_MODEL, "count": 1, "progress": "bar"}
-# Of the whole run, not of one picture: these stand on the command line, in a preset or in the config, not in a recipe.
-PER_RUN = {
-    *("model", "revision", "quantize", "dtype", "keep", "transformer", "text_encoder", "vae", "small_decoder"),
-    *("offline", "yes", "json", "progress", "quiet", "force", "grid", "no_metadata", "enhance", "enhance_model"),
-    *("group_size", "transformer_bits", "text_encoder_bits", "quantize_layer"),
-    *("lora", "lora_partial", "lora_folder", "show", "show_steps", "format", "no_wildcards"),
-}
-_NOWHERE = {"help", "config", "prompt_file"}  # make sense when typed alone
-# An option that is given takes the place of what stands further below for these.
-_REPLACES = {
-    "size": ("width", "height"),
-    "width": ("size",),
-    "height": ("size",),
-    "vae": ("small_decoder",),
-    "small_decoder": ("vae",),
-    "sigmas": ("steps", "strength"),
-    "strength": ("sigmas",),
-    "steps": ("sigmas",),
-}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A config file, checked. values: options by their names in Python. presets: the same, by the preset's name."""
+    """A config file, checked. values: options by their fields. presets: the same, by the preset's name."""
 
     values: dict[str, Any] = field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -72,15 +53,6 @@ class Settings:
             known = f"; did you mean {near}?" if near else f"; there are {', '.join(self.presets) or 'none'}"
             raise RequestError(f"--preset {name} is not in the config{known}")
         return self.presets[name]
-
-
-def config_folder() -> Path | None:
-    """Where the config is looked for; None where there is no home."""
-    folder = os.environ.get("XDG_CONFIG_HOME")
-    if folder and os.path.isabs(folder):
-        return Path(folder) / "klein-mlx"
-    home = os.path.expanduser("~")
-    return None if home == "~" else Path(home) / ".config" / "klein-mlx"
 
 
 def read_settings(path: str | Path | None = None) -> Settings:
@@ -116,41 +88,40 @@ def read_settings(path: str | Path | None = None) -> Settings:
         raise RequestError(f"{path}: is nested too deeply") from None
 
 
-def options_table() -> dict[str, argparse.Action]:
-    """Every option of `generate` by its name in Python, as the parser has it."""
-    parser = Parser()
-    add_generate_arguments(parser)
-    return {action.dest: action for action in parser._actions if action.dest not in _NOWHERE}
+def option_value(own: Option, value: Any) -> Any:
+    """A value of TOML or JSON as the option has it; RequestError, without saying where, if it is no such."""
+    if own.many:
+        return [_single(own, item) for item in (value if isinstance(value, list) else [value])]
+    return _single(own, value)
 
 
-def option_value(name: str, action: argparse.Action, value: Any) -> Any:
-    """A value of TOML or JSON as the option would have it; RequestError, without saying where, if it is no such."""
-    shown = action.option_strings[-1].lstrip("-") if action.option_strings else name
-    if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
-        if not isinstance(value, bool):
-            raise RequestError(f"{shown.removeprefix('no-')} is {value!r:.60}; it must be true or false")
-        return value
-    if isinstance(action, argparse._AppendAction):
-        return [_single(shown, action, item) for item in (value if isinstance(value, list) else [value])]
-    return _single(shown, action, value)
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
 
 
-def _single(shown: str, action: argparse.Action, value: Any) -> Any:
-    kinds: dict[Any, tuple[tuple[type, ...], str]] = {
-        int: ((int,), "a whole number"),
-        float: ((int, float), "a number"),
-    }
-    wanted, words = kinds.get(action.type, ((str, int), "a text"))
-    if not isinstance(value, wanted) or isinstance(value, bool):
+def _single(own: Option, value: Any) -> Any:
+    shown = (own.flag or "").lstrip("-")
+    if own.kind is list:
+        return _numbers(shown, value)
+    wanted, words = _KINDS.get(own.kind, ((str, int), "a text"))
+    if own.bare is True and isinstance(value, bool):
+        return value or None
+    if not isinstance(value, wanted) or (isinstance(value, bool) and own.kind is not bool):
         raise RequestError(f"{shown} is {value!r:.60}; it must be {words}")
-    if action.choices is not None and value not in action.choices:
-        raise RequestError(f"{shown} is {value!r:.60}; it must be one of {', '.join(map(str, action.choices))}")
-    if action.type is None or isinstance(action.type, str):
-        return str(value)
+    if own.choices:
+        own.check(shown, value)
+    return own.kind(value)
+
+
+def _numbers(shown: str, value: Any) -> list[float]:
+    """Noise levels: a list, or a text as on the command line."""
     try:
-        return action.type(value if action.type in kinds else str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise RequestError(f"{shown} is {value!r:.60}: {error}") from None
+        return [float(one) for one in value] if isinstance(value, list) else numbers(value)
+    except (ValueError, TypeError, AttributeError):
+        raise RequestError(f"{shown} is {value!r:.60}; it must be a list of numbers") from None
 
 
 class _File:
@@ -158,7 +129,6 @@ class _File:
 
     def __init__(self, path: Path, text: str):
         self.path, self.text = path, text
-        self.options = options_table()
 
     def settings(self, values: Mapping[str, Any]) -> Settings:
         for table in TABLES:
@@ -187,13 +157,13 @@ class _File:
     def read_options(self, table: str, values: Mapping[str, Any]) -> dict[str, Any]:
         read = {}
         for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in self.options or name == "prompt" or (table and name == "preset"):
-                known = [option.replace("_", "-") for option in self.options if option != "prompt"]
+            name = KEYS.get(key.replace("-", "_"))
+            if name in (None, "prompt") or TABLE[name].typed or (table and name == "preset"):
+                known = [own.key.replace("_", "-") for own in TABLE.values() if own.key != "prompt" and not own.typed]
                 near = nearest(key.replace("_", "-"), [*known, *(TABLES if not table else ())])
                 raise self.error(table, key, f"{key} is unknown" + (f"; did you mean {near}?" if near else ""))
             try:
-                read[name] = option_value(name, self.options[name], value)
+                read[name] = option_value(TABLE[name], value)
             except RequestError as error:
                 raise self.error(table, key, str(error)) from None
         return read
@@ -217,35 +187,38 @@ class _File:
 
 
 def join(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of which the first that are given win; None counts as not given."""
+    """Merge layers of options; earlier layers take precedence, None means unset."""
     joined: dict[str, Any] = {}
     for layer in layers:
-        blocked = {other for name in joined for other in _REPLACES.get(name, ())}
+        blocked = {other for name in joined for other in _excludes(name)}
         for name, value in layer.items():
             if value is not None and name not in joined and name not in blocked:
                 joined[name] = value
     return joined
 
 
-def complete(args: argparse.Namespace, recipe: Mapping[str, Any] | None = None) -> argparse.Namespace:
+def _excludes(name: str) -> tuple[str, ...]:
+    return TABLE[name].excludes if name in TABLE else ()
+
+
+def complete(
+    typed: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, settings: Settings | None = None
+) -> RunOptions:
     """What was typed, filled up: from the preset, a recipe that is made again, the config's defaults, our own.
 
-    Adds `settings`, the config itself. Raises RequestError.
+    typed: see `typed_options`. settings: the config, if it was read already. Raises RequestError.
     """
-    settings = read_settings(getattr(args, "config", None))
-    typed = vars(args)
+    settings = settings or read_settings(typed.get("config"))
     values = settings.values
     if recipe is not None:  # it says everything of its picture
-        values = {name: value for name, value in values.items() if name in PER_RUN}
+        values = {name: value for name, value in values.items() if TABLE[name].per_run}
     preset = settings.preset(typed.get("preset") or (values.get("preset") if recipe is None else None))
-    joined = join(typed, preset, recipe or {}, values, DEFAULTS)
+    joined = join(typed, preset, recipe or {}, values)
     refuse_group_size_alone(typed, joined)
     if typed.get("enhance_model") is not None and not joined.get("enhance"):
         raise RequestError(f"--enhance-model is {typed['enhance_model']}, but no prompt is rewritten; add --enhance")
     if "loras" in settings.folders:
         joined.setdefault("lora_folder", str(settings.folders["loras"]))
-    options = {
-        name: False if isinstance(action, argparse._StoreTrueAction) else None
-        for name, action in options_table().items()
-    }
-    return argparse.Namespace(**{**typed, **options, **joined, "settings": settings})
+    own = config_folder()
+    wildcards = [Path("wildcards"), settings.folders.get("wildcards"), own / "wildcards" if own else None]
+    return RunOptions(**joined, models=settings.models, wildcards=tuple(filter(None, wildcards)))

@@ -4,7 +4,6 @@ Pure functions of a picture and of environment variables; nothing is printed her
 which swallow the protocols, and in terminals that know none, a picture is drawn with half blocks: two pixels a cell.
 """
 
-import argparse
 import base64
 import io
 import math
@@ -22,6 +21,8 @@ from klein_mlx.runtime.run import Picture, Step
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from klein_mlx.cli.options import RunOptions
 
 
 ESC = "\033"
@@ -213,18 +214,18 @@ View = Callable[[Step | Picture], None]
 _SKETCH_COLUMNS = 24
 
 
-def viewer(args: argparse.Namespace, pipe: KleinPipeline) -> View | None:
+def viewer(options: "RunOptions", pipe: KleinPipeline) -> View | None:
     """What draws a run's events on stdout; None if nothing is to be shown, or nothing can be: stdout is no terminal,
     or one without pictures and colours."""
-    if not (args.show or args.show_steps) or args.quiet or args.json or str(args.output) == "-":
+    if not (options.show or options.show_steps) or options.quiet or options.json or str(options.output) == "-":
         return None
     import os
 
     if not sys.stdout.isatty() or protocol(os.environ) is None:
         return None
-    if args.show_steps:
+    if options.show_steps:
         keep_sketches(pipe)
-    return view_of(True, args.show_steps)
+    return view_of(True, options.show_steps)
 
 
 def view_of(pictures: bool, steps: bool) -> View | None:

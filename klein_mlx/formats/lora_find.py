@@ -7,18 +7,19 @@ from pathlib import Path
 
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_metadata import ADAPTER_CONFIG
+from klein_mlx.paths import config_folder
 from klein_mlx.weights.hub import download, list_files
 
 FOLDER_VARIABLE = "KLEIN_MLX_LORAS"
-DEFAULT_FOLDER = "~/.config/klein-mlx/loras"
 _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _SUFFIX = ".safetensors"
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?", re.ASCII)
 
 
 def lora_folder(folder: str | Path | None = None) -> Path:
-    """The folder in which LoRAs are looked up by name: as given, or $KLEIN_MLX_LORAS, or ~/.config/klein-mlx/loras."""
-    return Path(os.path.expanduser(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER))
+    """The folder in which LoRAs are looked up by name: as given, or $KLEIN_MLX_LORAS, or `loras` beside the config."""
+    config = config_folder()
+    return Path(os.path.expanduser(folder or os.environ.get(FOLDER_VARIABLE) or (config or Path()) / "loras"))
 
 
 def find_lora(

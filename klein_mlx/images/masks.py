@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from klein_mlx.edits import MAX_MARGIN, Edit
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, Shown
 from klein_mlx.images.reading import MIN_REFERENCE_SIDE, REFERENCE_AREA, scaled_size
 
 if TYPE_CHECKING:
@@ -74,9 +74,8 @@ def make_canvas(
     scaled = scaled_size(original.size, REFERENCE_AREA)
     working = tuple(asked or side // multiple * multiple for asked, side in zip(size, scaled, strict=True))
     if min(original.size) < MIN_REFERENCE_SIDE:
-        raise RequestError(
-            f"init_image is {_by(original.size)}; both sides must be at least {MIN_REFERENCE_SIDE} pixels"
-        )
+        rule = f"both sides must be at least {MIN_REFERENCE_SIDE} pixels"
+        raise RequestError("init_image", Shown(_by(original.size)), rule)
     box = (0, 0, *original.size)
     if grey is not None and edit.padding_mask_crop is not None:
         box = crop_region(grey, (working[0], working[1]), edit.padding_mask_crop)
@@ -90,10 +89,10 @@ def make_canvas(
         tokens = token_mask(work(grey), multiple)
         if not tokens.any():
             if mask is None:
-                raise RequestError(
-                    "extend adds too little to be painted; add at least half a token, 8 pixels of klein's"
-                )
-            raise RequestError("mask_image: its white areas are too thin to repaint; widen them, or crop around them")
+                rule = "adds too little to be painted; add at least half a token, 8 pixels of klein's"
+                raise RequestError("extend", rule=rule)
+            rule = "has white areas that are too thin to repaint; widen them, or crop around them"
+            raise RequestError("mask_image", rule=rule)
         opacity = soft_edge(_painted(grey), edit.mask_blur)
     # diffusers scales the picture to the area first, then to multiples; the mask at once.
     twice = size == (None, None) and not filled
@@ -109,7 +108,7 @@ def crop_region(mask: Image.Image, size: tuple[int, int], padding: int) -> Box:
     """
     found = mask.getbbox()
     if found is None:
-        raise RequestError("mask_image is all black: nothing would be repainted")
+        raise RequestError("mask_image", rule="is all black: nothing would be repainted")
     left, top = max(found[0] - padding, 0), max(found[1] - padding, 0)
     right, bottom = min(found[2] + padding, mask.width), min(found[3] + padding, mask.height)
     aspect = size[0] / size[1]
@@ -171,15 +170,15 @@ def _painted(mask: Image.Image) -> "np.ndarray":
 def _grey(mask: Image.Image, size: tuple[int, int], invert: bool) -> Image.Image:
     """The mask in mode L, 255 where it is painted; refused unless it has the picture's size and some white."""
     if mask.size != size:
-        raise RequestError(
-            f"mask_image is {_by(mask.size)}, but the init image is {_by(size)}; both must have one size"
-        )
+        rule = f"but the init image is {_by(size)}; both must have one size"
+        raise RequestError("mask_image", rule=f"is {_by(mask.size)}, {rule}")
     grey = mask.convert("L")
     if invert:
         grey = grey.point(lambda value: 255 - value)
     if grey.getextrema()[1] < 128:  # type: ignore[operator]
         found, wanted = ("white", "black") if invert else ("black", "white")
-        raise RequestError(f"mask_image is all {found}: nothing would be repainted; make {wanted} what is to change")
+        rule = f"is all {found}: nothing would be repainted; make {wanted} what is to change"
+        raise RequestError("mask_image", rule=rule)
     return grey
 
 
@@ -191,11 +190,13 @@ def _margins(edit: Edit, size: tuple[int, int]) -> Box:
         assert edit.extend_to is not None
         wider, higher = edit.extend_to[0] - size[0], edit.extend_to[1] - size[1]
         if min(wider, higher) < 0 or wider + higher == 0:
-            raise RequestError(f"extend is {_by(edit.extend_to)}; it must be larger than the init image, {_by(size)}")
+            rule = f"it must be larger than the init image, {_by(size)}"
+            raise RequestError("extend", Shown(_by(edit.extend_to)), rule)
         margins = (wider // 2, higher // 2, wider - wider // 2, higher - higher // 2)
     final = size[0] + margins[0] + margins[2], size[1] + margins[1] + margins[3]
     if max(final) > MAX_MARGIN:
-        raise RequestError(f"extend makes the picture {_by(final)}; its sides may have {MAX_MARGIN} pixels")
+        rule = f"makes the picture {_by(final)}; its sides may have {MAX_MARGIN} pixels"
+        raise RequestError("extend", rule=rule)
     return margins
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image, ImageOps
 
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, Shown
 
 REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
 LARGE_REFERENCE_AREA = 2024 * 2024  # the same for a single large one, as in BFL's own code (diffusers has no such)
@@ -47,7 +47,7 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
     """
     given = isinstance(source, Image.Image)
     if not given and not isinstance(source, str | os.PathLike):
-        raise RequestError(f"{what} is a {type(source).__name__}; it must be a path or a PIL image")
+        raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path or a PIL image")
     name = what if given else f"{what} {os.fspath(source)}"
     try:
         with warnings.catch_warnings():
@@ -60,22 +60,22 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
                 return _upright(image, os.fspath(source))
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise RequestError(f"{name} has over {limit} million pixels; scale it down first") from None
+        raise RequestError(name, rule=f"has over {limit} million pixels; scale it down first") from None
     except UNREADABLE as error:
         reason = one_line(error) if given else _reason(source, error)
-        raise RequestError(f"{name} cannot be read: {reason}") from None
+        raise RequestError(name, rule=f"cannot be read: {reason}") from None
 
 
 def _check_file(source: str | os.PathLike[str], name: str) -> None:
     """Refuse what is no file of this machine."""
     if re.match(r"(https?|ftp|data|file|s3):", os.fspath(source)):
-        raise RequestError(f"{name} is a URL; download it, and give the file")
+        raise RequestError(name, rule="is a URL; download it, and give the file")
     if os.fspath(source) == "-":
-        raise RequestError(f"{name} is stdin, which is not read; give a file")
+        raise RequestError(name, rule="is stdin, which is not read; give a file")
     if not Path(source).exists():
-        raise RequestError(f"{name} does not exist")
+        raise RequestError(name, rule="does not exist")
     if not Path(source).is_file():
-        raise RequestError(f"{name} is not a file")
+        raise RequestError(name, rule="is not a file")
 
 
 def _reason(source: str | os.PathLike[str], error: BaseException) -> str:

@@ -98,10 +98,10 @@ class PromptCache:
     def __init__(self, folder: "Path | str | bool", encoder: Mapping[str, Any]):
         place = cache_folder() if folder is True else Path(os.path.expanduser(str(folder)))
         if place is None:
-            raise RequestError("prompt_cache has no folder: there is no home; name one")
+            raise RequestError("prompt_cache", rule="has no folder: there is no home; name one")
         self.folder = place / "prompts" if folder is True else place
         if os.path.lexists(self.folder) and not self.folder.is_dir():
-            raise RequestError(f"prompt_cache is {str(self.folder)!r}, which is not a folder; name one")
+            raise RequestError("prompt_cache", rule=f"is {str(self.folder)!r}, which is not a folder; name one")
         self._encoder = json.dumps(encoder, sort_keys=True)
 
     def path(self, prompt: str, length: int) -> Path:

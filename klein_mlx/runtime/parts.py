@@ -46,7 +46,7 @@ class Parts:
 
     def __init__(self, source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization], keep: str | None):
         if keep is not None and keep not in KEPT:
-            raise RequestError(f"keep is {keep!r}; it must be one of {', '.join(KEPT)}")
+            raise RequestError("keep", keep, f"it must be one of {', '.join(KEPT)}")
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.weights = weight_bytes(source, dtype, quantization)
         self.keep = keep or choose_keep(self.weights, machine_memory())
@@ -177,5 +177,5 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
         return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.")
     if name not in DTYPES:
-        raise RequestError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]

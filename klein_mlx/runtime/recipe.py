@@ -7,7 +7,7 @@ folder, a user's name or the time. `klein_mlx.images.metadata` puts it into a fi
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from PIL import Image
 
 from klein_mlx.edits import SIDES, Edit
 from klein_mlx.paths import TINY_FOLDER, version
-from klein_mlx.request import Request
+from klein_mlx.request import EDITS, USER_OPTIONS, Request
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora
 from klein_mlx.weights.quantize import Quantization
 
 FORMAT = 1
-NAMES = {"negative_prompt": "negative", "padding_mask_crop": "mask_crop"}  # a request's words, as options say them
-_OWN = {"prompts", "seeds", "images", "edit", "latents", "prompt_embeds", "output_type", "sigmas"}
+_OWN = {"prompt", "seed", "num_images_per_prompt"}  # each picture's own
+_SCALAR = bool | int | float | str | None
 _SAMPLE = 64 * 1024  # bytes of a model's file at its beginning, middle and end
 
 
@@ -46,17 +46,14 @@ class Recorder:
 
         schedule: the noise levels that the steps go through. `loras` is left empty: see `of_loras`.
         """
-        told = {
-            NAMES.get(field.name, field.name): getattr(request, field.name)
-            for field in fields(request)
-            if field.name not in _OWN and isinstance(getattr(request, field.name), bool | int | float | str | None)
-        }
+        options = {own.key: getattr(request, name) for name, own in USER_OPTIONS.items() if name not in {*_OWN, *EDITS}}
+        scalars = {key: value for key, value in options.items() if key and isinstance(value, _SCALAR)}
         return {
             "recipe": FORMAT,
             "klein_mlx": version(),
             "mlx": version("mlx"),
             "device": mx.default_device().type.name,
-            **told,
+            **scalars,
             "sigmas": None if request.sigmas is None else list(request.sigmas),
             "schedule": [round(sigma, 6) for sigma in schedule],
             "image": [describe_picture(image) for image in request.images],

@@ -59,7 +59,7 @@ def parse(value: Quantize, group_size: int | None = None) -> Asked | None:
     group_size: for the words that state none. Raises RequestError for anything else.
     """
     if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
-        raise RequestError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}")
+        raise RequestError("group_size", group_size, f"it must be one of {', '.join(map(str, GROUP_SIZES))}")
     if isinstance(value, Asked):
         return value
     if isinstance(value, Mapping):
@@ -80,15 +80,15 @@ def parse_word(what: str, value: Word, group_size: int | None = None) -> Setting
     if text in FLOAT_MODES:
         bits, size = FLOAT_MODES[text]
         if group_size not in (None, size):
-            raise RequestError(f"group_size is {group_size}; {text} has groups of {size}: leave it out")
+            raise RequestError("group_size", group_size, f"{text} has groups of {size}: leave it out")
         return Quantization(bits, size, text)
     found = re.fullmatch(r"(\d)(?:-g(\d+))?", text)
     if isinstance(value, bool) or not found or int(found[1]) not in BITS:
         known = f"{WORDS}, {', '.join(PRESETS)}" if what == "quantize" else WORDS
-        raise RequestError(f"{what} is {value!r}; it must be {known} or none")
+        raise RequestError(what, value, f"it must be {known} or none")
     size = int(found[2]) if found[2] else group_size or 64
     if size not in GROUP_SIZES:
-        raise RequestError(f"{what} is {value!r}; the group size must be one of {', '.join(map(str, GROUP_SIZES))}")
+        raise RequestError(what, value, f"the group size must be one of {', '.join(map(str, GROUP_SIZES))}")
     return Quantization(int(found[1]), size)
 
 
@@ -110,7 +110,7 @@ def from_options(
     for text in layers:
         pattern, equals, word = text.rpartition("=")
         if not equals or not pattern:
-            raise RequestError(f"quantize_layer is {text!r}; it must be PATTERN=BITS, as in double_blocks.*.to_v=8")
+            raise RequestError("quantize_layer", text, "it must be PATTERN=BITS, as in double_blocks.*.to_v=8")
         patterns.append((pattern, parse_word(f"quantize_layer {pattern}", word, group_size)))
     if not patterns and not any(parts.values()):
         return None
@@ -122,11 +122,10 @@ def _parse_mapping(value: Mapping[str, Word], group_size: int | None) -> Asked |
     layers: list[tuple[str, Settings]] = []
     for name, word in value.items():
         if not isinstance(name, str):
-            raise RequestError(f"quantize has the key {name!r}; it must be a part or a pattern of layers")
+            raise RequestError("quantize", rule=f"has the key {name!r}; it must be a part or a pattern of layers")
         if name == "vae":
-            raise RequestError(
-                "quantize names the vae, which is never quantised; it may name transformer, text_encoder"
-            )
+            rule = "names the vae, which is never quantized; it may name transformer, text_encoder"
+            raise RequestError("quantize", rule=rule)
         settings = parse_word(f"quantize {name}", word, group_size)
         if name in QUANTIZED_PARTS:
             parts[name] = settings
@@ -171,7 +170,8 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
         if layers and not stored:
             found[part] = Quantization.of_layers(layers)
     if unmatched:
-        raise RequestError(f"quantize_layer {unmatched[0]!r} matches no layer; a path is like double_blocks.0.img.to_v")
+        rule = f"{unmatched[0]!r} matches no layer; a path is like double_blocks.0.img.to_v"
+        raise RequestError("quantize_layer", rule=rule)
     return found
 
 

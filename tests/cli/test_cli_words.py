@@ -55,8 +55,8 @@ def test_slips(given: list[str], words: str, capsys: pytest.CaptureFixture[str])
     [
         (["convert", "tiny", "out", "--dry-run", "--upload", "nope"], "upload is 'nope'; it must be owner/name"),
         (["convert", "tiny", "out", "--dry-run", "--variant", "foo"], "variant is 'foo'; only 'tiny' can be forced"),
-        (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
-        (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantised"),
+        (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
+        (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
     ],
 )
 def test_what_would_be_refused_or_ignored_is_told_first(

@@ -1,5 +1,6 @@
 """Completion: every option of every parser is in every script, and the shells that are here complete with them."""
 
+import argparse
 import os
 import pty
 import select
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from klein_mlx.cli.completion import SHELLS, VALUES, given, model_names
+from klein_mlx.cli import completion
+from klein_mlx.cli.completion import SHELLS, model_names, whole_parser
 from klein_mlx.cli.main import COMMANDS, command_parser, main
 
 
@@ -42,8 +45,8 @@ def test_every_option_of_every_command(shell: str, capsys: pytest.CaptureFixture
     for name in COMMANDS:
         assert name in text
         for action in command_parser(name)._actions:
-            for option in action.option_strings:
-                spelled = f"-l {option[2:]} " if option.startswith("--") else f"-s {option[1:]} "
+            for option in action.option_strings if action.help != argparse.SUPPRESS else ():
+                spelled = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
                 assert (spelled if shell == "fish" else option) in text, (name, option)
 
 
@@ -52,17 +55,20 @@ def test_what_options_are_completed_with() -> None:
     from klein_mlx.runtime.parts import DTYPES, KEPT
     from klein_mlx.weights.bits import parse
 
-    options = {name: option for option in given(command_parser("generate")).options for name in option.names}
-    assert options["--model"].kind == "model"
-    assert options["--image"].kind == options["--output"].kind == options["--mask"].kind == "file"
-    assert options["--keep"].values == tuple(KEPT)
-    assert options["--dtype"].values == tuple(DTYPES)
-    assert not options["--force"].takes
-    assert (options["--seed"].takes, options["--seed"].kind) == (True, None)
-    for word in VALUES["quantize"]:
+    actions: dict[str, Any] = {name: one for one in whole_parser("a file")._actions for name in one.option_strings}
+    assert actions["--model"].complete["bash"] == "_klein_mlx_models"
+    assert [actions[name].complete for name in ("--image", "--output", "--mask")] == ["a file"] * 3
+    assert set(actions["--keep"].choices) == set(KEPT)
+    assert set(actions["--dtype"].choices) == set(DTYPES)
+    assert actions["--force"].nargs == 0
+    for word in completion.BITS:
         assert parse(word)
-    models = given(command_parser("models")).positional
-    assert (models.kind, models.values) == ("model", ("list", "pull", "rm", "path"))
+
+
+def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == "error: completion scripts need shtab: pip install 'klein-mlx[completion]'\n"
 
 
 def test_names_of_models(place: Path) -> None:
@@ -104,13 +110,27 @@ def test_bash(line: str, wanted: set[str], place: Path, capsys: pytest.CaptureFi
     words = line.replace("'a fox'", "fox").split()
     (place / "script").write_text(script("bash", capsys))
     code = (
-        f"source script; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _klein_mlx; "
+        f"source script; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_klein_mlx; "
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     bash = [needs("bash"), "--norc", "-c", code]
     done = subprocess.run(bash, capture_output=True, text=True, cwd=place, timeout=20)
     assert done.stderr == ""
     assert set(done.stdout.split()) == wanted
+
+
+def test_a_model_folder_is_never_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's name is quoted in bash, so that accepting the completion runs nothing."""
+    (place / "own" / "models" / "x;touch owned;").mkdir()
+    (place / "own" / "models" / "x\nfake").mkdir()
+    (place / "script").write_text(script("bash", capsys))
+    code = (
+        "source script; COMP_WORDS=(klein-mlx -m x); COMP_CWORD=2; _shtab_klein_mlx; "
+        'eval "echo ${COMPREPLY[0]}"; echo "${#COMPREPLY[@]}"'
+    )
+    done = subprocess.run([needs("bash"), "--norc", "-c", code], capture_output=True, text=True, cwd=place, timeout=20)
+    assert done.stdout == "x;touch owned;\n1\n"
+    assert not (place / "owned").exists()
 
 
 @pytest.mark.parametrize(("line", "wanted"), CASES)
@@ -130,8 +150,8 @@ def test_fish(line: str, wanted: set[str], place: Path, capsys: pytest.CaptureFi
 def test_zsh(typed: str, wanted: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a terminal: what is typed and a tab become the only word that fits."""
     zsh = needs("zsh")
-    (place / "script").write_text(script("zsh", capsys))
-    (place / ".zshrc").write_text("PS1='> '; autoload -Uz compinit; compinit -u -D; source ./script\n")
+    (place / "_klein-mlx").write_text(script("zsh", capsys))
+    (place / ".zshrc").write_text(f"PS1='> '; fpath=({place} $fpath); autoload -Uz compinit; compinit -u -D\n")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "ZDOTDIR": str(place), "TERM": "xterm"}
     with subprocess.Popen(

@@ -1,19 +1,20 @@
 """The config file: what goes before what, and errors that name file, line and key."""
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from klein_mlx.cli.options import Parser, add_generate_arguments
-from klein_mlx.cli.settings import complete, config_folder, read_settings
+from klein_mlx.cli.options import Parser, add_generate_arguments, typed_options
+from klein_mlx.cli.settings import complete, read_settings
 from klein_mlx.errors import RequestError
+from klein_mlx.paths import config_folder
 
 
-def typed(*words: str) -> argparse.Namespace:
+def typed(*words: str) -> dict[str, Any]:
     parser = Parser()
     add_generate_arguments(parser)
-    return parser.parse_args(words)
+    return typed_options(parser.parse_args(words))
 
 
 @pytest.fixture
@@ -31,17 +32,23 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_goes_before_what(config: Path) -> None:
     plain = complete(typed("a fox"))
-    assert (plain.prompt, plain.model, plain.steps, plain.size, plain.quiet) == ("a fox", "mine", 8, "3:2", True)
-    assert (plain.count, plain.force, plain.negative) == (1, False, None)
-    assert plain.settings.models == {"mine": str(Path("~/klein").expanduser())}
+    assert (plain.prompt, plain.model, plain.num_inference_steps, plain.size, plain.quiet) == (
+        "a fox",
+        "mine",
+        8,
+        "3:2",
+        True,
+    )
+    assert (plain.num_images_per_prompt, plain.force, plain.negative_prompt) == (1, False, None)
+    assert plain.models == {"mine": str(Path("~/klein").expanduser())}
     assert plain.lora_folder == str(Path("~/loras").expanduser())
     fast = complete(typed("a fox", "--preset", "fast"))
-    assert (fast.steps, fast.guidance, fast.max_sequence_length, fast.size) == (2, 1.0, 20, "3:2")
+    assert (fast.num_inference_steps, fast.guidance_scale, fast.max_sequence_length, fast.size) == (2, 1.0, 20, "3:2")
     given = complete(typed("a fox", "--preset", "fast", "--steps", "3", "--width", "64", "-m", "tiny"))
-    assert (given.steps, given.width, given.size, given.model) == (3, 64, None, "tiny")
-    assert complete(typed("a fox", "--sigmas", "1,0.5")).steps is None
-    recipe = complete(typed("a fox"), {"steps": 5, "size": None})
-    assert (recipe.steps, recipe.size, recipe.quiet) == (5, None, True)
+    assert (given.num_inference_steps, given.width, given.size, given.model) == (3, 64, None, "tiny")
+    assert complete(typed("a fox", "--sigmas", "1,0.5")).num_inference_steps is None
+    recipe = complete(typed("a fox"), {"num_inference_steps": 5, "size": None})
+    assert (recipe.num_inference_steps, recipe.size, recipe.quiet) == (5, None, True)
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,7 +58,7 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert read_settings().values == {}
     other = tmp_path / "other.toml"
     other.write_text("steps = 3\n")
-    assert complete(typed("a fox", "--config", str(other))).steps == 3
+    assert complete(typed("a fox", "--config", str(other))).num_inference_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("\nsteps = 'four'\n", ":2: steps is 'four'; it must be a whole number"),
         ("guidance = true", ":1: guidance is True; it must be a number"),
         ("quiet = 1", ":1: quiet is 1; it must be true or false"),
-        ("format = 'gif'", ":1: format is 'gif'; it must be one of png, jpg, webp"),
+        ("format = 'gif'", ":1: format is 'gif'; it must be one of png, jpg, jpeg, webp"),
         ("presets = 3", ":1: presets is 3; it must be a table: [presets]"),
         ("[presets]\nfast = 3", ":2: fast is 3; it must be a table: [presets.fast]"),
         ("steps = 1\n[presets.fast]\nsteps = 'x'", ":3: steps is 'x'"),
