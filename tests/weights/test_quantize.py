@@ -72,7 +72,7 @@ def test_what_a_user_may_not_write(value: Any) -> None:
         (lambda: parse("4-g48"), "the group size must be one of 32, 64, 128"),
         (lambda: parse(4, group_size=16), "group_size is 16; it must be one of 32, 64, 128"),
         (lambda: parse("mxfp4", group_size=64), "group_size is 64; mxfp4 has groups of 32"),
-        (lambda: parse({"vae": 4}), "names the vae, which is never quantised"),
+        (lambda: parse({"vae": 4}), "names the vae, which is never quantized"),
         (lambda: parse({"transformer": "mixed-4"}), "quantize transformer is 'mixed-4'; it must be 3,"),
         (lambda: from_options("4", layers=["double_blocks"]), "must be PATTERN=BITS"),
         (lambda: from_options("4", transformer_bits="9"), "transformer_bits is '9'; it must be 3,"),
