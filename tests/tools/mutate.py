@@ -89,6 +89,49 @@ def _value(content: bytes, rng: random.Random, limit: int) -> bytes:
     return json.dumps(values).encode("utf-8", "surrogatepass")
 
 
+_ROLES = "lora_A.weight lora_B.weight lora_mid.weight lora_up.bias alpha dora_scale magnitude diff diff_b hada_w1_a "
+_ROLES += "hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b "
+_ROLES += "lokr_t1 lokr_t2 lora_embedding_A lora_embedding_B oft_blocks mystery"
+_SAME_SIZE = {"F32": ("I32", "U32", "F32"), "F16": ("BF16", "I16", "U16"), "BF16": ("F16",), "U8": ("F8_E4M3", "BOOL")}
+_STATED = ("lora_alpha", "alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora", "init_lora_weights", "peft_type")
+
+
+def _structure(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """A safetensors header that is sound, of which one or two tensors have another name, shape or dtype; or metadata
+    that states anything."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for _ in range(rng.randint(1, 2)):
+        name = rng.choice([key for key in header if key != "__metadata__"])
+        entry, kind = header[name], rng.randrange(5)
+        module = name.rpartition(".")[0].removesuffix(".lora_A").removesuffix(".lora_B")
+        if kind == 0:
+            header[f"{module}.{rng.choice(_ROLES.split())}"] = header.pop(name)
+        elif kind == 1:
+            other = rng.choice([key for key in header if key not in (name, "__metadata__")])
+            header[name], header[other] = header[other], entry
+        elif kind == 2:
+            size = 1
+            for axis in entry["shape"]:
+                size *= axis
+            divisor = rng.choice([n for n in range(1, size + 1) if size % n == 0][:40])
+            ways = [[size], [divisor, size // divisor], [size // divisor, divisor], [1, *entry["shape"]]]
+            entry["shape"] = rng.choice([*ways, [*entry["shape"], 1], [*entry["shape"], 1, 1], entry["shape"][::-1]])
+        elif kind == 3:
+            entry["dtype"] = rng.choice(_SAME_SIZE.get(entry["dtype"], (entry["dtype"],)))
+        else:
+            values = {
+                f"transformer.{rng.choice(_STATED)}": rng.choice((*_VALUES, {"to_q": 10**400}, {"(a": 1}, "pissa"))
+            }
+            stated = {"lora_adapter_metadata": json.dumps(values), "lora_alpha": str(rng.choice(_VALUES))[:500]}
+            stated["modelspec.architecture"] = rng.choice(("flux-1-dev", "qwen-image", "\x1b[2J", ""))
+            key = rng.choice(list(stated))
+            header["__metadata__"] = {key: stated[key].encode("utf-8", "replace").decode()}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file. make: writes a sound model and says which file to mutate, and how much of it (None: all of it).
@@ -119,6 +162,21 @@ def _scaled(folder: Path) -> tuple[Path, int | None]:
 
     writer = Writer(to_bfl(golden("transformer")))
     path = writer.save(folder / "x.safetensors", writer.metadata())
+    return path, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def _lora(folder: Path) -> tuple[Path, int | None]:
+    """Every kind of adapter, each on some of the golden transformer's modules."""
+    from lora_kinds import KINDS as ADAPTERS
+    from lora_layouts import LAYOUTS, make_twin, save
+
+    kinds = [make()[0] for name, make in ADAPTERS.items() if name not in ("lokr diffusers", "dora peft", "norms")]
+    kinds.append(LAYOUTS["comfyui alpha"](make_twin())[0])
+    tensors = dict(ADAPTERS["norms"]()[0])
+    for number, module in enumerate(sorted({key.rpartition(".")[0] for key in kinds[0]})):
+        own = kinds[number % len(kinds)]
+        tensors |= {key: array for key, array in own.items() if key.startswith(f"{module}.")}
+    path = save(folder / "x.safetensors", tensors)
     return path, 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
@@ -166,6 +224,31 @@ def _read_part(path: Path) -> None:
     mx.eval([load_now(weight) for weight in part.tensors.arrays().values()])  # type: ignore[union-attr]
 
 
+def _read_lora(path: Path) -> None:
+    """As `lora info` and the merging into a transformer would."""
+    import mlx.core as mx
+    from folders import GOLDEN
+
+    from klein_mlx.errors import KleinError
+    from klein_mlx.formats.describe import describe_lora, format_lora
+    from klein_mlx.formats.lora import read_lora
+    from klein_mlx.formats.lora_base import shapes_of
+    from klein_mlx.formats.open import open_model
+    from klein_mlx.weights.lora import merge, merged_bias
+
+    try:
+        assert format_lora(describe_lora(path)).replace("\n", "").isprintable()
+    except KleinError:
+        pass
+    config = open_model(GOLDEN).config
+    shapes = shapes_of(config, "transformer")
+    for module, changes in read_lora(path, config, partial=True).changes["transformer"].items():
+        scaled = [(1.0, change) for change in changes]
+        weight = merge(mx.ones(shapes[module]), scaled, lambda path: mx.ones(shapes[path]))
+        assert weight.shape == shapes[module]
+        mx.eval(weight, merged_bias(scaled, mx.float32))
+
+
 def _read_model(path: Path) -> None:
     from klein_mlx.config import PARTS
     from klein_mlx.formats.describe import describe
@@ -186,9 +269,10 @@ def _read_tokenizer(path: Path) -> None:
 
 
 KINDS = {
-    "safetensors": Kind(_safetensors, _read_part, 0.3, (_bytes, _bytes, _number)),
+    "safetensors": Kind(_safetensors, _read_part, 0.25, (_bytes, _bytes, _number)),
     "scaled": Kind(_scaled, _read_part, 0.1, (_bytes, _bytes, _number)),
-    "gguf": Kind(_gguf, _read_part, 0.3, (_bytes,)),
+    "gguf": Kind(_gguf, _read_part, 0.25, (_bytes,)),
+    "lora": Kind(_lora, _read_lora, 0.1, (_bytes, _number, *(_structure,) * 6)),
     "index.json": Kind(_in_folder("vae/diffusion_pytorch_model.safetensors.index.json", True), _read_model, 0.04),
     "model_index.json": Kind(_in_folder("model_index.json"), _read_model, 0.04),
     "transformer/config.json": Kind(_in_folder("transformer/config.json"), _read_model, 0.04),
