@@ -12,6 +12,8 @@ from lora_kinds import KINDS, lokr
 from lora_layouts import LAYOUTS, Tensors, Twin, make_twin, save
 from lora_runs import SIDE, TEXT, difference, pipeline, velocity
 
+from klein_mlx.errors import CheckpointError
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -99,6 +101,90 @@ def test_peft_gives_the_same_for_dora(tmp_path: Path) -> None:
     """PEFT's magnitudes, on all linear layers of diffusers' transformer."""
     tensors = {name: array for name, array in KINDS["dora peft"]()[0].items() if not name.endswith(".alpha")}
     check(save(tmp_path / "lora.safetensors", tensors))
+
+
+TARGETS = ["to_q", "to_k", "add_v_proj", "to_add_out", "linear_in", "to_qkv_mlp_proj", "to_out.0", "proj_out"]
+
+
+def peft_config(kind: str) -> Any:
+    """One of PEFT's methods, on layers of every kind."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    common: dict[str, Any] = {"r": 4, "target_modules": TARGETS}
+    patterns = {"alpha_pattern": {"to_q": 16, r"transformer_blocks\.1\..*to_k": 2}, "rank_pattern": {"linear_in": 2}}
+    configs = {
+        "alpha over rank": lambda: LoraConfig(**common, lora_alpha=6, init_lora_weights=False),
+        "rank-stabilized": lambda: LoraConfig(**common, lora_alpha=6, use_rslora=True, init_lora_weights=False),
+        "patterns": lambda: LoraConfig(**common, lora_alpha=6, **patterns, init_lora_weights=False),
+        "patterns by root": lambda: LoraConfig(
+            **common, lora_alpha=6, **patterns, use_rslora=True, init_lora_weights="gaussian"
+        ),
+        "orthogonal": lambda: LoraConfig(**common, lora_alpha=6, init_lora_weights="orthogonal"),
+        "mica": lambda: LoraConfig(**common, lora_alpha=6, init_lora_weights="mica"),
+        "DoRA by root": lambda: LoraConfig(**common, lora_alpha=6, use_dora=True, use_rslora=True),
+        "bias": lambda: LoraConfig(**common, lora_alpha=6, lora_bias=True, init_lora_weights=False),
+        "LoHa": lambda: LoHaConfig(**common, alpha=6, init_weights=False),
+        "LoKr": lambda: LoKrConfig(**common, alpha=6, init_weights=False),
+        "LoKr in three": lambda: LoKrConfig(
+            **common, alpha=6, decompose_both=True, decompose_factor=4, init_weights=False
+        ),
+        "LoKr whole": lambda: LoKrConfig(target_modules=TARGETS, r=64, alpha=24, init_weights=False),
+        "pissa": lambda: LoraConfig(**common, lora_alpha=6, init_lora_weights="pissa"),
+        "olora": lambda: LoraConfig(**common, lora_alpha=6, init_lora_weights="olora", use_rslora=True),
+    }
+    return configs[kind]()
+
+
+def trained(kind: str) -> Any:
+    """diffusers' golden pipeline, PEFT's method on its transformer, all adapter weights moved."""
+    from parity_reference import load
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    reference = load(GOLDEN)
+    reference.transformer = get_peft_model(reference.transformer, peft_config(kind))
+    return reference
+
+
+def move(model: Any) -> None:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(mark in name for mark in ("lora_", "hada_", "lokr_")):
+                weight.add_(0.1 * torch.randn_like(weight) * weight.abs().mean().clamp(min=0.05))
+
+
+KINDS_OF_PEFT = ["alpha over rank", "rank-stabilized", "patterns", "patterns by root", "orthogonal", "mica"]
+KINDS_OF_PEFT += ["DoRA by root", "bias", "LoHa", "LoKr", "LoKr in three", "LoKr whole"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PEFT)
+def test_what_peft_saves_does_what_it_did(kind: str, tmp_path: Path) -> None:
+    """Its own adapter_model.safetensors and adapter_config.json."""
+    reference = trained(kind)
+    move(reference.transformer)
+    reference.transformer.save_pretrained(str(tmp_path))
+    right = reference_velocity(reference)
+    assert difference(ours(tmp_path), right) < 1e-4
+    assert difference(velocity(pipeline()), right) > 0.005
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_base_that_training_changed(kind: str, tmp_path: Path) -> None:
+    """As PEFT saves it, it is refused by name; what PEFT's conversion makes of it does what training did."""
+    reference = trained(kind)
+    model = reference.transformer
+    config = model.peft_config["default"]
+    config.init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "start"))
+    config.init_lora_weights = kind
+    move(model)
+    model.save_pretrained(str(tmp_path / "as it is"))
+    model.save_pretrained(str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    name = {"pissa": "PiSSA", "olora": "OLoRA"}[kind]
+    with pytest.raises(CheckpointError, match=f"is {name}: its factors belong to the base that training changed"):
+        ours(tmp_path / "as it is")
+    assert difference(ours(tmp_path / "converted"), reference_velocity(reference)) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "bare bfl", "diffsynth", "mflux"])
