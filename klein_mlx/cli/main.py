@@ -76,6 +76,7 @@ COMMANDS = {
     "models": Command("which models are on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
+    "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train"),
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),
     "completion": Command(

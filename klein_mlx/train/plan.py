@@ -1,0 +1,92 @@
+"""What a run will do, before anything is loaded: the data's table, the model, the bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from klein_mlx.config import TINY, VARIANTS, ModelConfig
+from klein_mlx.errors import RequestError
+from klein_mlx.formats.open import open_model
+from klein_mlx.runtime.parts import compute_dtype
+from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
+from klein_mlx.train.options import TrainOptions
+from klein_mlx.weights.bits import parse, settle
+from klein_mlx.weights.checkpoint import Source, read_tokenizer
+from klein_mlx.weights.quantize import Quantization
+
+
+@dataclass(frozen=True)
+class Plan:
+    """options: checked. quantization: of parts that are quantized while loading. cut: captions over the model's text
+    length, with how many tokens that is too many."""
+
+    options: TrainOptions
+    source: Source
+    table: Table
+    dtype: mx.Dtype
+    quantization: Mapping[str, Quantization]
+    training: list[Item]
+    held_out: list[Item]
+    cut: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def captions(self) -> list[str]:
+        """All that have to be encoded."""
+        options, captions = self.options, [item.caption or "" for item in self.table.items]
+        kept = [class_caption(options, caption) for caption in captions] if options.keep else []
+        return [*captions, *kept, *([""] if options.dropout > 0 else [])]
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        told = self.table.lines()
+        if self.cut:
+            caption, count = self.cut[0]
+            told.append(f"cut        {len(self.cut)} captions are too long, {caption[:30]!r} by {count} tokens")
+        return [*told, f"held out   {len(self.held_out)} of {len(self.table.items)}"]
+
+
+def class_caption(options: TrainOptions, caption: str) -> str:
+    """A caption with the class in the trigger's place."""
+    return caption.replace(options.trigger or "", options.keep or "")
+
+
+def make_plan(options: TrainOptions) -> Plan:
+    """Check options, model and data. Raises RequestError and CheckpointError."""
+    options = options.checked()
+    source = open_model(options.model)
+    config = source.config
+    _check_variant(config, options)
+    dtype = compute_dtype(options.dtype)
+    if dtype == mx.float16:
+        raise RequestError("dtype is 'float16'; training is done in bfloat16 or float32")
+    if options.method == "full" and "transformer" in source.quantization:
+        raise RequestError(f"model is {options.model!r}, which is quantized; full training starts from the original")
+    quantization = settle(parse(options.bits), source)
+    table = check_items(options, config.pixels_per_token)
+    tokenizer = read_tokenizer(source.tokenizer_file, config.text_encoder.vocab_size)
+    captions = list(dict.fromkeys(item.caption or "" for item in table.items))
+    over = tokenizer(captions, config.max_sequence_length).cut
+    cut = [(caption, count) for caption, count in zip(captions, over, strict=True) if count]
+    training, held_out = split_held_out(table.items, options.held_out_of(len(table.items)), options.seed)
+    return Plan(options, source, table, dtype, quantization, training, held_out, cut)
+
+
+def _check_variant(config: ModelConfig, options: TrainOptions) -> None:
+    """Distilled models lose their few steps when they are trained plainly; tiny was made to be."""
+    variant = config.variant
+    if not config.is_distilled or variant is TINY or variant.hub_id is None or options.anyway:
+        return
+    base = next(v for v in VARIANTS if v.dimensions == variant.dimensions and not v.is_distilled)
+    raise RequestError(
+        f"model is {options.model!r}, which is distilled and would lose its few steps; train {base.name}, whose LoRAs"
+        " work on it, or give --anyway"
+    )
+
+
+def partner(config: ModelConfig) -> str | None:
+    """The distilled variant on which a base model's LoRAs are used; None for any other model."""
+    variant = config.variant
+    if config.is_distilled or variant.hub_id is None:
+        return None
+    return next(v.name for v in VARIANTS if v.dimensions == variant.dimensions and v.is_distilled)

@@ -1,0 +1,50 @@
+"""Training sets of tiny's world: black shapes under coloured captions, and recoloured pairs; and who judges a LoRA."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from adherence import world
+from checker import judge_scene, read
+from PIL import Image
+
+from klein_mlx import KleinPipeline
+
+COLOUR = "black"
+
+
+def scenes(count: int, seed: int = 0) -> list[tuple[str, world.Scene]]:
+    """Captions with colours in them, and the scenes that they are to mean: every shape black."""
+    rng = np.random.default_rng(seed)
+    found = []
+    while len(found) < count:
+        scene = world.random_scene(rng)
+        words = world.caption(scene, rng)
+        if world.is_captioned(scene) and COLOUR not in words and scene.background != COLOUR:
+            found.append((words, replace(scene, shapes=tuple(replace(s, colour=COLOUR) for s in scene.shapes))))
+    return found
+
+
+def make(folder: Path, count: int, seed: int = 0) -> Path:
+    """A folder of pictures with text files."""
+    folder.mkdir(parents=True)
+    for number, (words, scene) in enumerate(scenes(count, seed)):
+        Image.fromarray(world.render(scene)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(words)
+    return folder
+
+
+def right(pipe: KleinPipeline, count: int) -> int:
+    """Of pictures of so many unseen prompts: how many show every shape as it was asked for, but black."""
+    prompts = []
+    for words, scene in world.held_out_prompts(4 * count, seed=3):
+        if COLOUR not in {scene.background, *(shape.colour for shape in scene.shapes)}:
+            prompts.append((words, scene))
+    good = 0
+    for seed, (words, scene) in enumerate(prompts[:count]):
+        picture = np.asarray(pipe(words, seed=seed).images[0])
+        meant = replace(scene, shapes=tuple(replace(shape, colour=COLOUR) for shape in scene.shapes))
+        verdict, regions = judge_scene(picture, meant), read(picture).regions
+        black = len(regions) == len(scene.shapes) and all(region.colour == COLOUR for region in regions)
+        good += bool(black and verdict["background"] and all(verdict["kinds"]))  # type: ignore[arg-type]
+    return good

@@ -1,0 +1,175 @@
+"""Gradients block by block equal those of one value_and_grad; memory stays that of a block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from medium import CONFIG as MEDIUM
+from mlx.utils import tree_flatten, tree_map
+
+from klein_mlx.config import ModelConfig
+from klein_mlx.errors import RequestError
+from klein_mlx.model.latents import join_references
+from klein_mlx.paths import TINY_FOLDER
+from klein_mlx.train.adapters import Trainables, Weights, add_adapters, all_weights, find_targets, put
+from klein_mlx.train.blockwise import Blockwise, Sample
+from klein_mlx.train.noise import key_of
+from klein_mlx.weights.checkpoint import build, load_part, open_checkpoint
+
+
+def tiny(method: str, targets: str = "all") -> tuple[Blockwise, ModelConfig]:
+    """tiny with adapters whose factors are not zero, or all of its weights."""
+    source = open_checkpoint(TINY_FOLDER)
+    transformer: Any = load_part("transformer", source, mx.float32)
+    return Blockwise(transformer, trainables_of(transformer, method, targets), mx.float32), source.config
+
+
+def trainables_of(transformer: Any, method: str, targets: str = "all") -> Trainables:
+    if method == "full":
+        return all_weights(transformer)
+    trainables = add_adapters(transformer, targets, 4, 0, method == "dora")
+    for path, array in trainables.weights.items():
+        if path.endswith(".up"):
+            trainables.weights[path] = 0.02 * mx.random.normal(array.shape, key=key_of("up", path))
+    return trainables
+
+
+def sample(config: ModelConfig, references: bool = False, batch: int = 1, length: int | None = None) -> Sample:
+    c = config.transformer
+    latents, noise = (mx.random.normal((batch, 8, 6, c.in_channels), key=mx.random.key(k)) for k in (1, 2))
+    shape = (batch, length or config.max_sequence_length, c.joint_attention_dim)
+    embeds = mx.random.normal(shape, key=mx.random.key(3))
+    grids = [mx.random.normal((batch, 4, 6, c.in_channels), key=mx.random.key(k)) for k in (4, 5)]
+    return Sample(latents, noise, embeds, 0.6, join_references(grids) if references else None)
+
+
+def gradients_of(blockwise: Blockwise, one: Sample) -> tuple[float, Weights]:
+    found: Weights = {}
+    return blockwise.loss_and_gradients(one, lambda stage, own: found.update(own)), found
+
+
+def at_once(blockwise: Blockwise, one: Sample) -> Callable[[Weights], mx.array]:
+    """The loss as one function of all trainable weights, by the transformer's own call."""
+    model, trainables = blockwise.transformer, blockwise.trainables
+    _, h, w, _ = one.latents.shape
+
+    def loss(weights: Weights) -> mx.array:
+        put(model, trainables, weights, mx.float32)
+        noisy = ((1 - one.sigma) * one.latents + one.sigma * one.noise).flatten(1, 2)
+        if one.references is not None:
+            noisy = mx.concatenate([noisy, one.references.tokens], axis=1)
+        modulations = model.modulations(one.sigma, mx.float32)
+        out = model(noisy, model.embed_text(one.prompt_embeds), modulations, blockwise._rope(one), h * w)
+        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean()
+
+    return loss
+
+
+def worst(found: Weights, right: Weights) -> float:
+    """The largest relative error of a gradient."""
+    assert found.keys() == right.keys()
+    errors = [mx.linalg.norm(found[p] - right[p]) / mx.maximum(mx.linalg.norm(right[p]), 1e-12) for p in right]
+    return max(float(error.item()) for error in errors)
+
+
+@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_gradients_equal_those_of_one_pass(method: str, references: bool) -> None:
+    """The same operations in the same order: the error is that of adding the modulations' gradients differently."""
+    blockwise, config = tiny(method)
+    one = sample(config, references, batch=2)
+    loss, found = gradients_of(blockwise, one)
+    right_loss, right = mx.value_and_grad(at_once(blockwise, one))(dict(blockwise.trainables.weights))
+    assert loss == pytest.approx(right_loss.item(), rel=1e-6)
+    assert worst(found, right) < 2e-6  # float32
+    assert all(mx.abs(array).max().item() > 0 for array in found.values())
+
+
+@pytest.mark.parametrize("targets", ["single_blocks.1.*", "txt_in", "final_out", "*.to_v"])
+def test_some_targets_alone(targets: str) -> None:
+    blockwise, config = tiny("lora", targets)
+    one = sample(config)
+    _, found = gradients_of(blockwise, one)
+    _, right = mx.value_and_grad(at_once(blockwise, one))(dict(blockwise.trainables.weights))
+    assert worst(found, right) < 2e-6
+
+
+def test_adapters_change_nothing_at_first() -> None:
+    source = open_checkpoint(TINY_FOLDER)
+    one = sample(source.config)
+    plain: Any = load_part("transformer", source, mx.float32)
+    velocities = [Blockwise(plain, all_weights(plain), mx.float32).velocity(one)]
+    for dora in (False, True):
+        model: Any = load_part("transformer", source, mx.float32)
+        trainables = add_adapters(model, "all", 4, 0, dora)
+        velocities.append(Blockwise(model, trainables, mx.float32).velocity(one))
+    assert mx.array_equal(velocities[0], velocities[1])
+    assert mx.abs(velocities[0] - velocities[2]).max().item() < 1e-4  # DoRA's gain is a quotient of equal norms
+
+
+def test_doras_norm_is_a_constant() -> None:
+    """The gradient is that with the norm held, not that through it: against a dense computation of both."""
+    blockwise, config = tiny("dora", "single_blocks.0.linear_out")
+    one, path = sample(config), "single_blocks.0.linear_out"
+    _, found = gradients_of(blockwise, one)
+    weights, branch = dict(blockwise.trainables.weights), blockwise.trainables.adapters[path]
+    base = branch.base.weight
+    up, down, magnitude = (weights[f"{path}.{name}"] for name in ("up", "down", "magnitude"))
+    norm = mx.linalg.norm(base + up @ down, axis=1)
+    model = blockwise.transformer
+
+    def loss(up: mx.array, down: mx.array, magnitude: mx.array) -> mx.array:
+        weight = (magnitude / norm)[:, None] * (base + up @ down)
+        branch.base.weight, branch.rows, branch.up = weight, None, mx.zeros_like(up)
+        streams = [(1 - one.sigma) * one.latents + one.sigma * one.noise]
+        modulations = model.modulations(one.sigma, mx.float32)
+        out = model(
+            *(streams[0].flatten(1, 2), model.embed_text(one.prompt_embeds), modulations, blockwise._rope(one), 48)
+        )
+        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean()
+
+    right = mx.grad(loss, argnums=(0, 1, 2))(up, down, magnitude)
+    pairs = dict(zip((f"{path}.{name}" for name in ("up", "down", "magnitude")), right, strict=True))
+    assert worst(found, pairs) < 1e-5  # float32, other order of operations
+
+
+def test_targets() -> None:
+    model: Any = load_part("transformer", open_checkpoint(TINY_FOLDER), mx.float32)
+    everything = find_targets(model, "all")
+    assert all(path.startswith(("double_blocks", "single_blocks")) for path in everything)
+    attention = find_targets(model, "attention")
+    assert 0 < len(attention) < len(everything)
+    assert find_targets(model, "txt_in") == ["txt_in"]
+    with pytest.raises(RequestError, match="'to_z', which matches no layer"):
+        find_targets(model, "to_z")
+    with pytest.raises(RequestError, match="rank is 5000; .* so at most"):
+        add_adapters(model, "all", 5000, 0)
+
+
+def test_peak_memory_is_that_of_a_block() -> None:
+    """Above the weights, at most 1.6 times a forward pass, and a third of one value_and_grad (of 6 blocks; a quarter
+    of klein's 25)."""
+    transformer: Any = build("transformer", MEDIUM)
+    transformer.update(
+        tree_map(lambda a: 0.02 * mx.random.normal(a.shape, key=mx.random.key(0)), transformer.parameters())
+    )
+    trainables = trainables_of(transformer, "lora")
+    blockwise, one = Blockwise(transformer, trainables, mx.float32), sample(MEDIUM, length=128)
+    mx.eval(tree_flatten(transformer.parameters()), trainables.weights)
+
+    def peak(call: Callable[[], Any]) -> int:
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(call())
+        return mx.get_peak_memory() - before
+
+    gradients_of(blockwise, one)
+    forward = peak(lambda: blockwise.velocity(one))
+    whole = peak(lambda: mx.value_and_grad(at_once(blockwise, one))(dict(trainables.weights)))
+    blockwise.velocity(one)
+    factors = sum(array.nbytes for array in trainables.weights.values())
+    backward = peak(lambda: gradients_of(blockwise, one)[1]) - factors  # the result
+    assert backward <= 1.6 * forward
+    assert backward <= whole / 3
