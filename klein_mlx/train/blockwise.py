@@ -64,6 +64,7 @@ class Blockwise:
         self.transformer, self.trainables, self.dtype, self.between = transformer, trainables, dtype, between
         self._blocks = {f"double_blocks.{i}": block for i, block in enumerate(transformer.double_blocks)}
         self._blocks |= {f"single_blocks.{i}": block for i, block in enumerate(transformer.single_blocks)}
+        self._last_block = f"single_blocks.{len(transformer.single_blocks) - 1}"
         self._ropes: dict[Any, Rope] = {}
 
     # ---- forward ----
@@ -164,15 +165,21 @@ class Blockwise:
         def call(state: list[mx.array]) -> list[mx.array]:
             if len(state) == 2:
                 return list(block(*state, modulations.txt, modulations.img, rope))  # type: ignore[call-arg]
-            return [block(state[0], modulations.single, rope)]  # type: ignore[call-arg,list-item]
+            wanted = self._image(sample) if stage == self._last_block else None
+            return [block(state[0], modulations.single, rope, None, None, wanted)]  # type: ignore[call-arg,list-item]
 
         return call
 
     def _tail(self, sample: Sample, x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-        model, length = self.transformer, sample.prompt_embeds.shape[1]
-        _, h, w, _ = sample.latents.shape
-        x = mx.fast.layer_norm(x[:, length : length + h * w], scale, shift, model.config.eps)
+        model = self.transformer
+        x = mx.fast.layer_norm(x, scale, shift, model.config.eps)
         return model.final_out(x.astype(self.dtype))
+
+    @staticmethod
+    def _image(sample: Sample) -> tuple[int, int]:
+        """Where the picture's tokens are: all that the last block's result is read for."""
+        length, (_, h, w, _) = sample.prompt_embeds.shape[1], sample.latents.shape
+        return length, length + h * w
 
     def _loss(self, sample: Sample, velocity: mx.array) -> mx.array:
         target = sample.target

@@ -32,7 +32,7 @@ FREE = (
     "backend",
     "format",
 )
-_PATHS = ("data", "output", "run")
+_PATHS = ("data", "output")
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] = (), **more: Any) -> Any:

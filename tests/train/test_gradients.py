@@ -148,8 +148,8 @@ def test_targets() -> None:
 
 
 def test_peak_memory_is_that_of_a_block() -> None:
-    """Above the weights, at most 1.6 times a forward pass, and a third of one value_and_grad (of 6 blocks; a quarter
-    of klein's 25)."""
+    """Above the weights, at most three times a forward pass, in which nothing is kept, and half of one value_and_grad:
+    of 6 narrow blocks (of klein's 25 it is a quarter), each of which keeps what its own gradient needs."""
     transformer: Any = build("transformer", MEDIUM)
     transformer.update(
         tree_map(lambda a: 0.02 * mx.random.normal(a.shape, key=mx.random.key(0)), transformer.parameters())
@@ -171,5 +171,5 @@ def test_peak_memory_is_that_of_a_block() -> None:
     blockwise.velocity(one)
     factors = sum(array.nbytes for array in trainables.weights.values())
     backward = peak(lambda: gradients_of(blockwise, one)[1]) - factors  # the result
-    assert backward <= 1.6 * forward
-    assert backward <= whole / 3
+    assert backward <= 3 * forward
+    assert backward <= whole / 2
