@@ -114,7 +114,7 @@ def test_doras_norm_is_a_constant() -> None:
     one, path = sample(config), "single_blocks.0.linear_out"
     _, found = gradients_of(blockwise, one)
     weights, branch = dict(blockwise.trainables.weights), blockwise.trainables.adapters[path]
-    base = branch.base.weight
+    base: mx.array = branch.base.weight  # type: ignore[assignment]
     up, down, magnitude = (weights[f"{path}.{name}"] for name in ("up", "down", "magnitude"))
     norm = mx.linalg.norm(base + up @ down, axis=1)
     model = blockwise.transformer
