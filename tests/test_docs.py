@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from klein_mlx.request import USER_OPTIONS
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -49,6 +51,13 @@ def test_links_lead_somewhere() -> None:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not link.startswith("https://"):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_argument_is_told() -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| (?:`(\S+)`)? ?\|", text, flags=re.M) == [
+        (name, own.flag or "") for name, own in USER_OPTIONS.items()
+    ]
 
 
 def test_the_first_page_is_short() -> None:
