@@ -97,7 +97,8 @@ def _plain_weight(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, rows: slic
         floating = (mx.bfloat16, mx.float16)
         arrays = [a.astype(mx.float32) if a is not None and a.dtype in floating else a for a in arrays]
     given = iter(_after(x, *(a for a in arrays if a is not None)))
-    ready: list[Any] = [None if a is None else next(given) for a in arrays]
+    # Packed numbers are constants: they have no gradient, also where they wait for x.
+    ready: list[Any] = [None if a is None else mx.stop_gradient(next(given)) for a in arrays]
     weight = _dequantized(ready, kind)
     return weight.astype(mx.float32) if _widens(x) else weight.astype(x.dtype)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from medium import CONFIG as MEDIUM
 from mlx.utils import tree_flatten, tree_map
@@ -11,10 +12,12 @@ from mlx.utils import tree_flatten, tree_map
 from klein_mlx.config import ModelConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.model.latents import join_references
+from klein_mlx.model.layers import matmul_policy
 from klein_mlx.paths import TINY_FOLDER
-from klein_mlx.train.adapters import Trainables, Weights, add_adapters, all_weights, find_targets, put
+from klein_mlx.train.adapters import Trainables, Weights, add_adapters, all_weights, dense, find_targets, parent_of, put
 from klein_mlx.train.blockwise import Blockwise, Sample
 from klein_mlx.train.noise import key_of
+from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import build, load_part, open_checkpoint
 
 
@@ -132,6 +135,25 @@ def test_doras_norm_is_a_constant() -> None:
     right = mx.grad(loss, argnums=(0, 1, 2))(up, down, magnitude)
     pairs = dict(zip((f"{path}.{name}" for name in ("up", "down", "magnitude")), right, strict=True))
     assert worst(found, pairs) < 1e-5  # float32, other order of operations
+
+
+@pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
+@pytest.mark.parametrize("bits", ["4-g32", "8-g32", "mxfp4", "mxfp8", "nvfp4"])
+def test_a_quantized_base(bits: str, policy: str) -> None:
+    """Factors beside packed layers get the gradients that they get beside the same numbers, unpacked."""
+    source = open_checkpoint(TINY_FOLDER)
+    settings = settle(parse(bits), source)["transformer"]
+    packed: Any = load_part("transformer", source, mx.float32, settings)
+    plain: Any = load_part("transformer", source, mx.float32)
+    for path, layer in packed.named_modules():
+        if isinstance(layer, nn.QuantizedLinear):
+            parent, name = parent_of(plain, path)
+            getattr(parent, name).weight = dense(layer)
+    one, found = sample(source.config), []
+    with matmul_policy(policy):
+        for model in (packed, plain):
+            found.append(gradients_of(Blockwise(model, trainables_of(model, "lora"), mx.float32), one)[1])
+    assert worst(*found) < 1e-3  # MLX's packed matmul adds in another order
 
 
 def test_targets() -> None:
