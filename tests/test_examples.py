@@ -14,6 +14,7 @@ MADE = {
     "two_references": {"combined.png": (128, 128)},
     "mask": {"repainted.png": (128, 128)},
     "outpaint": {"wider.png": (128, 128)},
+    "train_lora": {"drawn.png": (128, 128)},
     "many_seeds": {f"star-{seed}.png": (128, 128) for seed in (1, 2, 3, 4)},
 }
 
@@ -30,7 +31,7 @@ def test_example(
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     made = {}
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             made[path.name] = image.size
     assert made == MADE[name]

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from klein_mlx.train.noise import key_of
+from klein_mlx.train.noise import key_of, to_float
 from klein_mlx.train.optimize import Updater, clipped, norm_of, rate_at, stochastic
 from klein_mlx.train.options import ROUNDINGS, TrainOptions, make_options
 
@@ -48,7 +48,7 @@ def moved(rounding: str) -> float:
     updater = Updater(options, weights)
     for step in range(500):
         updater.update("all", {"w": mx.ones((4000,), mx.bfloat16)}, step)
-    change = (start.astype(mx.float32) - weights["w"].astype(mx.float32)).mean().item()
+    change = to_float((start.astype(mx.float32) - weights["w"].astype(mx.float32)).mean())
     return change / (500 * 2e-6)
 
 
