@@ -38,6 +38,11 @@ BENCH_EXAMPLES = """examples:
   klein-mlx bench --model klein-4bit --size 512x512 --cold
   klein-mlx bench --predict "M3 Max" --quantize 4
 """
+DOCTOR_EXAMPLES = """examples:
+  klein-mlx doctor
+  klein-mlx doctor --only attention --dtype float16
+  klein-mlx doctor --report > report.md
+"""
 AGAIN_EXAMPLES = """examples:
   klein-mlx again fox.png -o same.png
   klein-mlx again fox.png --seed 8 --steps 8
@@ -77,6 +82,7 @@ COMMANDS = {
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
     "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train"),
+    "doctor": Command("whether this Mac computes what it should", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),
     "completion": Command(

@@ -1,0 +1,136 @@
+"""Memory and speed of this machine: one synthetic step against the estimate, and how fast it multiplies and moves."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from klein_mlx.bench.checks import Row, Setting
+from klein_mlx.bench.cost import ATTENTION
+from klein_mlx.bench.measure import device_name
+from klein_mlx.bench.predict import PictureCost, find_chip, klein, picture_cost, predict
+from klein_mlx.bench.shapes import draw, layer, weight
+from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.model import layers, transformer, vae_layers
+from klein_mlx.model.compile import CompiledBlocks, compiles
+from klein_mlx.model.velocity import Tables, in_parts, velocity
+from klein_mlx.runtime import memory
+
+TOLERANCE = 0.15
+MEDIUM = ModelConfig(  # 80 million parameters in the transformer, the heads of klein's size
+    TransformerConfig(128, 1, 2, 128, 8, 1536, 3.0, (32, 32, 32, 32)),
+    TextEncoderConfig(512, 512, 1536, 8, 8, 4, 128),
+    VAEConfig((64, 128, 128, 128), 2, 32),
+    True,
+    (2, 4, 6),
+)
+SIZES = ((512, 256), (256, 128), (128, 64))  # (pixels of a side, text tokens) of the step
+
+
+def check_memory(setting: Setting) -> Iterator[Row]:
+    """The peak of one step of a transformer of random weights, beside them, against klein_mlx.runtime.memory."""
+    side, text_tokens = next((s for s in SIZES if setting.gpu or _flops(*s) < setting.gigaflops * 1.5e9), SIZES[-1])
+    work = memory.Work(side, side, length=text_tokens)
+    told = memory.step_bytes(MEDIUM, work, setting.dtype, quantized=False)
+    peak = _step_peak(setting.dtype, side, text_tokens)
+    off = told / peak - 1
+    tokens = f"a step of {text_tokens} + {(side // 16) ** 2} tokens"
+    text = f"{tokens}: {peak / 1e6:.0f} MB, estimated {told / 1e6:.0f} ({off:+.0%})"
+    figures = {"measured": peak, "estimated": told}
+    remedy = "pictures may need more memory than is told: take --keep nothing, and report this"
+    yield Row("memory", text, abs(off) <= TOLERANCE, remedy, figures)
+
+
+def _flops(side: int, text_tokens: int) -> float:
+    """Of a step, nearly."""
+    return 2 * 80e6 * (text_tokens + (side // 16) ** 2)
+
+
+def _step_peak(dtype: mx.Dtype, side: int, text_tokens: int) -> int:
+    """Bytes that a step takes beside the transformer's weights, at its fullest."""
+    module, grid = transformer.Transformer(MEDIUM.transformer), (side // 16, side // 16)
+    shapes = [(name, tuple(array.shape)) for name, array in tree_flatten(module.parameters())]  # type: ignore[union-attr]
+    module.load_weights([(name, draw(shape, math.prod(shape[1:]) ** -0.5, dtype)) for name, shape in shapes])
+    module.arrange()
+    mx.eval(module.parameters())
+    gc.collect()
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    embeds = draw((1, text_tokens, MEDIUM.transformer.joint_attention_dim), 1.0, dtype, 1)
+    latents = draw((1, *grid, MEDIUM.transformer.in_channels), 1.0, dtype, 2)
+    tables = Tables(module, None, grid, [0.5], dtype)
+    step = velocity(module, embeds, tables, None, in_parts(CompiledBlocks(), mx.eval))
+    if compiles():
+        mx.eval(step(latents, 0.5))
+    else:
+        with layers.one_weight_at_a_time():
+            mx.eval(step(latents, 0.5))
+    return mx.get_peak_memory() - base
+
+
+# ---- speed ----
+
+
+def check_speed(setting: Setting) -> Iterator[Row]:
+    """TFLOPS and GB/s, and the seconds of a picture that follow from them. Nothing here can fail."""
+    chip = find_chip(device_name()) if setting.gpu else None
+    rates = measure(setting)
+    for name, (flops, unit) in rates.items():
+        peak = 0.0 if chip is None else chip.bandwidth if name == "bandwidth" else chip.tflops
+        share = f", {flops / peak:.0%} of the {peak:g} of {chip.name}" if chip and peak else ""
+        yield Row("speed", f"{name}: {flops:.3g} {unit}{share}", None, "", {name: round(flops, 4)})
+    for side in (512, 1024):
+        cost = picture_cost(klein("4b"), side, side, 4, setting.dtype)
+        seconds = picture_seconds(cost, {name: rate for name, (rate, _) in rates.items()})
+        beside = f"; bench --predict says {predict(cost, chip, setting.dtype).picture:.1f} s" if chip else ""
+        text = f"klein 4B, {side} x {side}, 4 steps: about {seconds:.3g} s by these rates{beside}"
+        yield Row("speed", text, None, "", {f"seconds_{side}": round(seconds, 2)})
+
+
+def measure(setting: Setting, seconds: float = 0.3) -> dict[str, tuple[float, str]]:
+    """(rate, unit) of matmul, attention, convolution and memory."""
+    dtype, gpu = setting.dtype, setting.gpu
+    tokens = 4608 if gpu else 512
+    x, w = draw((tokens if gpu else 128, 3072), 1.0, dtype), weight(3072, 3072, dtype)
+    plain: Any = layer(w)
+    heads = [draw((1, 24, tokens, 128), 1.0, dtype, start) for start in (1, 2, 3)]
+    side, conv = 96 if gpu else 24, vae_layers.Conv(512, 512)
+    conv.weight, conv.bias = draw(conv.weight.shape, 0.015, dtype), draw((512,), 1.0, dtype)
+    conv.arrange()
+    picture = draw((1, side, side, 512), 1.0, dtype)
+    large = draw((1 << (28 if gpu else 24),), 1.0, dtype)
+    work: dict[str, tuple[Callable[[], mx.array], float, str]] = {
+        "matmul": (lambda: layers.linear(plain, x), 2 * x.size * 3072 / 1e12, "TFLOPS"),
+        "attention": (lambda: layers.attention(*heads), 4 * 24 * tokens**2 * 128 / 1e12, "TFLOPS"),
+        "convolution": (lambda: conv(picture), 18 * picture.size * 512 / 1e12, "TFLOPS"),
+        "bandwidth": (lambda: large + 1, 2 * large.nbytes / 1e9, "GB/s"),
+    }
+    mx.eval(x, w, heads, conv.parameters(), picture, large)
+    return {name: (amount / _best(call, seconds), unit) for name, (call, amount, unit) in work.items()}
+
+
+def _best(call: Callable[[], mx.array], seconds: float) -> float:
+    """The shortest of as many calls as fit into so many seconds, at least two: the first one may compile."""
+    best, spent = math.inf, 0.0
+    while spent < seconds or best == math.inf:
+        start = time.perf_counter()
+        mx.eval(call())
+        elapsed = time.perf_counter() - start
+        best, spent = min(best, elapsed) if spent else best, spent + elapsed
+    return best
+
+
+def picture_seconds(cost: PictureCost, rates: dict[str, float]) -> float:
+    """A picture's seconds where each kernel takes its FLOPs, or its bytes, at the measured rate (TFLOPS, GB/s)."""
+    kinds = {"Convolution": "convolution", ATTENTION: "attention"}
+    total = 0.0
+    for part, times in ((cost.encode, 1), (cost.step, cost.steps), (cost.decode, 1)):
+        for kernel in part.kernels:
+            rate = rates[kinds.get(kernel.name, "matmul")]
+            total += times * max(kernel.flops / (rate * 1e12), kernel.moved / (rates["bandwidth"] * 1e9))
+    return total
