@@ -232,7 +232,7 @@ def read_lora(path: Path, config: ModelConfig, partial: bool = False) -> Lora:
         for target, change in make_changes(group, place.targets, _their_shape(place, ours)[0], ours, stated).items():
             own = changes[place.part]
             own[target] = (*own.get(target, ()), change)
-    mx.eval([a for group in changes.values() for own in group.values() for change in own for a in _arrays(change)])
+    mx.eval([a for group in changes.values() for own in group.values() for change in own for a in change.arrays])
     return Lora(
         path.name,
         digest_file(path),
@@ -320,12 +320,6 @@ def _refuse_damaged(file: LoraFile, used: Iterable[str], arrays: Mapping[str, mx
     for key, check in zip(keys, checks, strict=True):
         if not check.item():
             raise CheckpointError(f"{file.path}: {key[:100]} holds NaN or infinity: the file is damaged; get it again")
-
-
-def _arrays(change: Change) -> list[mx.array]:
-    """Every array that a change holds."""
-    values = [change.bias, change.magnitude, *(vars(change.delta).values() if change.delta else ())]
-    return [value for value in values if isinstance(value, mx.array)]
 
 
 def _some(names: list[str]) -> str:

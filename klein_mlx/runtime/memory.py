@@ -8,7 +8,7 @@ Those counts were measured on a CPU; on a GPU they are those of the traced graph
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,16 +48,27 @@ class Work:
 
 
 @dataclass(frozen=True)
+class LoraBytes:
+    """What LoRAs take beside the weights. resident: bytes of all their arrays. merging: part -> bytes that changing its
+    layers takes when the part is loaded."""
+
+    resident: int = 0
+    merging: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes at the fullest moment of every phase; phases that there are not are absent.
 
-    weights: of each part, once it is in memory. keep: as asked for or chosen. machine: what there is.
+    weights: of each part, once it is in memory. keep: as asked for or chosen. machine: what there is. loras: counted in
+    the phases.
     """
 
     phases: Mapping[str, int]
     weights: Mapping[str, int]
     keep: str
     machine: int
+    loras: LoraBytes = field(default_factory=LoraBytes)
 
     @property
     def peak(self) -> int:
@@ -115,18 +126,20 @@ def estimate(
     loaded: Sequence[str] = (),
     machine: int | None = None,
     weights: Mapping[str, int] | None = None,
+    loras: LoraBytes | None = None,
 ) -> Estimate:
     """Bytes per phase of one picture.
 
     quantization: of parts that are quantised while loading. keep: None to choose: what suits the machine, or less where
     only that fits. loaded: parts that are in memory already; those that are not kept leave before. machine: bytes that
-    there are; None: this machine's. weights: from `weight_bytes`, where that is known already.
+    there are; None: this machine's. weights: from `weight_bytes`, where that is known already. loras: None for none.
     """
     weights = weights or weight_bytes(source, dtype, quantization)
     machine = machine_memory() if machine is None else machine
+    loras = loras or LoraBytes()
     if keep is None:
         kept = [*KEPT][[*KEPT].index(choose_keep(weights, machine)) :]
-        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights) for k in kept]
+        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights, loras) for k in kept]
         return next((one for one in found if one.fits), found[-1])
     quantized = {part: part in quantization or part in source.quantization for part in PARTS}
     config = source.config
@@ -142,10 +155,12 @@ def estimate(
     for phase in PHASES:
         if not arrays[phase]:
             continue
-        there.add(needed[phase])
-        phases[phase] = sum(weights[part] for part in there) + arrays[phase]
+        part = needed[phase]
+        most = arrays[phase] if part in there else max(arrays[phase], loras.merging.get(part, 0))
+        there.add(part)
+        phases[phase] = sum(weights[part] for part in there) + most + loras.resident
         there = {part for part in there if part in KEPT[keep]}
-    return Estimate(phases, weights, keep, machine)
+    return Estimate(phases, weights, keep, machine, loras)
 
 
 # ---- arrays ----
@@ -220,7 +235,8 @@ def check_fits(
     if own.fits:
         return
     plans = _plans(source, work, quantization)
-    estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", machine=own.machine)) for p in plans]
+    given = {"machine": own.machine, "loras": own.loras}
+    estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", **given)) for p in plans]
     told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
     plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])
     outlook = "needs" if found.fits else "is the least that it can be, and needs"

@@ -1,6 +1,7 @@
 """The memory plan: which part's weights are in memory, and when they leave it."""
 
 import gc
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import mlx.nn as nn
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
+from klein_mlx.formats.lora_base import shapes_of
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
+    LoraBytes,
     Work,
     choose_keep,
     estimate,
@@ -25,8 +28,8 @@ from klein_mlx.runtime.memory import (
 )
 from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import Source, load_part, read_weights
-from klein_mlx.weights.lora import LoraStack, numbers
-from klein_mlx.weights.lora_apply import Applied
+from klein_mlx.weights.lora import LoraStack
+from klein_mlx.weights.lora_apply import Applied, branch_bytes, merge_bytes
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.rows import token_rows
 from klein_mlx.weights.safetensors import is_finite, load_now
@@ -69,15 +72,29 @@ class Parts:
         return self._estimate(work, self.keep)
 
     def _estimate(self, work: Work, keep: str | None) -> Estimate:
-        weights = {part: size + self._beside(part) for part, size in self.weights.items()}
-        return estimate(self.source, work, self.dtype, self.quantization, keep, [*self.loaded], weights=weights)
+        added, merging = zip(*(self._lora_bytes(part) for part in PARTS), strict=True)
+        weights = {part: self.weights[part] + size for part, size in zip(PARTS, added, strict=True)}
+        loras = LoraBytes(self.loras.nbytes, dict(zip(PARTS, merging, strict=True)))
+        return estimate(
+            self.source, work, self.dtype, self.quantization, keep, [*self.loaded], weights=weights, loras=loras
+        )
 
-    def _beside(self, part: str) -> int:
-        """Bytes that LoRAs add to a part's weights: none to plain layers, into which they are merged."""
+    def _lora_bytes(self, part: str) -> tuple[int, int]:
+        """Bytes that LoRAs add to a part's weights, and those that changing its layers takes, one after the other.
+
+        Plain layers take LoRAs in; only the table of tokens, which is read row by row, has to be in memory then.
+        """
         kind = self.source.quantization.get(part) or self.quantization.get(part)
-        changed = self.loras.changes(part).items() if kind else ()
-        found = sum(numbers(changes) for path, changes in changed if kind and kind.of(part, path))
-        return found * self.dtype_of(part).size
+        dtype, added, merging = self.dtype_of(part), 0, 0
+        for path, changes in self.loras.changes(part).items():
+            shape = shapes_of(self.source.config, part)[path]
+            quantized = kind is not None and kind.of(part, path) is not None
+            if path == "embed_tokens":
+                added += math.prod(shape) * dtype.size
+            elif quantized:
+                added += branch_bytes(changes, shape, dtype)
+            merging = max(merging, merge_bytes(changes, shape, dtype, quantized))
+        return added, merging
 
     def make_room(self, work: Work) -> None:
         """Unless the user chose what to keep, keep as much as leaves room for a request. Parts that are kept no longer

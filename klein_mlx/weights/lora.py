@@ -89,6 +89,12 @@ class Change:
     magnitude: mx.array | None = None
     together: tuple[tuple[str, Delta], ...] = ()
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array that it holds."""
+        values = [self.bias, self.magnitude, *(vars(self.delta).values() if self.delta else ())]
+        return [value for value in values if isinstance(value, mx.array)]
+
 
 Weigh = Callable[[str], mx.array]  # a module's original weight, by its path
 Scaled = Sequence[tuple[float, Change]]
@@ -132,12 +138,6 @@ def merged_bias(changes: Scaled, dtype: mx.Dtype) -> mx.array | None:
     return mx.stack(biases).sum(axis=0).astype(dtype) if biases else None
 
 
-def numbers(changes: Scaled) -> int:
-    """How many numbers stand beside a quantised layer: factors, or what is as large as its weight."""
-    deltas = [change.delta for _, change in changes if change.delta is not None]
-    return sum(d.up.size + d.down.size if isinstance(d, LowRank) else d.dense().size for d in deltas)
-
-
 # ---- several of them ----
 
 
@@ -158,6 +158,18 @@ class Lora:
     unused: tuple[str, ...] = ()
     needless: int = 0
     contradiction: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays, each counted once: q, k and v of a fused layer share some."""
+        held = {
+            id(array): array.nbytes
+            for own in self.changes.values()
+            for many in own.values()
+            for change in many
+            for array in change.arrays
+        }
+        return sum(held.values())
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -204,6 +216,10 @@ class LoraStack:
     @property
     def loaded(self) -> list[LoadedLora]:
         return [LoadedLora(name, lora.file, lora.sha256, scale) for name, (lora, scale) in self.loras.items()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(lora.nbytes for lora, _ in self.loras.values())
 
     def changes(self, part: str) -> dict[str, list[tuple[float, Change]]]:
         """Module path -> all changes with their scales; a LoRA of scale 0 changes nothing."""
