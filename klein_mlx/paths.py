@@ -24,6 +24,17 @@ def version(package: str = "klein-mlx") -> str:
         return "unknown"
 
 
+def folders_in(folder: Path | None) -> list[Path]:
+    """The folders in a folder, by name, without hidden ones; none where it is missing or may not be read."""
+    try:
+        with os.scandir(folder or os.devnull) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    assert folder
+    return [folder / name for name in sorted(names) if os.path.isdir(folder / name)]
+
+
 def models_folder() -> Path | None:
     """The folder whose subfolders are models that can be named without a path."""
     home = os.environ.get("KLEIN_MLX_HOME")
@@ -71,15 +82,12 @@ def own_model(name: str) -> Path | None:
     folder = models_folder()
     plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
     found = folder / name if folder and plain else None
-    return found if found is not None and found.is_dir() else None
+    return found if found is not None and os.path.isdir(found) else None
 
 
 def own_models() -> list[Path]:
     """Every folder among one's own models, by name."""
-    folder = models_folder()
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return folders_in(models_folder())
 
 
 def cached_models() -> list[str]:

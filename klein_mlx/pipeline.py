@@ -75,7 +75,7 @@ class KleinPipeline:
         self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
         self.sketcher: Sketcher | None = None
         self.encodings = Encodings(self.parts, prompt_cache)
-        self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype)
+        self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype, self.parts.pinned)
         self._blocks = CompiledBlocks()
         self._loras = Loras(self.parts, self.encodings)
 

@@ -5,6 +5,7 @@ in the current folder, and among the options given. On the same machine the pixe
 """
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,11 +15,15 @@ from typing import Any
 from klein_mlx.cli.generate import make
 from klein_mlx.cli.options import KEYS, TABLE, Parser, RunOptions, add_request_arguments, typed_options
 from klein_mlx.cli.settings import complete, option_value, read_settings
+from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 from klein_mlx.images.metadata import read_metadata
-from klein_mlx.runtime.recipe import FORMAT, digest_file
+from klein_mlx.paths import own_models
+from klein_mlx.runtime.recipe import FORMAT, PIXELS, digest_file
 
 PICTURES = {"image", "init_image", "mask_image"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_REVISION = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _KEPT = ("template", "original", "enhanced_by")  # what a recipe says besides, and the next one says again
 
 
@@ -42,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
     if not new_prompt:
         typed["no_wildcards"] = True
     options = complete(typed, asked)
-    if "model" not in typed and recipe["model"].get("name"):
-        options = replace(options, model=_local_model(recipe["model"]["name"], options))
-    extra = {name: recipe[name] for name in _KEPT if name in recipe and not new_prompt}
-    return make(options, extra, recipe["model"].get("fingerprint"))
+    model, fingerprint = recipe["model"], recipe["model"].get("fingerprint")
+    if "model" not in typed and "id" not in model:
+        options = replace(options, model=_local_model(model.get("name"), options))
+    extra = {name: recipe[name] for name in _KEPT if isinstance(recipe.get(name), str) and not new_prompt}
+    return make(options, extra, fingerprint if isinstance(fingerprint, str) else None)
 
 
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,18 +59,19 @@ def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) 
     if recipe["recipe"] > FORMAT:
         raise RequestError(f"{picture}: its recipe is of a newer klein-mlx, {recipe.get('klein_mlx')!r:.40}")
     if given := recipe.get("given"):
-        raise RequestError(f"{picture} was made with {', '.join(map(str, given))} given in Python; no recipe holds it")
+        given = ", ".join(map(str, given)) if isinstance(given, list) else given
+        raise RequestError(f"{picture} was made with {given} given in Python; no recipe holds it")
     model = recipe.get("model")
     if not isinstance(model, Mapping):
         raise RequestError(f"{picture}: its recipe names no model")
-    if model.get("parts") and not any(typed.get(part) for part in ("transformer", "text_encoder", "vae")):
-        names = ", ".join(f"--{part.replace('_', '-')} {name}" for part, name in dict(model["parts"]).items())
+    parts = model.get("parts")
+    if isinstance(parts, Mapping) and not any(typed.get(part) for part in PARTS):
+        names = ", ".join(f"--{str(part).replace('_', '-')} {name}" for part, name in parts.items())
         raise RequestError(f"{picture} was made with parts from files of their own; give them: {names}")
-    options = {}
-    values = {**recipe, "model": model.get("id"), "revision": model.get("revision")}
-    for key, value in values.items():
-        name = KEYS.get(key)
-        if name is None or key in ("size", "mlx") or value is None or value == [] or name in typed:
+    options: dict[str, Any] = {} if "model" in typed else _model(model, picture)
+    for key, value in recipe.items():
+        name = KEYS[key] if key in PIXELS else None
+        if name is None or value is None or value == [] or name in typed:
             continue
         if name in PICTURES:
             entries = value if isinstance(value, list) else [value]
@@ -75,19 +82,23 @@ def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) 
         except RequestError as error:
             raise RequestError(f"{picture}: its recipe is damaged: {error}") from None
     if (loras := recipe.get("loras")) and not typed.get("lora"):
-        options["lora"] = [_lora(entry, picture, typed) for entry in loras]
-    return _allowed(options, picture)
+        entries = loras if isinstance(loras, list) else [loras]
+        options["lora"] = [_lora(entry, picture, typed) for entry in entries]
+    return options
 
 
-def _allowed(options: dict[str, Any], picture: str) -> dict[str, Any]:
-    """A picture may come from anyone: its recipe names a model of the Hub or tiny, and no file to write."""
-    model = options.get("model")
-    if model is not None and model != "tiny" and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
-        raise RequestError(f"{picture}: its recipe names the model {model!r:.60}; give one with --model")
-    harmless = {"model", "revision", "dtype", "lora", "quantize", "group_size", "transformer_bits"}
-    harmless |= {"text_encoder_bits", "quantize_layer"}
-    of_a_picture = {name for name in TABLE if not TABLE[name].per_run and name != "output"}
-    return {name: value for name, value in options.items() if name in of_a_picture | harmless}
+def _model(model: Mapping[str, Any], picture: str) -> dict[str, Any]:
+    """A model of the Hub, or tiny, as options; nothing for a folder, which is looked for by its name."""
+    name, revision = model.get("id"), model.get("revision")
+    if name is None:
+        return {}
+    if name != "tiny" and not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
+        raise RequestError(f"{picture}: its recipe names the model {name!r:.60}; give one with --model")
+    if revision is None:
+        return {"model": name}
+    if not isinstance(revision, str) or not _REVISION.fullmatch(revision):
+        raise RequestError(f"{picture}: its recipe names the revision {revision!r:.60}; give one with --revision")
+    return {"model": name, "revision": revision}
 
 
 def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Path:
@@ -111,7 +122,7 @@ def _candidates(folder: Path, typed: Mapping[str, Any]) -> Iterator[Path]:
     """Files that may be the one that is looked for; only those of its size are read."""
     for where in dict.fromkeys((folder, Path())):
         try:
-            yield from (path for path in sorted(where.iterdir()) if path.is_file())
+            yield from (path for path in sorted(where.iterdir()) if os.path.isfile(path))
         except OSError:
             continue
     for name in PICTURES:
@@ -129,7 +140,7 @@ def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
     for folder in folders:
         path = folder / Path(str(entry.get("file"))).name
         try:
-            if path.is_file() and digest_file(path) == entry.get("sha256"):
+            if os.path.isfile(path) and digest_file(path) == entry.get("sha256"):
                 return f"{path}:{entry.get('scale')}"
         except OSError:
             continue
@@ -139,10 +150,11 @@ def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
     )
 
 
-def _local_model(name: str, options: RunOptions) -> str:
-    """A folder of this name: of the config's models, or in the current folder."""
-    known = [*options.models.values(), name]
-    for path in known:
-        if Path(path).name == Path(name).name and Path(path).is_dir():
-            return path
-    raise RequestError(f"the picture was made with the model in a folder {name[:100]!r}; give it with --model")
+def _local_model(name: Any, options: RunOptions) -> str:
+    """A folder of this name: of the config's models, in the current folder, or of one's own models."""
+    known = [*options.models.values(), name, *map(str, own_models())]
+    if isinstance(name, str) and name not in ("", "..") and Path(name).name == name and "\0" not in name:
+        for path in known:
+            if Path(path).name == name and os.path.isdir(path):
+                return path
+    raise RequestError(f"the picture was made with the model in a folder {name!r:.100}; give it with --model")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from klein_mlx.cli.naming import Name, Named, plan_names
 from klein_mlx.cli.options import BITS, RunOptions, call_arguments, in_options
-from klein_mlx.cli.progress import JsonProgress, Progress, say
+from klein_mlx.cli.output import say, unprinted
+from klein_mlx.cli.progress import JsonProgress, Progress
 from klein_mlx.cli.prompts import Failure, Job
 from klein_mlx.cli.terminal import viewer
 from klein_mlx.errors import KleinError, RequestError
@@ -175,8 +176,7 @@ class Batch:
         recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **self._bits()}
         if name is None:
             suffix = f".{options.format or 'png'}"
-            sys.stdout.buffer.write(encode_image(image, suffix, recipe))
-            sys.stdout.buffer.flush()
+            self._to_stdout(encode_image(image, suffix, recipe))
             path = None
         else:
             suffix = name.path.suffix.lower()
@@ -186,6 +186,15 @@ class Batch:
         if recipe and not fits(FORMATS[suffix], recipe):
             progress.note(f"the recipe is too long for {suffix}; .png or .webp would hold it")
         self._tell(path, picture, progress)
+
+    def _to_stdout(self, content: bytes) -> None:
+        try:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise unprinted(error) from None
 
     def _bits(self) -> dict[str, Any]:
         """How the weights' bits were asked for, in the words of the options."""

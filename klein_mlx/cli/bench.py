@@ -4,7 +4,6 @@ A table for people on stdout, and one JSON object as its last line.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from klein_mlx.cli.options import (
     refuse_group_size_alone,
     typed_options,
 )
+from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def _measure(args: argparse.Namespace, import_seconds: float) -> int:
         del runs[0]
     report = _report(args, bench.pipe, runs, (width, height))
     report["seconds"] = {"import": _spread([import_seconds]), **report["seconds"]}
-    print(_measured_table(report))
-    print(json.dumps(report), flush=True)
+    say(*_measured_table(report).split("\n"))
+    say_json(report)
     return 0
 
 
 def _progress(line: str) -> None:
     if sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+        note(line)
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -221,8 +221,8 @@ def _predict(args: argparse.Namespace) -> int:
         "traffic": {part: getattr(cost, part).traffic for part in ("encode", "step", "decode")},
         "chips": {row.chip.name: _row(row) for row in rows},
     }
-    print(_predicted_table(report, rows))
-    print(json.dumps(report), flush=True)
+    say(*_predicted_table(report, rows).split("\n"))
+    say_json(report)
     return 0
 
 

@@ -5,6 +5,7 @@ import importlib
 from typing import Any
 
 from klein_mlx.cli.options import TABLE, Parser, add_request_arguments
+from klein_mlx.cli.output import say
 from klein_mlx.errors import RequestError
 from klein_mlx.paths import cached_models, own_models, own_names
 from klein_mlx.weights.hub import ALIASES
@@ -51,13 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the script, or the names of models. Returns the exit code; raises RequestError."""
     if args.shell == "models":
-        print("\n".join(model_names()))
+        say(*model_names())
         return 0
     try:
         import shtab
     except ImportError:
         raise RequestError("completion scripts need shtab: pip install 'klein-mlx[completion]'") from None
-    print(shtab.complete(whole_parser(shtab.FILE), args.shell, preamble=_PREAMBLE))  # type: ignore[arg-type]
+    script = shtab.complete(whole_parser(shtab.FILE), args.shell, preamble=_PREAMBLE)  # type: ignore[arg-type]
+    say(*script.split("\n"))
     return 0
 
 

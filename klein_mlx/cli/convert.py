@@ -16,6 +16,7 @@ from klein_mlx.cli.options import (
     lora_options,
     refuse_group_size_alone,
 )
+from klein_mlx.cli.output import note, say
 from klein_mlx.cli.terminal import has_bar
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
     source = merge_loras(source, asked_loras(args.lora), **lora_options(args))
     if args.dry_run:
-        print("\n".join(plan_conversion(source, args.destination, quantize=asked, force=args.force).lines()))
+        say(*plan_conversion(source, args.destination, quantize=asked, force=args.force).lines())
         return 0
     if prompts:
         source = _calibrated(source, asked, prompts, args.quiet)
@@ -90,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
             options = {"quantize": asked, "force": args.force, "variant": args.variant, "verify": args.verify}
             warn = lambda line: odd.append(f"warning: {line}")  # noqa: E731
             path = convert_checkpoint(source, args.destination, **options, progress=show, warn=warn)
-    print(*odd, sep="\n", end="\n" * bool(odd), file=sys.stderr)
-    print(path)
+    note(*odd)
+    say(str(path))
     if args.upload:
-        print(upload(path, args.upload))
+        say(upload(path, args.upload))
     return 0
 
 

@@ -14,9 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.cli.output import ask, note
 from klein_mlx.cli.terminal import has_bar
 from klein_mlx.config import PARTS, VARIANTS
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.errors import CheckpointError, RequestError, printable
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
 
@@ -197,8 +198,8 @@ def bring(
             f"klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         )
     if not quiet or not yes:
-        print("\n".join(facts(plan)), file=sys.stderr)
-    if not yes and not _agreed("Download it? [Y/n] "):
+        note(*facts(plan))
+    if not yes and not _agreed("Download it? [Y/n]"):
         raise RequestError(f"{hub_id} was not downloaded; nothing else was done")
     with_bar(plan, quiet, lambda show: fetch(plan, patterns=patterns, show=show))
 
@@ -251,7 +252,7 @@ def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], 
     """Run `work` with a function that shows the bytes that have come, as one bar over all files."""
     from tqdm import tqdm
 
-    options = {"unit": "B", "unit_scale": True, "desc": plan.hub_id.split("/")[-1], "leave": False}
+    options = {"unit": "B", "unit_scale": True, "desc": printable(plan.hub_id.split("/")[-1]), "leave": False}
     hidden = quiet or not has_bar(sys.stderr)
     with tqdm(total=plan.bytes, file=sys.stderr, disable=hidden, dynamic_ncols=True, **options) as bar:
 
@@ -262,8 +263,7 @@ def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], 
 
 
 def _agreed(question: str) -> bool:
-    print(question, end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline()
+    answer = ask(question)
     return bool(answer) and answer.strip().lower() in ("", "y", "yes")
 
 

@@ -1,15 +1,14 @@
 """`klein-mlx generate`: requests from the options, their pictures into files, their paths on stdout."""
 
 import argparse
-import json
 import logging
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.options import RunOptions, asked_bits, asked_loras, lora_options, typed_options
 from klein_mlx.cli.options import add_generate_arguments as add_arguments
+from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import complete
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
@@ -43,7 +42,7 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
             job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(options)
     if fingerprint not in (None, pipe.recorder.fingerprint) and not options.quiet:
-        print("the model is not the one that made the picture: its fingerprint differs", file=sys.stderr)
+        note("the model is not the one that made the picture: its fingerprint differs")
     if options.enhance:
         _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
     from klein_mlx.cli.batch import Batch
@@ -62,9 +61,9 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
         if options.grid != "":
             save_image(sheet, grid, options.force)
         if not options.json:
-            print(made.files[-1], flush=True)
+            say(made.files[-1])
     if options.json:
-        print(json.dumps(_report(batch, made)), flush=True)
+        say_json(_report(batch, made))
     return 2 if made.failed else 0
 
 
@@ -98,7 +97,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
     for path, scale in asked_loras(options.lora):
         loaded = pipe.load_lora(path, scale, **lora_options(options))
         if not options.quiet:
-            print(described(pipe.parts.loras.get(loaded.name), loaded), file=sys.stderr)
+            note(described(pipe.parts.loras.get(loaded.name), loaded))
     return pipe
 
 
@@ -116,7 +115,7 @@ def _enhance(options: RunOptions, jobs: "list[Job]", pipe: "KleinPipeline") -> N
         job.extra |= {"original": job.prompt, "enhanced_by": name}
         job.prompt = text
         if not options.quiet and options.progress != "json":
-            print(f"enhanced: {text}", file=sys.stderr)
+            note(f"enhanced: {text}")
 
 
 def _check_outputs(options: RunOptions) -> Path | None:
@@ -146,26 +145,26 @@ def _check_outputs(options: RunOptions) -> Path | None:
 def _tell(options: RunOptions, batch: "Batch") -> None:
     """What is worth knowing first: seeds, prompts that were chosen, that a format loses what an edit keeps."""
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         if options.progress != "json" and not options.quiet:
-            print(line, file=sys.stderr)
+            note(line)
 
     edits = [one.request.edit for one in batch.planned]
     lossy = [name.path.suffix for one in batch.planned for name in one.names if name.path.suffix.lower() != ".png"]
     if lossy and any(edit and (edit.mask_image is not None or edit.extends) for edit in edits):
-        say(f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly")
+        tell(f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly")
     jobs: list[Job] = [one.job for one in batch.planned]
     for job in jobs:
         if "template" in job.extra and job.prompt != job.extra["template"]:
-            say(f"prompt: {job.prompt}")
+            tell(f"prompt: {job.prompt}")
     if options.prompt_file is not None:
         return
     seeds = [seed for one in batch.planned for seed in one.request.seeds]
     line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
     untold = options.seed is None and options.output is not None and not options.json  # by no name, option or result
     if options.quiet and untold and options.progress != "json":
-        print(line, file=sys.stderr)
-    say(line)
+        note(line)
+    tell(line)
 
 
 def _report(batch: "Batch", made: "Made") -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """`klein-mlx info MODEL`: what a model or a file is, without reading its weights."""
 
 import argparse
-import json
 from typing import Any
 
 from klein_mlx.cli.options import BITS, add_options, asked_bits, parse_size, typed_options
+from klein_mlx.cli.output import cleaned, say, say_json
 from klein_mlx.errors import RequestError, integer
 from klein_mlx.request import MAX_REFERENCES
 
@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
         description["memory"] = _memory(source, args)
     if args.verify:
         description["verified"] = verify(source)
-    print(json.dumps(description) if args.json else format_description(description))
+    if args.json:
+        say_json(description)
+    else:
+        say(*format_description(cleaned(description)).split("\n"))
     return 0
 
 

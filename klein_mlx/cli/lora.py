@@ -1,9 +1,9 @@
 """`klein-mlx lora info LORA`: what a LoRA file is, before it is put on a model."""
 
 import argparse
-import json
 
 from klein_mlx.cli.options import add_options
+from klein_mlx.cli.output import cleaned, say, say_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,5 +21,8 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.lora_find import find_lora
 
     found = describe_lora(find_lora(args.lora, folder=args.lora_folder, local_files_only=bool(args.offline)))
-    print(json.dumps(found) if args.json else format_lora(found))
+    if args.json:
+        say_json(found)
+    else:
+        say(*format_lora(cleaned(found)).split("\n"))
     return 0

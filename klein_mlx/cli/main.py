@@ -5,18 +5,18 @@ codes: 0 done, 1 a bug, 2 what was asked cannot be done, 130 interrupted. Nothin
 are known to be good.
 """
 
-import errno
 import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
+from klein_mlx.cli.output import finish, log_as_notes, note, say
 from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 
 
@@ -157,13 +157,14 @@ def _run(given: Sequence[str]) -> int:
         if len(given) == 2 and given[1] in COMMANDS:
             given = (given[1], "--help")
         else:
-            print(top_help(), end="")
+            say(*top_help().rstrip("\n").split("\n"))
             return 0
     if given and given[0] == "--version":
         from klein_mlx.paths import version
 
-        print(f"klein-mlx {version()}")
+        say(f"klein-mlx {version()}")
         return 0
+    log_as_notes()
     name, words = choose(given)
     args = command_parser(name).parse_args(words)
     if name == "generate" and given[:1] != ["generate"]:
@@ -177,7 +178,9 @@ def _run(given: Sequence[str]) -> int:
 
 
 def ready_streams() -> None:
-    """Let printing never fail for its words: not where stdout or stderr is closed, nor where it knows ASCII only."""
+    """Let printing never fail for its words: not where a stream is closed, nor where it knows ASCII only."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
@@ -217,29 +220,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     ready_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
+    code = _answered(lambda: _run(words))
+    return _answered(finish) or code
+
+
+def _answered(work: Callable[[], int | None]) -> int:
+    """The exit code of what is done here, with every error as one line on stderr."""
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        return work() or 0
+    except SystemExit as done:  # argparse has printed a help
+        return int(done.code or 0)
     except KleinError as error:
-        print(f"error: {in_options(error)}", file=sys.stderr)
+        note(f"error: {in_options(error)}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
         return 130
     except ImportError as error:
         if not (error.name or "").startswith("mlx"):
             raise
         needs = "klein-mlx needs a Mac with Apple silicon, macOS 14 and a native Python, or Linux"
-        print(f"error: MLX cannot be loaded here ({' '.join(str(error).split())}); {needs}", file=sys.stderr)
+        note(f"error: MLX cannot be loaded here ({' '.join(str(error).split())}); {needs}")
         return 2
     except BrokenPipeError:
-        # The reader of stdout is gone; point stdout elsewhere so that Python does not complain while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that SIGPIPE ends
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except MemoryError:
+        note("error: this process may take no more memory; raise its limit (ulimit -v), or ask for less")
+        return 2
+    except OSError as error:  # of a file that nobody expected to fail
+        if error.filename is None or error.strerror is None:
             raise
-        print(f"error: the result cannot be printed: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        note(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
         return 2
 
 

@@ -1,16 +1,17 @@
 """`klein-mlx models`: which models are on disk, their sizes and last use; fetch one, delete one, print its path."""
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.cli.output import ask, note, say, say_json
+from klein_mlx.errors import CheckpointError, RequestError, printable
 from klein_mlx.paths import models_folder, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, resolve, suggestion
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     act = {"pull": _pull, "rm": _remove, "path": _path}[args.action]
     for name in args.name:
         report = act(args, name)
-        print(json.dumps(report) if args.json else report.get("path", ""), flush=True)
+        say_json(report) if args.json else say(report.get("path", ""))
     return 0
 
 
@@ -102,14 +103,24 @@ def _opened(folder: Path) -> "Source | None":
         source = open_model(folder)
         source.files()
         return source
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return None
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """Of every file below a folder; what may not be read is left out, and links to other folders."""
+    found = []
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found.append(os.stat(os.path.join(where, name)))
+    return found
 
 
 def _entry(
     name: str, where: str, path: Path, source: "Source | None", used: float | None, size: int | None = None
 ) -> OnDisk:
-    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    files = [] if source is None and path.is_symlink() else _files(path)  # a link may point at the whole disk
     bits = sorted({bits for q in source.quantization.values() for bits in _bits(q)}) if source else []
     return OnDisk(
         name,
@@ -132,7 +143,7 @@ def _list(args: argparse.Namespace) -> None:
     found = on_disk()
     if args.json:
         for model in found:
-            print(json.dumps(asdict(model)))
+            say_json(asdict(model))
         return
     short = {alias.hub_id: name for name, alias in ALIASES.items()}
     rows = [("NAME", "SHORT", "VARIANT", "BITS", "SIZE", "LAST USE")]
@@ -140,16 +151,15 @@ def _list(args: argparse.Namespace) -> None:
         bits = "+".join(map(str, model.bits)) or ("-" if model.whole else "?")
         told = model.variant or "incomplete"
         used = "-" if model.where == "package" or not model.last_used else _ago(time.time() - model.last_used)
-        rows.append((model.name, short.get(model.name, "-"), told, bits, _size(model.bytes), used))
+        rows.append((printable(model.name), short.get(model.name, "-"), told, bits, _size(model.bytes), used))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     here = {model.name for model in found}
     others = [f"{name} ({alias.hub_id})" for name, alias in ALIASES.items() if alias.hub_id not in here]
     if others and not args.quiet:
-        print("to be had with klein-mlx models pull:", file=sys.stderr)
-        print("\n".join(f"  {other}" for other in others), file=sys.stderr)
-        print(f"your own models, by name: the folders in {models_folder()}", file=sys.stderr)
+        note("to be had with klein-mlx models pull:", *(f"  {other}" for other in others))
+        note(f"your own models, by name: the folders in {models_folder()}")
 
 
 def _size(count: int) -> str:
@@ -220,9 +230,9 @@ def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
         return _remove_cached(args, _hub_id(name))
     if folder.is_symlink():
         raise RequestError(f"{folder} is a link; delete it yourself, what it points to is not among your models")
-    if not any((folder / file).exists() for file in ("klein.json", "model_index.json", "transformer")):
+    if not any(os.path.exists(folder / file) for file in ("klein.json", "model_index.json", "transformer")):
         raise RequestError(f"{folder} is no model; delete it yourself")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = sum(file.st_size for file in _files(folder))
     _ask(args, name, size, folder)
     try:
         shutil.rmtree(folder)
@@ -235,17 +245,16 @@ def _remove_cached(args: argparse.Namespace, hub_id: str) -> dict[str, Any]:
     from huggingface_hub import constants, scan_cache_dir
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RequestError(f"{hub_id} is not on this machine; klein-mlx models lists what is")
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.st_size for file in _files(folder / "blobs")) or sum(file.st_size for file in _files(folder))
     _ask(args, hub_id, size, folder)
     try:
         cache = scan_cache_dir()
         commits = [r.commit_hash for repo in cache.repos if repo.repo_path == folder for r in repo.revisions]
         if commits:
             cache.delete_revisions(*commits).execute()
-        if folder.is_dir():  # pieces of a download alone: no revision of the cache
+        if os.path.isdir(folder):  # pieces of a download alone: no revision of the cache
             shutil.rmtree(folder)
     except OSError as error:
         raise RequestError(f"{folder} cannot be deleted: {error.strerror}") from None
@@ -258,6 +267,5 @@ def _ask(args: argparse.Namespace, name: str, size: int, folder: Path) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise RequestError(f"{name} ({_size(size)} in {folder}) is not deleted without a question; add --yes")
-    print(f"Delete {name}, {_size(size)} in {folder}? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if ask(f"Delete {name}, {_size(size)} in {folder}? [y/N]").strip().lower() not in ("y", "yes"):
         raise RequestError(f"{name} was not deleted")

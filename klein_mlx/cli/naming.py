@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein_mlx.errors import RequestError
-from klein_mlx.images.saving import check_output
+from klein_mlx.images.saving import check_output, remove_stale
 
 MAX_SLUG = 60  # bytes
 FIELDS = ("slug", "seed", "index", "date", "time", "model", "steps")
@@ -92,10 +92,11 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
     names: list[Name] = []
     taken: set[Path] = set()
     numbers: Counter[Path | None] = Counter()
+    tried: Counter[str] = Counter()
     for index, one in enumerate(wanted, 1):
         numbers[one.output] += 1
         if one.output is None:
-            path = _free(f"{slug(one.prompt)}-{one.seed}", suffix, taken)
+            path = _free(f"{slug(one.prompt)}-{one.seed}", suffix, taken, tried)
         elif is_template(one.output):
             check_template(one.output)
             own = {"slug": slug(one.prompt), "seed": str(one.seed), "index": f"{index:0{digits}}"}
@@ -111,15 +112,21 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
         check_output(path, overwrite and one.output is not None)
         taken.add(path)
         names.append(Name(path, one.output is None))
+    for folder in {name.path.parent for name in names}:
+        remove_stale(folder)
     return names
 
 
-def _free(stem: str, suffix: str, taken: set[Path]) -> Path:
-    """stem.suffix, or the first of stem-2.suffix, ... that does not exist and is not taken."""
-    path, number = Path(stem + suffix), 2
-    while path in taken or os.path.lexists(path):
-        path, number = Path(f"{stem}-{number}{suffix}"), number + 1
-    return path
+def _free(stem: str, suffix: str, taken: set[Path], tried: Counter[str]) -> Path:
+    """stem.suffix, or the first of stem-2.suffix, ... that does not exist and is not taken.
+
+    tried: how many of a stem's names are known to be taken: equal names would be tried over and over.
+    """
+    while True:
+        tried[stem] += 1
+        path = Path(f"{stem}{suffix}" if tried[stem] == 1 else f"{stem}-{tried[stem]}{suffix}")
+        if path not in taken and not os.path.lexists(path):
+            return path
 
 
 def free_names(prompt: str, seeds: Sequence[int], suffix: str = ".png") -> list[Path]:

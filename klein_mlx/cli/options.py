@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.cli.output import say
 from klein_mlx.errors import KleinError, RequestError, named, nearest
 from klein_mlx.request import Option, Options, option, option_of
 
@@ -288,6 +289,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.rare: list[argparse._ArgumentGroup] = []  # headings whose options only --help-all explains
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """A help: argparse itself would keep silent where stdout is full."""
+        say(*message.rstrip("\n").split("\n"))
+
     def error(self, message: str) -> Any:
         """What argparse found, in our words: the option, its value, what would be right."""
         if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (\w+) value: (.*)", message, re.S):
@@ -336,7 +341,7 @@ class _AllHelp(argparse.Action):
     """--help-all."""
 
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
-        print(parser.all_help(), end="")
+        say(*parser.all_help().rstrip("\n").split("\n"))
         parser.exit()
 
 

@@ -10,7 +10,6 @@
     end      pictures, failed, phases (seconds of each)
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from klein_mlx.cli.output import json_line, note
 from klein_mlx.cli.terminal import has_bar
 from klein_mlx.runtime.run import Picture, Run, Step
-
-
-def say(line: str) -> None:
-    """Print a result on stdout, while any bar is out of the way."""
-    with tqdm.external_write_mode():
-        print(line, flush=True)
 
 
 class Progress:
@@ -49,13 +43,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._bar.write(text, file=sys.stderr)
+            note(text)
 
     def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
         self.done += 1
 
     def failed(self, where: str, error: str) -> None:
-        self._bar.write(f"error: {where}: {error}", file=sys.stderr)
+        note(f"error: {where}: {error}")
 
     def end(self, failed: int, phases: Mapping[str, float]) -> None:
         """The summary, where there is more to tell than one picture's name."""
@@ -66,7 +60,7 @@ class Progress:
         made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
         told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
         tail = f"; {failed} failed" if failed else ""
-        print(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){tail}", file=sys.stderr)
+        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){tail}")
 
     def close(self) -> None:
         self._bar.close()
@@ -82,8 +76,7 @@ class JsonProgress(Progress):
 
     def _tell(self, event: str, **values: Any) -> None:
         seconds = round(time.perf_counter() - self.start, 3)
-        line = json.dumps({"event": event, "seconds": seconds, **values}, ensure_ascii=False)
-        print(line, file=sys.stderr, flush=True)
+        note(json_line({"event": event, "seconds": seconds, **values}))
 
     def phase(self, name: str) -> None:
         if name != self._phase:
@@ -119,8 +112,7 @@ def pictures(run: Run, quiet: bool, view: Callable[[Step | Picture], None] | Non
     told = 0
     with tqdm(total=total, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False) as bar:
         for event in run:
-            for note in run.notes[told:]:
-                bar.write(note, file=sys.stderr) if not quiet else None
+            note(*run.notes[told:] if not quiet else ())
             told = len(run.notes)
             if view:
                 with bar.external_write_mode():

@@ -4,7 +4,9 @@ A bad line becomes a failure that names file and line; the others go on.
 """
 
 import json
+import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +20,7 @@ from klein_mlx.errors import KleinError, RequestError, nearest
 from klein_mlx.request import MAX_IMAGES, MAX_PROMPT, MAX_SEED
 
 MAX_LINE = 4 * MAX_PROMPT + 100_000  # bytes
+MAX_BYTES = 1 << 28  # of a whole prompt file
 
 
 @dataclass
@@ -64,18 +67,23 @@ def _lines(name: str) -> Iterator[tuple[str, str | RequestError]]:
     """(file:line, text) of every line that is neither empty nor a comment; an error in place of one that is no text."""
     shown = "stdin" if name == "-" else name
     try:
+        if name != "-" and (stat.S_ISCHR(mode := os.stat(name).st_mode) or stat.S_ISBLK(mode)):
+            raise RequestError(f"--prompt-file {name} is a device; it must be a file, or - for stdin")
         file = sys.stdin.buffer if name == "-" else Path(name).open("rb")
-    except OSError as error:
-        raise RequestError(f"--prompt-file {name} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"--prompt-file {name} cannot be read: {reason}") from None
     with file:
-        number = 0
+        number = size = 0
         while content := file.readline(MAX_LINE + 1):
             number += 1
+            size = _counted(size, content, shown)
             where = f"{shown}:{number}"
             if len(content) > MAX_LINE:
                 yield where, RequestError(f"the line has over {MAX_LINE} bytes")
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MAX_LINE + 1)
+                    size = _counted(size, content, shown)
                 continue
             try:
                 line = content.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -84,6 +92,14 @@ def _lines(name: str) -> Iterator[tuple[str, str | RequestError]]:
                 continue
             if line and not line.startswith("#"):
                 yield where, line
+
+
+def _counted(size: int, content: bytes, shown: str) -> int:
+    """The bytes read so far. Raises RequestError for more than a prompt file may have."""
+    size += len(content)
+    if size > MAX_BYTES:
+        raise RequestError(f"--prompt-file {shown} has over {MAX_BYTES >> 20} MiB; give fewer prompts at once")
+    return size
 
 
 def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:

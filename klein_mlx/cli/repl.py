@@ -80,7 +80,7 @@ class Session:
 
     pipe: "KleinPipeline"
     settings: dict[str, Any]
-    say: Callable[[str], None]
+    say: Callable[..., None]
     show: bool = False
     show_steps: bool = False
     suffix: str = ".png"
@@ -144,7 +144,7 @@ class Session:
             run.close()
 
     def help(self, rest: str) -> None:
-        self.say(HELP)
+        self.say(*HELP.split("\n"))
 
     def seed(self, rest: str) -> None:
         if rest in ("random", "default"):
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
     from klein_mlx.cli.generate import open_pipeline
     from klein_mlx.cli.options import call_arguments, typed_options
-    from klein_mlx.cli.progress import say
+    from klein_mlx.cli.output import note, say
     from klein_mlx.cli.settings import complete
     from klein_mlx.cli.terminal import protocol
 
@@ -242,18 +242,18 @@ def run(args: argparse.Namespace) -> int:
     settings = call_arguments(options, pipe.config)
     session = Session(pipe, settings, say, draws, steps, suffix, not options.no_metadata)
     if not options.quiet:
-        print(WELCOME.format(model=f"{pipe.config.variant.name}: {options.model}"))
+        say(WELCOME.format(model=f"{pipe.config.variant.name}: {options.model}"))
     with _history():
         while True:
             try:
                 line = input(PROMPT)
             except EOFError:
-                print()
+                say("")
                 return 0
             except Stopped:
                 raise
             except KeyboardInterrupt:
-                print("\n(!quit or Ctrl-D ends the session)")
+                say("", "(!quit or Ctrl-D ends the session)")
                 continue
             try:
                 if not session.line(line):
@@ -261,9 +261,9 @@ def run(args: argparse.Namespace) -> int:
             except Stopped:
                 raise
             except KeyboardInterrupt:
-                print("\ncancelled")
+                say("", "cancelled")
             except KleinError as error:
-                print(f"error: {in_options(error)}", file=sys.stderr)
+                note(f"error: {in_options(error)}")
 
 
 class _history:

@@ -86,6 +86,8 @@ def read_settings(path: str | Path | None = None) -> Settings:
         raise RequestError(f"{path}:{text.count(chr(10)) + 1}: {message}") from None
     except RecursionError:
         raise RequestError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # of a number or a date that Python cannot hold
+        raise RequestError(f"{path}: holds a value that cannot be read: {error}") from None
 
 
 def option_value(own: Option, value: Any) -> Any:
@@ -113,14 +115,17 @@ def _single(own: Option, value: Any) -> Any:
         raise RequestError(f"{shown} is {value!r:.60}; it must be {words}")
     if own.choices:
         own.check(shown, value)
-    return own.kind(value)
+    try:
+        return own.kind(value)
+    except OverflowError:
+        raise RequestError(f"{shown} is {value!r:.60}; it must be {own.range}") from None
 
 
 def _numbers(shown: str, value: Any) -> list[float]:
     """Noise levels: a list, or a text as on the command line."""
     try:
         return [float(one) for one in value] if isinstance(value, list) else numbers(value)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{shown} is {value!r:.60}; it must be a list of numbers") from None
 
 

@@ -1,13 +1,16 @@
 """`klein-mlx show PICTURE`: how a picture was made, as its file says."""
 
 import argparse
-import json
-import sys
+from itertools import islice
 from typing import Any
 
 from klein_mlx.cli.options import in_options
+from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.errors import RequestError
 from klein_mlx.images.metadata import Found, parse_parameters, read_metadata
+
+MAX_LINES, MAX_NAME, MAX_LINE, MAX_TEXT = 100, 40, 2000, 100_000  # lines; characters: of a name, a value, a prompt
+TEXTS = ("prompt", "template", "original", "negative")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +25,14 @@ def run(args: argparse.Namespace) -> int:
         try:
             found = _read(picture)
         except RequestError as error:
-            print(f"error: {in_options(error)}", file=sys.stderr, flush=True)
+            note(f"error: {in_options(error)}")
             code = 2
             continue
         if args.json:
-            print(json.dumps(_object(picture, found), ensure_ascii=False), flush=True)
+            say_json(_object(picture, found))
         else:
             heading = [f"{picture}:"] if len(args.picture) > 1 else []
-            print("\n".join([*heading, *_lines(found)]), flush=True)
+            say(*heading, *_lines(found))
     return code
 
 
@@ -43,7 +46,7 @@ def _read(picture: str) -> Found:
 
 def _object(picture: str, found: Found) -> dict[str, Any]:
     if found.recipe is not None:
-        return {"file": picture, **found.recipe}
+        return {"file": picture, **{name: value for name, value in found.recipe.items() if name != "file"}}
     return {"file": picture, "parameters": parse_parameters(found.parameters or "")}
 
 
@@ -68,28 +71,37 @@ def _model(model: Any) -> str | None:
     words = [str(model.get("id") or model.get("name") or "unnamed")]
     if model.get("revision"):
         words.append(f"at {model['revision']}")
-    words.append(f"({model.get('variant')}, fingerprint {str(model.get('fingerprint'))[:16]})")
+    fingerprint = f"fingerprint {str(model.get('fingerprint'))[:16]}{' of samples' if model.get('sampled') else ''}"
+    words.append(f"({model.get('variant')}, {fingerprint})")
     return " ".join(words)
 
 
 def _table(pairs: dict[str, Any]) -> list[str]:
-    """What is said, name by name; what is empty or off is left out."""
-    shown = {name: value for name, value in pairs.items() if value not in (None, "", False, [], {})}
-    width = max(map(len, shown), default=0)
-    return [f"{name:<{width}}  {_value(value)}" for name, value in shown.items()]
+    """What is said, name by name, within bounds; what is empty or off is left out."""
+    shown = {_cut(name, MAX_NAME): value for name, value in pairs.items() if value not in (None, "", False, [], {})}
+    first = dict(islice(shown.items(), MAX_LINES))
+    width = max(map(len, first), default=0)
+    lines = [
+        f"{name:<{width}}  {_cut(_value(value), MAX_TEXT if name in TEXTS else MAX_LINE)}"
+        for name, value in first.items()
+    ]
+    return lines + [f"... and {len(shown) - len(first)} more"] * (len(shown) > len(first))
 
 
 def _value(value: Any) -> str:
-    """In one line, without what a terminal would take for a command."""
+    """In one line."""
     if isinstance(value, list):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(_value, islice(value, MAX_LINE)))
     if isinstance(value, dict):
-        value = " ".join(_entry(name, item) for name, item in value.items() if name != "bytes")
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(char if char.isprintable() else " " if char in "\n\t" else "\ufffd" for char in text)
+        value = " ".join(_entry(name, item) for name, item in islice(value.items(), MAX_LINE) if name != "bytes")
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", " ")
 
 
 def _entry(name: str, item: Any) -> str:
     if name in ("sha256", "pixels"):
         return f"{name} {str(item)[:16]}"
     return str(item) if name in ("name", "file") else f"{name} {item}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 4]} ..."

@@ -6,9 +6,12 @@ Braces without a bar between them are text, so that prompts in JSON stay as they
 text everywhere in a template.
 """
 
+import os
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from klein_mlx.errors import RequestError
@@ -35,67 +38,62 @@ def expand(template: str, seed: int, folders: Sequence[Path]) -> str:
     draw = random.Random(seed).random
     text = _ESCAPED.sub(lambda match: _PRIVATE[match[1]], template)
     _check_braces(text, template)
-    text = _expand(text, draw, folders, 0)
+    text = _expand(text, draw, cache(lambda name: _lines(name, folders)), 0)
     return "".join(_BACK.get(char, char) for char in text)
 
 
-def _expand(text: str, draw: Callable[[], float], folders: Sequence[Path], depth: int) -> str:
+def _expand(text: str, draw: Callable[[], float], lines: Callable[[str], list[str]], depth: int) -> str:
     if depth > MAX_DEPTH:
         raise RequestError(f"the prompt's wildcards name each other without end (over {MAX_DEPTH} levels)")
-    done, position = "", 0
+    done, position, length = [], 0, 0
+    choices, _ = _choices(text)
     while position < len(text):
         name = _NAME.match(text, position)
-        end = _group_end(text, position) if text[position] == "{" else None
         if name:
-            done += _expand(_pick(_lines(name[1], folders), draw), draw, folders, depth + 1)
+            done.append(_expand(_pick(lines(name[1]), draw), draw, lines, depth + 1))
             position = name.end()
-        elif end is not None and len(options := _split(text[position + 1 : end])) > 1:
-            done += _expand(_pick(options, draw), draw, folders, depth + 1)
-            position = end + 1
+        elif bars := choices.get(position):
+            options = [text[start + 1 : end] for start, end in pairwise([position, *bars])]
+            done.append(_expand(_pick(options, draw), draw, lines, depth + 1))
+            position = bars[-1] + 1
         else:
-            done += text[position]
+            done.append(text[position])
             position += 1
-        if len(done) > MAX_EXPANDED:
+        length += len(done[-1])
+        if length > MAX_EXPANDED:
             raise RequestError(f"the prompt's wildcards make over {MAX_EXPANDED} characters")
-    return done
+    return "".join(done)
 
 
-def _group_end(text: str, start: int) -> int | None:
-    """Where the brace that opens at `start` closes."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == "{") - (text[position] == "}")
-        if depth == 0:
-            return position
-    return None
+def _choices(text: str) -> tuple[dict[int, list[int]], list[int]]:
+    """Where the choices are, in one pass.
 
-
-def _split(inside: str) -> list[str]:
-    """The options of a choice: parts between bars that stand in no inner braces."""
-    options, depth, start = [], 0, 0
-    for position, char in enumerate(inside):
-        depth += (char == "{") - (char == "}")
-        if char == "|" and depth == 0:
-            options.append(inside[start:position])
-            start = position + 1
-    return [*options, inside[start:]]
+    Returns ({opening brace: its own bars and, last, its closing brace}, opening braces that have a bar and no end).
+    """
+    choices: dict[int, list[int]] = {}
+    opened: list[tuple[int, list[int]]] = []
+    for position, char in enumerate(text):
+        if char == "{":
+            opened.append((position, []))
+        elif char == "|" and opened:
+            opened[-1][1].append(position)
+        elif char == "}" and opened:
+            start, bars = opened.pop()
+            if bars:
+                choices[start] = [*bars, position]
+    return choices, [start for start, bars in opened if bars]
 
 
 def _check_braces(text: str, template: str) -> None:
     """RequestError for an opening brace that has a bar but no end; escapes keep columns one less each."""
-    open_at: list[int] = []
-    for position, char in enumerate(text):
-        if char == "{":
-            open_at.append(position)
-        elif char == "}" and open_at:
-            open_at.pop()
-    for start in open_at:
-        if len(_split(text[start + 1 :])) > 1:
-            column = start + 1 + sum(char in _BACK for char in text[:start])
-            raise RequestError(
-                f"the prompt's choice that opens at column {column} ({template[column - 1 : column + 19]!r}) has no "
-                "closing brace; close it, write \\{ for a brace, or give --no-wildcards"
-            )
+    _, endless = _choices(text)
+    if endless:
+        start = endless[0]
+        column = start + 1 + sum(char in _BACK for char in text[:start])
+        raise RequestError(
+            f"the prompt's choice that opens at column {column} ({template[column - 1 : column + 19]!r}) has no "
+            "closing brace; close it, write \\{ for a brace, or give --no-wildcards"
+        )
 
 
 def _pick(options: Sequence[str], draw: Callable[[], float]) -> str:
@@ -121,7 +119,7 @@ def _lines(name: str, folders: Sequence[Path]) -> list[str]:
             f"the prompt's wildcard __{shown[:60]}__ is no name; it must be letters, digits, - and _ "
             "(a file NAME.txt), or give --no-wildcards"
         )
-    path = next((path for folder in folders if (path := folder / f"{name}.txt").is_file()), None)
+    path = next((path for folder in folders if os.path.isfile(path := folder / f"{name}.txt")), None)
     if path is None:
         where = ", ".join(str(folder) for folder in folders) or "any folder"
         raise RequestError(

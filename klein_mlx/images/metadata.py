@@ -6,9 +6,8 @@ depends on the time: the same picture is the same file.
 """
 
 import json
+import os
 import re
-import struct
-import warnings
 import xml.etree.ElementTree as xml
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from PIL import Image
+from PIL.ExifTags import Base
 
 from klein_mlx.errors import RequestError
+from klein_mlx.images.reading import reading
 
 KEY = "klein_mlx"  # of the PNG text that holds the JSON
 NAMESPACE = "urn:klein_mlx:recipe"
 MAX_SEGMENT = 65_000  # bytes of EXIF or XMP in a JPEG, whose segments end at 65,533
-MAX_READ = 8 * 1024 * 1024  # bytes of metadata that are looked at
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error)
+MAX_READ, MAX_LEVELS = 8 * 1024 * 1024, 8  # bytes of metadata that are looked at; levels of JSON
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_ASCII, _SHORT, _LONG, _RATIONAL, _UNDEFINED = 2, 3, 4, 5, 7
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,15 @@ def save_options(image: Image.Image, format: str, recipe: dict[str, Any]) -> dic
         info.add_itxt("parameters", text)
         info.add_itxt(KEY, told)
         info.add_itxt("XML:com.adobe.xmp", _xmp(prompt, None).decode())
-        return {"pnginfo": info}
+        return {"pnginfo": info, "exif": _exif(image.size)}
     xmp = _xmp(prompt, told)
     if format == "JPEG" and len(xmp) > MAX_SEGMENT:
         xmp, text, prompt = _xmp(prompt[:4000], None), text[:16_000], prompt[:4000]
-    return {"exif": _exif(image.size, prompt, text), "xmp": xmp}
+    exif = _exif(image.size, (prompt, text))
+    while format == "JPEG" and len(exif) > MAX_SEGMENT:
+        prompt, text = prompt[: len(prompt) // 2], text[: len(text) // 2]
+        exif = _exif(image.size, (prompt, text))
+    return {"exif": exif, "xmp": xmp}
 
 
 def fits(format: str, recipe: dict[str, Any]) -> bool:
@@ -97,19 +100,18 @@ def read_metadata(path: str | Path) -> Found:
 
     Raises RequestError for a file that is no picture. Metadata that is damaged counts as none.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                info = dict(image.info)
-                text = {name: value for name, value in info.items() if isinstance(value, str)}
-    except FileNotFoundError:
-        raise RequestError(f"image {path} does not exist") from None
-    except IsADirectoryError:
-        raise RequestError(f"image {path} is a folder; name a picture") from None
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
-        reason = "it is no PNG, JPEG or WebP" if "cannot identify" in str(error) else str(error).partition("\n")[0]
-        raise RequestError(f"image {path} cannot be read: {reason or type(error).__name__}") from None
+    if os.path.isdir(path):
+        raise RequestError(f"image {path} is a folder; name a picture")
+    if not os.path.exists(path):
+        raise RequestError(f"image {path} does not exist")
+    if not os.path.isfile(path):
+        raise RequestError(f"image {path} is not a regular file")
+    with (
+        reading(f"image {path}", path, "it is no PNG, JPEG or WebP"),
+        Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
+    ):
+        info = dict(image.info)
+    text = {name: value[:MAX_READ] for name, value in info.items() if isinstance(value, str)}
     recipe = _parse(text.get(KEY)) or _recipe_of_xmp(info.get("xmp"))
     return Found(recipe, text.get("parameters") or _user_comment(info.get("exif")))
 
@@ -136,7 +138,16 @@ def _parse(text: str | bytes | None) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and type(value.get("recipe")) is int else None
+    return value if isinstance(value, dict) and type(value.get("recipe")) is int and not _is_deep(value) else None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more often than in any recipe: what reads one recurses."""
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 # ---- XMP ----
@@ -169,45 +180,27 @@ def _recipe_of_xmp(packet: Any) -> dict[str, Any] | None:
 # ---- EXIF ----
 
 
-def _exif(size: tuple[int, int], prompt: str, text: str) -> bytes:
-    """Big-endian EXIF, as its UTF-16 comment is: the prompt, the text form, and what EXIF wants of every picture."""
-    comment = b"UNICODE\0" + text.encode("utf-16-be")
-    unit = struct.pack(">II", 72, 1)
-    inner = [
-        (0x9000, _UNDEFINED, b"0232"),
-        (0x9101, _UNDEFINED, b"\1\2\3\0"),
-        (0x9286, _UNDEFINED, comment),
-        (0xA000, _UNDEFINED, b"0100"),
-        (0xA001, _SHORT, struct.pack(">H", 1)),  # sRGB
-        (0xA002, _LONG, struct.pack(">I", size[0])),
-        (0xA003, _LONG, struct.pack(">I", size[1])),
-    ]
-    outer = [
-        (0x010E, _ASCII, _clean(prompt).encode() + b"\0"),
-        (0x011A, _RATIONAL, unit),
-        (0x011B, _RATIONAL, unit),
-        (0x0128, _SHORT, struct.pack(">H", 2)),
-        (0x0131, _ASCII, b"klein_mlx\0"),
-        (0x0213, _SHORT, struct.pack(">H", 1)),
-    ]
-    where = 8 + len(_directory([*outer, (0x8769, _LONG, bytes(4))], 8))
-    first = _directory([*outer, (0x8769, _LONG, struct.pack(">I", where))], 8)
-    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + first + _directory(inner, where)
-
-
-def _directory(entries: list[tuple[int, int, bytes]], offset: int) -> bytes:
-    """A TIFF directory that begins at `offset`, its larger values behind it."""
-    sizes = {_ASCII: 1, _SHORT: 2, _LONG: 4, _RATIONAL: 8, _UNDEFINED: 1}
-    behind, rows = b"", struct.pack(">H", len(entries))
-    start = offset + 2 + 12 * len(entries) + 4
-    for tag, kind, value in sorted(entries):
-        if len(value) <= 4:
-            field = value.ljust(4, b"\0")
-        else:
-            field = struct.pack(">I", start + len(behind))
-            behind += value + b"\0" * (len(value) % 2)
-        rows += struct.pack(">HHI", tag, kind, len(value) // sizes[kind]) + field
-    return rows + bytes(4) + behind
+def _exif(size: tuple[int, int], told: tuple[str, str] | None = None) -> bytes:
+    """EXIF with what BFL's own code says of provenance; told: the prompt and the text form, where they go here too."""
+    exif = Image.Exif()
+    exif[Base.Software] = "AI generated;flux2;klein_mlx"
+    exif[Base.Make] = "Black Forest Labs"
+    if told is None:
+        return exif.tobytes()
+    prompt, text = told
+    exif[Base.ImageDescription] = _clean(prompt).encode()  # a str would lose what is not ASCII
+    exif[Base.XResolution] = exif[Base.YResolution] = 72.0
+    exif[Base.ResolutionUnit], exif[Base.YCbCrPositioning] = 2, 1
+    exif[Base.ExifOffset] = {
+        Base.ExifVersion: b"0232",
+        Base.ComponentsConfiguration: b"\1\2\3\0",
+        Base.UserComment: b"UNICODE\0" + text.encode("utf-16-be"),  # in the byte order of Pillow's EXIF
+        Base.FlashPixVersion: b"0100",
+        Base.ColorSpace: 1,  # sRGB
+        Base.ExifImageWidth: size[0],
+        Base.ExifImageHeight: size[1],
+    }
+    return exif.tobytes()
 
 
 def _user_comment(exif: Any) -> str | None:
@@ -215,12 +208,11 @@ def _user_comment(exif: Any) -> str | None:
     if not isinstance(exif, bytes) or len(exif) > MAX_READ:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damage
+        with reading("EXIF", None):
             read = Image.Exif()
             read.load(exif)
-            value = read.get_ifd(0x8769).get(0x9286)
-    except _UNREADABLE:
+            value = read.get_ifd(Base.ExifOffset).get(Base.UserComment)
+    except RequestError:
         return None
     if isinstance(value, str):
         value = value.encode("utf-8", "replace")

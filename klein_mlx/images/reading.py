@@ -6,20 +6,19 @@ It knows PIL and pixels; not the model.
 import math
 import os
 import re
-import struct
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 from PIL import Image, ImageOps
 
-from klein_mlx.errors import RequestError, Shown
+from klein_mlx.errors import KleinError, RequestError, Shown
 
 REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
 LARGE_REFERENCE_AREA = 2024 * 2024  # the same for a single large one, as in BFL's own code (diffusers has no such)
 MIN_REFERENCE_SIDE, MAX_ASPECT = 64, 8
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error)  # what Pillow may raise
 
 # What is opened. Pillow knows more: among them EPS, for which it would run Ghostscript, and data that is no picture.
 READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
@@ -49,20 +48,36 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
     if not given and not isinstance(source, str | os.PathLike):
         raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path or a PIL image")
     name = what if given else f"{what} {os.fspath(source)}"
+    with reading(name, None if given else source):
+        if given:
+            return _upright(source, what)
+        _check_file(source, name)
+        Image.init()  # a build of Pillow may lack some
+        with Image.open(source, formats=[kind for kind in READ if kind in Image.OPEN]) as image:
+            return _upright(image, os.fspath(source))
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def reading(
+    name: str, source: str | os.PathLike[str] | None, unknown: str = "not a picture in a known format"
+) -> Iterator[None]:
+    """Turn whatever Pillow raises of a damaged picture into a RequestError: its errors have no common parent.
+
+    name: of the picture, in the message. source: its file, if it has one, which is asked for the reason. unknown: what
+    is said of one that is in no format which is read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes, and of metadata that is not used here
-            if given:
-                return _upright(source, what)
-            _check_file(source, name)
-            Image.init()  # a build of Pillow may lack some
-            with Image.open(source, formats=[kind for kind in READ if kind in Image.OPEN]) as image:
-                return _upright(image, os.fspath(source))
+            yield
+    except KleinError:
+        raise
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise RequestError(name, rule=f"has over {limit} million pixels; scale it down first") from None
-    except UNREADABLE as error:
-        reason = one_line(error) if given else _reason(source, error)
+    except Exception as error:
+        reason = one_line(error) if source is None else _reason(source, error, unknown)
         raise RequestError(name, rule=f"cannot be read: {reason}") from None
 
 
@@ -72,13 +87,13 @@ def _check_file(source: str | os.PathLike[str], name: str) -> None:
         raise RequestError(name, rule="is a URL; download it, and give the file")
     if os.fspath(source) == "-":
         raise RequestError(name, rule="is stdin, which is not read; give a file")
-    if not Path(source).exists():
+    if not os.path.exists(source):
         raise RequestError(name, rule="does not exist")
-    if not Path(source).is_file():
+    if not os.path.isfile(source):
         raise RequestError(name, rule="is not a file")
 
 
-def _reason(source: str | os.PathLike[str], error: BaseException) -> str:
+def _reason(source: str | os.PathLike[str], error: BaseException, unknown: str) -> str:
     """Why a file is not read: what it is instead of a picture, else what Pillow says of it."""
     try:
         with open(source, "rb") as file:
@@ -88,7 +103,7 @@ def _reason(source: str | os.PathLike[str], error: BaseException) -> str:
     if not head:
         return "the file is empty"
     told = next((words for begins, words in _NOT_READ if begins.match(head)), None)
-    return told or ("not a picture in a known format" if "cannot identify" in str(error) else one_line(error))
+    return told or (unknown if "cannot identify" in str(error) else one_line(error))
 
 
 def one_line(error: BaseException) -> str:

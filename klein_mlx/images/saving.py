@@ -1,10 +1,13 @@
 """Pictures into files: checked before any work, written beside and put into place, never half of one."""
 
+import fcntl
 import io
 import os
+import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -13,6 +16,7 @@ from klein_mlx.images.metadata import save_options
 
 MAX_NAME = 255  # bytes of a file's name, on every common disk
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_TEMPORARY = re.compile(r"\.klein-[0-9a-f]{16}\.part")
 _QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
@@ -25,16 +29,16 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RequestError(f"output {path.name[:30]}... has a name of {length} bytes; it must have at most {MAX_NAME}")
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"output {path} ends in {path.suffix or 'nothing'}; it must end in {', '.join(FORMATS)}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RequestError(f"output folder {folder} does not exist; make it first")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RequestError(f"output {path} is a folder; name a file")
     if not overwrite and os.path.lexists(path):
         raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force")
     probe = _beside(path)
     try:  # trying is the only sure test: for root, read-only disks and network folders
         probe.open("xb").close()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise RequestError(f"output folder {folder} is not writable ({error.strerror}); choose another") from None
 
@@ -59,12 +63,12 @@ def save_image(
     check_output(path, overwrite)
     beside = _beside(path)
     try:
-        with beside.open("xb") as file:
+        with _held(beside) as file:
             # Not straight into the file: Pillow takes a write that a full disk cut short for a whole one.
             file.write(encode_image(image, path.suffix.lower(), recipe))
             file.flush()
             os.fsync(file.fileno())
-        _put(beside, path, overwrite)
+            _put(beside, path, overwrite)
     except FileExistsError:
         raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force") from None
     except OSError as error:
@@ -89,6 +93,33 @@ def save_image_free(image: Image.Image, path: Path, recipe: dict[str, Any] | Non
 def _beside(path: Path) -> Path:
     """A new hidden name in the same folder, so that the final rename stays on one disk."""
     return path.parent / f".klein-{secrets.token_hex(8)}.part"
+
+
+def _held(beside: Path) -> BinaryIO:
+    """A new file, locked for as long as it is open, so that no other run takes it for a killed one's."""
+    while True:
+        file = beside.open("xb")
+        with suppress(OSError):  # a disk without locks: nothing is ever removed there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed between opening and locking it
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder: temporary files that nobody holds."""
+    try:
+        names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
+    except OSError:
+        return
+    for name in names:
+        with suppress(OSError):
+            handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(folder / name)
+            finally:
+                os.close(handle)
 
 
 def _put(beside: Path, path: Path, overwrite: bool) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from klein_mlx.model.vae import VAE, strip_rows
 from klein_mlx.model.vae_layers import Done
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
+from klein_mlx.runtime.identity import digest
 from klein_mlx.runtime.parts import Parts
 from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import read_tokenizer
@@ -67,24 +68,7 @@ def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done |
 MAX_BYTES = 1 << 30  # of all entries; the ones that were used longest ago go first
 
 
-_SAMPLES, _SAMPLE = 256, 4096  # of a file too large to be read whole
-
-
 _SUFFIX = ".prompt.safetensors"
-
-
-def digest_files(paths: Sequence[Path]) -> str:
-    """Tells files of weights apart without reading gigabytes: by length, their first megabyte, and samples all over."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for number in range(_SAMPLES):
-                file.seek(size * number // _SAMPLES)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 class PromptCache:
@@ -112,7 +96,7 @@ class PromptCache:
     def read(self, prompt: str, length: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
         """The embeddings, evaluated; None if they are not there. Raises CheckpointError for a damaged entry."""
         path = self.path(prompt, length)
-        if not path.exists():
+        if not os.path.exists(path):
             return None
         entry = read_header(path).get("embeds")
         if entry is None or entry.shape != shape:
@@ -122,7 +106,10 @@ class PromptCache:
             mx.eval(embeds)
         except RuntimeError:
             raise CheckpointError(f"{path}: cannot be read") from None
-        sound = embeds.dtype == dtype and is_finite(embeds).item() and _digest(embeds) == _told(path)
+        told = read_metadata(path)
+        if told.get("key") != path.name.removesuffix(_SUFFIX):
+            raise CheckpointError(f"{path}: is another prompt's entry")
+        sound = embeds.dtype == dtype and is_finite(embeds).item() and _digest(embeds) == told.get("sha256")
         if not sound:
             raise CheckpointError(f"{path}: is damaged")
         os.utime(path)  # it was used
@@ -134,7 +121,8 @@ class PromptCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{secrets.token_hex(8)}.safetensors")
         try:
-            mx.save_safetensors(str(beside), {"embeds": embeds}, {"sha256": _digest(embeds)})
+            told = {"sha256": _digest(embeds), "key": path.name.removesuffix(_SUFFIX)}
+            mx.save_safetensors(str(beside), {"embeds": embeds}, told)
             with beside.open("rb+") as file:
                 os.fsync(file.fileno())
             beside.replace(path)
@@ -163,10 +151,6 @@ def _digest(embeds: mx.array) -> str:
     return hashlib.sha256(np.array(embeds.reshape(-1).view(mx.uint8)).tobytes()).hexdigest()
 
 
-def _told(path: Path) -> str | None:
-    return read_metadata(path).get("sha256")
-
-
 REMEMBERED = 8  # prompts, and references, whose encodings are kept
 
 
@@ -186,7 +170,9 @@ class Encodings:
         """The checkpoint's tokenizer, read when first needed."""
         if self._tokenizer is None:
             source = self.parts.source
-            self._tokenizer = read_tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+            tokenizer = read_tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+            self.parts.pinned.check()
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def knows(self, request: Request) -> bool:
@@ -196,7 +182,8 @@ class Encodings:
         prompts = [*request.prompts, *([request.negative_prompt] if request.guidance > 1 else [])]
         keys, cache = [self._key(request, prompt) for prompt in prompts], self._usable()
         return all(
-            key in self.prompts or (cache is not None and not key[2] and cache.path(*key[:2]).exists()) for key in keys
+            key in self.prompts or (cache is not None and not key[2] and os.path.exists(cache.path(*key[:2])))
+            for key in keys
         )
 
     def _key(self, request: Request, prompt: str) -> tuple[str, int, bool]:
@@ -234,6 +221,7 @@ class Encodings:
             if embeds is None:
                 encoder = self.parts.get("text_encoder", run)
                 embeds = encode_prompt(encoder, tokens, 0, run.part_done)
+                self.parts.pinned.check()  # the tokens' rows come from the file, whatever is loaded
                 if not literal:
                     self._keep(run, prompt, length, embeds)
             _remember(self.prompts, key, embeds)
@@ -245,7 +233,7 @@ class Encodings:
         quantization = parts.source.quantization.get("text_encoder") or parts.quantization.get("text_encoder")
         return {
             "version": version(),  # another may encode otherwise
-            "files": digest_files(parts.source.files(["text_encoder"])),
+            "files": digest(parts.source.files(["text_encoder"]), local=True),
             "taps": config.taps,
             "config": config.text_encoder.to_dict(),
             "quantization": quantization.to_dict() if quantization else None,

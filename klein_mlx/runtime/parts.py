@@ -15,6 +15,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.formats.lora_base import shapes_of
 from klein_mlx.model.text_encoder import TextEncoder
+from klein_mlx.runtime.identity import Pinned
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
@@ -51,6 +52,7 @@ class Parts:
         if keep is not None and keep not in KEPT:
             raise RequestError("keep", keep, f"it must be one of {', '.join(KEPT)}")
         self.source, self.dtype, self.quantization = source, dtype, quantization
+        self.pinned = Pinned.of(source.files())
         self.weights = weight_bytes(source, dtype, quantization)
         self.keep = keep or choose_keep(self.weights, machine_memory())
         self._chosen = keep is None
@@ -126,6 +128,7 @@ class Parts:
         return self.loaded[name]
 
     def _load(self, name: str) -> nn.Module:
+        self.pinned.check()
         module: Any = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
         if isinstance(module, TextEncoder):
             module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
@@ -140,6 +143,7 @@ class Parts:
         except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
             unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
             raise of_device(error) or unread from None
+        self.pinned.check()
         self._applied[name] = applied
         return module
 
@@ -169,6 +173,7 @@ class Parts:
         """Make these parts, as far as they are loaded, what `loras` says."""
         for name in names:
             if name in self.loaded:
+                self.pinned.check()  # what was merged is undone by reading the original again
                 try:
                     self._applied[name].update(self.loras.changes(name))
                 except RuntimeError as error:

@@ -5,7 +5,6 @@ folder, a user's name or the time. `klein_mlx.images.metadata` puts it into a fi
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,14 +17,24 @@ from PIL import Image
 from klein_mlx.edits import SIDES, Edit
 from klein_mlx.paths import TINY_FOLDER, version
 from klein_mlx.request import EDITS, USER_OPTIONS, Request
+from klein_mlx.runtime.identity import Pinned, digest, is_sampled
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora
 from klein_mlx.weights.quantize import Quantization
 
 FORMAT = 1
+# What `again` takes from a picture, which may be anyone's: the options that decide pixels, and no other.
+PIXELS = frozenset(
+    {
+        *("prompt", "negative", "seed", "width", "height", "steps", "guidance", "sigmas", "strength"),
+        *("image", "large_reference", "reuse_references", "init_image", "init_reference", "extend"),
+        *("mask", "mask_blur", "invert_mask", "mask_crop", "batch_guidance"),
+        *("max_sequence_length", "literal_prompt"),
+        *("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer", "dtype"),
+    }
+)
 _OWN = {"prompt", "seed", "num_images_per_prompt"}  # each picture's own
 _SCALAR = bool | int | float | str | None
-_SAMPLE = 64 * 1024  # bytes of a model's file at its beginning, middle and end
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,14 @@ class Recorder:
     """Writes recipes of one opened model.
 
     quantize: as it was asked for, or None. quantized: the parts that are quantised while they are loaded. dtype: of the
-    computation.
+    computation. pinned: the files as they were when the model was opened.
     """
 
     source: Source
     quantize: Any
     quantized: Mapping[str, Quantization]
     dtype: mx.Dtype
+    pinned: Pinned
 
     def of_request(self, request: Request, schedule: Sequence[float]) -> dict[str, Any]:
         """All that a request's pictures share; pictures that are files are read and their digests taken.
@@ -78,6 +88,8 @@ class Recorder:
         """The model: the id by which it is found again, or its folder's name; the fingerprint of its files."""
         source = self.source
         told = {"variant": source.config.variant.name, **_identity(source.path), "fingerprint": self.fingerprint}
+        if any(is_sampled(path) for path in source.files()):
+            told["sampled"] = True
         quantized = {part: {"bits": q.bits, "group_size": q.group_size, "mode": q.mode} for part, q in self._quantized}
         parts = {part: entry.get("name") for part, entry in source.info.get("source", {}).get("parts", {}).items()}
         return {**told, **({"quantization": quantized} if quantized else {}), **({"parts": parts} if parts else {})}
@@ -88,16 +100,10 @@ class Recorder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files' sizes and of samples of their bytes: 16 GB are not read for every picture."""
-        digest = hashlib.sha256()
-        for path in self.source.files():
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{path.name} {size}\n".encode())
-                for start in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
-        return digest.hexdigest()
+        """SHA-256 of the model's files; of those over a gigabyte, of samples (`sampled` in the recipe)."""
+        found = digest(self.source.files())
+        self.pinned.check()
+        return found
 
 
 def describe_picture(source: Any) -> dict[str, Any]:
