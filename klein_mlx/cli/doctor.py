@@ -5,12 +5,14 @@ failing check on stderr.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from klein_mlx.cli.output import note, say, say_json
+from klein_mlx.errors import printable
 
 if TYPE_CHECKING:
     from klein_mlx.bench.checks import Check, Setting
@@ -44,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
     failing = [finding.row for finding in findings if finding.row.holds is False]
     verdict = f"{len(failing)} of {len(findings)} rows fail" if failing else "all checks hold"
     if args.json:
-        print(json.dumps(_as_json(findings, setting, seconds)), flush=True)
+        say_json(_as_json(findings, setting, seconds))
     elif args.report:
-        print(_report(findings, verdict, seconds))
+        say(*_report(findings, verdict, seconds).split("\n"))
     else:
-        print(f"\n{verdict} ({seconds:.0f} s)")
+        say("", f"{verdict} ({seconds:.0f} s)")
     for row in failing:
-        print(f"error: {row.name}: {row.text}: {row.remedy}", file=sys.stderr)
+        note(f"error: {row.name}: {row.text}: {row.remedy}")
     return 2 if failing else 0
 
 
@@ -76,7 +78,8 @@ def _findings(checks: "list[Check]", setting: "Setting") -> "Iterator[Finding]":
 
 def _progress(line: str) -> None:
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        sys.stderr.write(f"\r\x1b[K{printable(line)}")
+        sys.stderr.flush()
 
 
 def _mark(holds: bool | None) -> str:
@@ -85,11 +88,11 @@ def _mark(holds: bool | None) -> str:
 
 def _print_row(finding: "Finding", before: str) -> None:
     if finding.section != before:
-        print(f"{'' if not before else chr(10)}{finding.section}")
+        say(*[""] * bool(before), finding.section)
     row = finding.row
-    print(f"  {_mark(row.holds)}  {row.name:<14}  {row.text}", flush=True)
+    say(f"  {_mark(row.holds)}  {row.name:<14}  {row.text}")
     if row.holds is False:
-        print(f"        {'':<14}  -> {row.remedy}", flush=True)
+        say(f"        {'':<14}  -> {row.remedy}")
 
 
 def _as_json(findings: "list[Finding]", setting: "Setting", seconds: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.cli.output import note, say
 from klein_mlx.train.options import TrainOptions, kind_of, make_options, read_toml, stored_values, table
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _follow(training, args)
     except LostPeer as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
 
 
@@ -176,7 +177,7 @@ class _Json:
             values = {"paths": [str(path) for path in event.paths]}
         if isinstance(event, Preview):
             values["path"] = str(event.path)
-        print(json.dumps({"event": type(event).__name__.lower(), **values}, default=str), flush=True)
+        say(json.dumps({"event": type(event).__name__.lower(), **values}, default=str))
 
     def close(self) -> None:
         pass
