@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -62,12 +61,6 @@ class Group:
             start += gradient.size
         mx.eval(found)
         return found, to_float(flat[-1])
-
-    def from_first(self, arrays: Mapping[str, mx.array]) -> Weights:
-        """The first process's arrays, by everyone, whose own have the same names, shapes and dtypes."""
-        if self.size == 1:
-            return dict(arrays)
-        return {name: self._sum(a if self.rank == 0 else mx.zeros_like(a)) for name, a in sorted(arrays.items())}
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so."""

@@ -10,6 +10,7 @@ from klein_mlx.errors import RequestError
 from klein_mlx.formats.open import open_model
 from klein_mlx.runtime.parts import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
+from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
 from klein_mlx.train.options import TrainOptions
 from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import Source, read_tokenizer
@@ -28,6 +29,7 @@ class Plan:
     quantization: Mapping[str, Quantization]
     training: list[Item]
     held_out: list[Item]
+    estimate: TrainEstimate
     cut: list[tuple[str, int]] = field(default_factory=list)
 
     @property
@@ -43,6 +45,7 @@ class Plan:
         if self.cut:
             caption, count = self.cut[0]
             told.append(f"cut        {len(self.cut)} captions are too long, {caption[:30]!r} by {count} tokens")
+        told.append(self.estimate.line())
         return [*told, f"held out   {len(self.held_out)} of {len(self.table.items)}"]
 
 
@@ -69,7 +72,10 @@ def make_plan(options: TrainOptions) -> Plan:
     over = tokenizer(captions, config.max_sequence_length).cut
     cut = [(caption, count) for caption, count in zip(captions, over, strict=True) if count]
     training, held_out = split_held_out(table.items, options.held_out_of(len(table.items)), options.seed)
-    return Plan(options, source, table, dtype, quantization, training, held_out, cut)
+    largest = max(table.items, key=lambda item: sum(w * h for w, h in (item.size, *item.reference_sizes)))
+    known = estimate_training(source, options, dtype, quantization, largest.size, largest.reference_sizes)
+    check_training_fits(source, options, known, dtype, largest.size)
+    return Plan(options, source, table, dtype, quantization, training, held_out, known, cut)
 
 
 def _check_variant(config: ModelConfig, options: TrainOptions) -> None:

@@ -234,6 +234,20 @@ def test_a_picture_that_changes_before_it_is_encoded(options: TrainOptions, data
         list(training)
 
 
+def test_a_full_disk_leaves_no_half_checkpoint(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    from klein_mlx.train import runs
+
+    def full(path: str, arrays: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[save_safetensors] Failed to write: No space left on device")
+
+    monkeypatch.setattr(runs.mx, "save_safetensors", full)
+    folder = runs.RunFolder(options.run_folder)
+    with pytest.raises(RequestError, match="step-00000003 cannot be written: .*No space left"):
+        folder.save(3, {"step": 3}, {}, lambda path: None)
+    assert list((options.run_folder / "checkpoints").iterdir()) == []
+
+
 def test_data_that_changed_before_a_resume(options: TrainOptions, data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     options = replace(options, data=str(copy))
