@@ -97,7 +97,7 @@ def _dequantised(weights: dict[str, Weight], part: str, stored: Quantization | N
     for name, weight in weights.items():
         path, _, kind = name.rpartition(".")
         own = stored.of(part, path)
-        if own is None:
+        if own is None or kind == "bias":
             whole[name] = weight
         elif kind == "weight":
             scales, biases = (weights.get(f"{path}.{k}") for k in ("scales", "biases"))

@@ -78,7 +78,7 @@ class DiffusersFolder:
         return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
 
     def rows(self, part: str, name: str) -> ReadRows | None:
-        theirs, layout, _ = self._renames(part)[name]
+        theirs, layout = diffusers_name(part, name)
         return file_rows(self._open(part), theirs) if layout == SAME else None
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:

@@ -200,8 +200,8 @@ def open_gguf(path: Path) -> Tensors:
         return {name: _deferred(path, block, shapes[name]) for name, block in blocks.items()}
 
     def rows(name: str) -> ReadRows | None:
-        block = blocks[name]
-        return _rows(path, block) if len(block.shape) == 2 and block.shape == shapes[name] else None
+        block = blocks.get(name)
+        return _rows(path, block) if block and len(block.shape) == 2 and block.shape == shapes[name] else None
 
     return Tensors(path, f"GGUF: {told}", (path,), entries, arrays, metadata, rows)
 

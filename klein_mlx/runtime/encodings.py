@@ -54,6 +54,8 @@ def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done |
     row = slice(index, index + 1)
     embeds = encoder(tokens.input_ids[row], tokens.attention_mask[row], done)
     mx.eval(embeds)  # a lazy output would keep the encoder's weights alive
+    if not is_finite(embeds).item():
+        raise CheckpointError("the prompt was encoded to NaN or infinity: the text encoder's weights are damaged")
     return embeds
 
 
@@ -62,6 +64,8 @@ def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done |
     z = vae.encode(to_pixels(image).astype(dtype), strip_rows(image.height, image.width), done)
     latents = vae.normalize(patchify(z))
     mx.eval(latents)
+    if not is_finite(latents).item():
+        raise CheckpointError("a picture was encoded to NaN or infinity: the VAE's weights are damaged")
     return latents
 
 

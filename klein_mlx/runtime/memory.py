@@ -100,7 +100,7 @@ def weight_bytes(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Qua
     sizes = {part: part_bytes(part, source, dtype, quantization.get(part)) for part in PARTS}
     encoder = source.config.text_encoder
     table = encoder.vocab_size * encoder.hidden_size
-    stored = source.quantization.get("text_encoder")
+    stored = source.quantization.get("text_encoder") or quantization.get("text_encoder")
     own = stored.of("text_encoder", "embed_tokens") if stored else None
     if own is None:
         sizes["text_encoder"] -= table * dtype.size

@@ -14,7 +14,6 @@ import mlx.nn as nn
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.formats.lora_base import shapes_of
-from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.runtime.identity import Pinned
 from klein_mlx.runtime.memory import (
     KEPT,
@@ -129,9 +128,15 @@ class Parts:
 
     def _load(self, name: str) -> nn.Module:
         self.pinned.check()
-        module: Any = load_part(name, self.source, self.dtype_of(name), self.quantization.get(name))
-        if isinstance(module, TextEncoder):
-            module.embed_tokens = token_rows(self.source, module.embed_tokens, self.dtype_of(name))
+        dtype, quantize, rows = self.dtype_of(name), self.quantization.get(name), None
+        if name == "text_encoder":
+            table = quantize.of(name, "embed_tokens") if quantize else None
+            rows = token_rows(self.source, table, dtype)
+            if rows and table and quantize:  # the table is quantised where its rows are read
+                quantize = quantize.without("embed_tokens")
+        module: Any = load_part(name, self.source, dtype, quantize)
+        if rows:
+            module.embed_tokens = rows
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
         try:
             module.arrange()

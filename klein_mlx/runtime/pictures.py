@@ -1,5 +1,6 @@
 """A request's pictures, opened: the references as the model takes them, the init image's canvas, the picture's size."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ def decode(
 
     output_type: "pil", "np" ((H, W, 3) float32 in 0..1) or "latent" (denormalised, (latent channels, H/8, W/8)).
     canvas: of an edit; what it keeps of the init image is pasted back. done: called after each layer.
-    Raises CheckpointError if the latents are not finite.
+    Raises CheckpointError if latents or pixels are not finite, or if all pixels have one value.
     """
     if not mx.isfinite(latents).all().item():
         raise CheckpointError("the picture came out as NaN or infinity: the model's weights are damaged")
@@ -101,7 +102,19 @@ def decode(
     side = vae.config.scale_factor
     pixels = vae.decode(z, strip_rows(side * z.shape[1], side * z.shape[2]), done)[0]
     mx.eval(pixels)
+    _check_pixels(pixels)
     if canvas is None or canvas.opacity is None:
         return images.to_image(pixels) if output_type == "pil" else to_numpy(images.to_unit(pixels))
     image = canvas.paste(images.to_image(pixels))
     return image if output_type == "pil" else to_numpy(image).astype("float32") / 255
+
+
+def _check_pixels(pixels: mx.array) -> None:
+    lowest, highest = pixels.min(), pixels.max()
+    mx.eval(lowest, highest)
+    if not math.isfinite(lowest.item()) or not math.isfinite(highest.item()):  # type: ignore[arg-type]
+        raise CheckpointError("the picture was decoded to NaN or infinity: the VAE's weights are damaged")
+    if lowest.item() == highest.item():
+        raise CheckpointError(
+            f"all of the picture's numbers are {lowest.item():g}: the VAE's weights are damaged, or not this model's"
+        )

@@ -108,6 +108,11 @@ class Quantization:
             return self.layers.get(path)
         return self if is_quantized_path(part, path) else None
 
+    def without(self, path: str) -> "Quantization | None":
+        """The same for all layers but one; None if no other is left. Only of settings that name their layers."""
+        layers = {name: own for name, own in (self.layers or {}).items() if name != path}
+        return self.of_layers(layers) if layers else None
+
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which a weight is stored, as uint32."""
         return (*shape[:-1], shape[-1] * self.bits // 32)
@@ -173,7 +178,7 @@ def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Qua
             array = Deferred(tuple(array.shape), array.dtype, partial(_same, array))
             result |= _deferred(path, array, own)
             continue
-        arrays = _quantize(array, own)
+        arrays = quantize_array(array, own)
         result |= named(path, arrays)
     return result
 
@@ -182,7 +187,7 @@ def _same(array: mx.array) -> mx.array:
     return array
 
 
-def _quantize(array: mx.array, own: Quantization) -> Sequence[mx.array]:
+def quantize_array(array: mx.array, own: Quantization) -> Sequence[mx.array]:
     """Codes, scales and, in the affine mode, biases."""
     if own.searched:
         return search(array, own.group_size, own.bits)
@@ -199,7 +204,7 @@ def _deferred(path: str, array: Deferred, own: Quantization) -> dict[str, Weight
                 whole = array.load()
                 if not is_finite(whole).item():
                     raise CheckpointError(f"{path}.weight: holds NaN or infinity: the source is damaged; get it again")
-                waiting.update(enumerate(_quantize(whole, own)))
+                waiting.update(enumerate(quantize_array(whole, own)))
             return waiting.pop(index)
 
         return load

@@ -5,12 +5,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from klein_mlx.errors import CheckpointError
+from klein_mlx.weights.quantize import Quantization, quantize_array
 from klein_mlx.weights.safetensors import Entry, WeightFiles, is_finite
 
 # Indices, each within the matrix, -> those rows, (count, columns), evaluated.
@@ -76,17 +76,19 @@ def file_rows(files: WeightFiles, name: str) -> ReadRows | None:
 class HasRows(Protocol):
     """The part of a `Source` that reads rows."""
 
+    @property
+    def quantization(self) -> Mapping[str, Quantization]: ...
     def rows(self, part: str, name: str) -> ReadRows | None: ...
 
 
 class TokenRows:
     """In the place of an nn.Embedding or nn.QuantizedEmbedding: reads the rows of the tokens that it is given.
 
-    readers: of the weight, and, where it is quantised, of scales and biases. quantization: its group_size, bits and
-    mode then. dtype: of what it returns.
+    readers: of the weight, and, where it is stored quantised, of scales and biases. quantization: of the table, stored
+    so or to be quantised so, row by row as the whole would be. dtype: of what it returns.
     """
 
-    def __init__(self, readers: Mapping[str, ReadRows], quantization: Mapping[str, Any], dtype: mx.Dtype):
+    def __init__(self, readers: Mapping[str, ReadRows], quantization: Quantization | None, dtype: mx.Dtype):
         self._readers, self._quantization, self._dtype = readers, quantization, dtype
 
     def __call__(self, input_ids: mx.array) -> mx.array:
@@ -97,23 +99,25 @@ class TokenRows:
         rows = {kind: read(indices.tolist()) for kind, read in self._readers.items()}
         if not all(is_finite(array).item() for array in rows.values()):
             raise CheckpointError("the text_encoder's embed_tokens holds NaN or infinity: get it again")
+        own = self._quantization
+        if own and "scales" not in rows:
+            rows = dict(zip(("weight", "scales", "biases"), quantize_array(rows["weight"], own), strict=False))
         rows = {k: a.astype(self._dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in rows.items()}
         table = rows["weight"]
-        if self._quantization:
-            table = mx.dequantize(table, rows["scales"], rows.get("biases"), **self._quantization)
+        if own:
+            table = mx.dequantize(table, rows["scales"], rows.get("biases"), own.group_size, own.bits, own.mode)
         return table.astype(self._dtype)[mx.array(inverse.reshape(input_ids.shape))]
 
 
-def token_rows(source: HasRows, embedding: nn.Module, dtype: mx.Dtype) -> nn.Module | TokenRows:
+def token_rows(source: HasRows, quantize: Quantization | None, dtype: mx.Dtype) -> TokenRows | None:
     """What takes an encoder's embedding's place, so that its table is never loaded.
 
-    embedding: the nn.Embedding or nn.QuantizedEmbedding, not yet evaluated; returned itself if the source's file has
-    its table in a way that only the whole of it can be decoded.
+    quantize: how the table is to be quantised, if it is not stored so. None if the source's file has the table in a
+    way that only the whole of it can be decoded.
     """
-    kinds = [kind for kind in ("weight", "scales", "biases") if kind in embedding]
+    stored = source.quantization.get("text_encoder")
+    own = stored.of("text_encoder", "embed_tokens") if stored else None
+    kinds = ["weight", *(["scales"] if own else []), *(["biases"] if own and own.mode == "affine" else [])]
     readers = {kind: source.rows("text_encoder", f"embed_tokens.{kind}") for kind in kinds}
     found = {kind: read for kind, read in readers.items() if read is not None}
-    if len(found) < len(readers):
-        return embedding
-    packed = "scales" in embedding
-    return TokenRows(found, {n: getattr(embedding, n) for n in ("group_size", "bits", "mode")} if packed else {}, dtype)
+    return TokenRows(found, own or (None if stored else quantize), dtype) if len(found) == len(readers) else None

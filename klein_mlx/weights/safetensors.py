@@ -23,6 +23,7 @@ PACKED = ("U32",)
 BYTES = ("U8",)
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_TENSORS = 100_000  # in a file or an index; a klein model has under a thousand
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -117,7 +118,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """A safetensors file's tensors. The safetensors library checks the header: MLX would accept a damaged one."""
     from safetensors import SafetensorError, safe_open
 
-    require_file(path)
+    _check_count(path, require_file(path))
     try:
         with safe_open(path, framework="mlx") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -127,6 +128,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     except MemoryError:  # a limit on the process, rather than the machine's memory: the file is only mapped
         reason = f"cannot be mapped: it has {path.stat().st_size / 1e9:.2f} GB, more than this process may address"
     raise CheckpointError(f"{path}: {reason}") from None
+
+
+def _check_count(path: Path, size: int) -> None:
+    """CheckpointError for a header of too many tensors, before it is parsed."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        count = file.read(length).count(b'"data_offsets"') if length <= min(size, _MAX_HEADER_BYTES) else 0
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{path}: claims {count} tensors; klein_mlx reads {MAX_TENSORS} at most")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -257,19 +267,23 @@ def _read_shards(index: Path) -> dict[Path, dict[str, Entry]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{index}: names {len(weight_map)} tensors; klein_mlx reads {MAX_TENSORS} at most")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
             raise CheckpointError(
                 f"{index}: names the shard {name!r}; it must be a .safetensors file in its own folder"
             )
-    shards = {index.parent / name: {} for name in sorted(set(weight_map.values()))}
+    promised: dict[str, set[str]] = {name: set() for name in sorted(set(weight_map.values()))}
+    for tensor, name in weight_map.items():
+        promised[name].add(tensor)
+    shards = {index.parent / name: {} for name in promised}
     for path in shards:
         require_file(path)
     for path in shards:
         shards[path] = read_header(path)
-        promised = {tensor for tensor, name in weight_map.items() if name == path.name}
-        if odd := sorted(promised ^ set(shards[path])):
-            where = "is not in it" if odd[0] in promised else "is in it"
+        if odd := sorted(promised[path.name] ^ set(shards[path])):
+            where = "is not in it" if odd[0] in promised[path.name] else "is in it"
             raise CheckpointError(f"{path}: {_shown(odd[0])} {where}, unlike {index.name} says: get both again")
     return shards
 

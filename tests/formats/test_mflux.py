@@ -12,6 +12,7 @@ from folders import assert_equal, loaded, parameters, quantizable_model, read_we
 from foreign import Weights, to_mflux
 
 from klein_convert.checkpoint import convert_checkpoint
+from klein_convert.export import export_diffusers
 from klein_mlx.config import PARTS
 from klein_mlx.formats import infer
 from klein_mlx.formats.describe import describe
@@ -160,3 +161,27 @@ def test_a_width_that_no_setting_explains_is_refused(tmp_path: Path, model: Path
     path.unlink()
     mx.save_safetensors(str(path), weights, {"quantization_level": "4"})
     assert "is quantised in a way that klein_mlx does not read" in refusal(lambda: open_model(folder).quantization)
+
+
+@pytest.mark.parametrize("through_ours", [False, True])
+def test_a_quantized_folder_is_exported_whole_its_biases_too(tmp_path: Path, through_ours: bool) -> None:
+    """mflux quantizes the VAE's attention, whose layers have biases of their own."""
+    folder = save_mflux(tmp_path / "theirs", quantizable_model(tmp_path / "model"), 8)
+    source = open_model(folder)
+    if through_ours:
+        source = open_model(convert_checkpoint(source, tmp_path / "ours"))
+    out = export_diffusers(source, tmp_path / "out")
+    assert_equal(loaded(out, mx.float32), {n: a for n, a in dequantized(folder).items()})
+
+
+def dequantized(folder: Path) -> Weights:
+    source, whole = open_model(folder), {}
+    for part in PARTS:
+        for path, layer in load_part(part, source, mx.float32).named_modules():
+            own = {name: array for name, array in layer.items() if isinstance(array, mx.array)}
+            if "scales" in own:
+                scales, biases = own.pop("scales"), own.pop("biases")
+                weight = mx.dequantize(own["weight"], scales, biases, layer.group_size, layer.bits)
+                own["weight"] = weight.astype(mx.bfloat16).astype(mx.float32)
+            whole |= {f"{part}.{path}.{name}".replace("..", "."): array for name, array in own.items()}
+    return whole

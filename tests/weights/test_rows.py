@@ -2,27 +2,42 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from folders import GOLDEN, copy_model, edit_weights, loaded, quantizable_model, refusal, weight_file
-from foreign import golden, to_llama_cpp
+from folders import (
+    GOLDEN,
+    copy_model,
+    edit_weights,
+    loaded,
+    parameters,
+    quantizable_model,
+    read_weights,
+    refusal,
+    weight_file,
+)
+from foreign import golden, save, to_llama_cpp
+from test_float4 import Writer as Float8
 from test_gguf import save_gguf
 from test_mflux import quantise
 
 from klein_convert.checkpoint import convert_checkpoint
+from klein_convert.export import export_diffusers
 from klein_mlx import KleinPipeline
 from klein_mlx.formats.mix import mix
 from klein_mlx.formats.open import open_model
+from klein_mlx.weights.bits import Asked, parse, settle
 from klein_mlx.weights.checkpoint import Source, load_part
+from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.rows import TokenRows, token_rows
 
 IDS = mx.array([[5, 0, 7, 7, 511], [1, 2, 3, 5, 5]])
 
 
 def tokens(source: Source, dtype: mx.Dtype = mx.float32) -> TokenRows:
-    rows = token_rows(source, load_part("text_encoder", source, dtype).embed_tokens, dtype)
+    rows = token_rows(source, None, dtype)
     assert isinstance(rows, TokenRows)
     return rows
 
@@ -109,3 +124,42 @@ def test_damaged_rows_are_told(tmp_path: Path) -> None:
     assert "embed_tokens holds NaN" in refusal(lambda: rows(IDS))
     assert rows(mx.array([[1, 2]])).shape == (1, 2, 64)
     assert loaded(model, mx.float32)
+
+
+SEARCHED = Asked({"text_encoder": Quantization(4)}, (("embed_tokens", Quantization(6)),), searched=True)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "ours", "GGUF", "Q8_0", "BFL's Qwen", "FP8"])
+@pytest.mark.parametrize("quantize", [SEARCHED, {"embed_tokens": "8"}, {"embed_tokens": "mxfp4", "text_encoder": 4}])
+def test_a_table_quantized_while_loading_gives_the_rows_of_the_whole_one(
+    tmp_path: Path, kind: str, quantize: Any
+) -> None:
+    """Every kind of source: rows are read and quantized, where the file allows it, as the whole table would be."""
+    model = quantizable_model(tmp_path / "model")
+    source: Source = open_model(model)
+    theirs = read_weights(weight_file(model, "text_encoder"))
+    if kind == "ours":
+        source = open_model(convert_checkpoint(model, tmp_path / "ours"))
+    elif kind in ("GGUF", "Q8_0"):
+        path = save_gguf(tmp_path / "a.gguf", to_llama_cpp(theirs), None if kind == "GGUF" else "Q8_0", arch="qwen3")
+        source = mix(source, {"text_encoder": path})
+    elif kind == "BFL's Qwen":
+        source = mix(source, {"text_encoder": save(tmp_path / "qwen.safetensors", theirs)})
+    elif kind == "FP8":
+        path = Float8(theirs, lambda name: "F8_E4M3").save(tmp_path / "x.safetensors")
+        source = mix(source, {"text_encoder": path})
+    pipe = KleinPipeline(source, quantize=quantize, dtype="float32", keep="all")
+    pipe("a fox", num_inference_steps=1, max_sequence_length=24, width=64, height=64, seed=1)
+    table = pipe.parts.loaded["text_encoder"].embed_tokens
+    assert isinstance(table, TokenRows)
+    whole = load_part("text_encoder", source, mx.float32, settle(parse(quantize), source)["text_encoder"])
+    assert mx.array_equal(table(IDS), whole.embed_tokens(IDS))  # type: ignore[operator]
+    assert pipe.parts.weights["text_encoder"] == sum(
+        array.nbytes for name, array in parameters(whole).items() if not name.startswith("embed_tokens")
+    )
+
+
+def test_the_hub_s_layout_with_the_preset(tmp_path: Path) -> None:
+    """As `--model FOLDER -q mixed-4` has it."""
+    pipe = KleinPipeline(open_model(export_diffusers(open_model("tiny"), tmp_path / "tinyd")), quantize="mixed-4")
+    assert len(pipe("a red circle", num_inference_steps=1, seed=1).images) == 1

@@ -14,7 +14,7 @@ from folders import GOLDEN, copy_model, edit_json, raw_safetensors, refusal, sha
 from klein_mlx.config import PARTS
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.checkpoint import load_part
-from klein_mlx.weights.safetensors import is_finite, read_header, read_json
+from klein_mlx.weights.safetensors import is_finite, open_weights, read_header, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +235,15 @@ def test_what_is_no_number_is_found_wherever_it_is(dtype: mx.Dtype) -> None:
         assert not is_finite(damaged.T[1:]).item()
     assert is_finite(mx.array([1, 2])).item()
     assert is_finite(mx.zeros((0,), dtype)).item()
+
+
+def test_files_of_too_many_tensors_are_refused_at_once(tmp_path: Path) -> None:
+    """Before they are parsed: a header of 1.2 million tensors takes minutes otherwise."""
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(f'"a{i}":{entry}' for i in range(100_001)) + "}").encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "claims 100001 tensors; klein_mlx reads 100000 at most" in refusal(lambda: read_header(path))
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"a{i}": "model.safetensors" for i in range(100_001)}}))
+    assert "names 100001 tensors; klein_mlx reads 100000 at most" in refusal(lambda: open_weights(tmp_path, "x"))
