@@ -4,14 +4,16 @@ Every dimension comes from those files. `VARIANTS` only holds what no file state
 licence), and the variant is told from the dimensions and `is_distilled`, never from a name.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from klein_mlx.errors import CheckpointError
 
 PARTS = ("transformer", "text_encoder", "vae")
 KLEIN_TAPS = (9, 18, 27)
+ENCODERS = {2560: "Qwen3-4B", 4096: "Qwen3-8B"}  # by hidden size
 TIME_SHIFTS, MAX_SHIFT = ("exponential", "linear"), 1e6
 
 
@@ -132,6 +134,7 @@ class Variant:
     """What no config.json states. Dimensions, `is_distilled` and `caches_references` tell which one a checkpoint is.
 
     dimensions: the transformer's hidden size, double blocks and single blocks. caches_references: as ModelConfig's.
+    text_length, size: text positions and pixels of a side by default. edits: whether pictures may be given to it.
     """
 
     name: str
@@ -142,6 +145,9 @@ class Variant:
     guidance: float
     licence: str
     caches_references: bool = False
+    text_length: int = 512
+    size: int = 1024
+    edits: bool = True
 
     @property
     def is_gated(self) -> bool:
@@ -164,6 +170,11 @@ UNLISTED = {  # any other size: a toy, a test, a fine-tune with other dimensions
     False: Variant("base", None, (0, 0, 0), False, 50, 4.0, "not stated"),
 }
 TINY = Variant("tiny", None, (0, 0, 0), True, 4, 1.0, _APACHE)
+# A transformer for the 4B's encoder and VAE, trained on text to image at 512 x 512.
+ONE_STEP = Variant(
+    "4b-1step", "epfl-vita/flux2-klein-1step-rdm", _4B, True, 1, 1.0, _APACHE, text_length=232, size=512, edits=False
+)
+NAMED = {row.name: row for row in (TINY, ONE_STEP)}  # which dimensions and configs do not tell
 
 
 @dataclass(frozen=True)
@@ -193,6 +204,10 @@ class ModelConfig:
         _require(
             t.in_channels == 4 * v.latent_channels, "transformer in_channels", t.in_channels, 4 * v.latent_channels
         )
+        own, needed = (ENCODERS.get(size) for size in (e.hidden_size, t.joint_attention_dim // max(len(self.taps), 1)))
+        if own and needed and own != needed:
+            sizes = " and ".join(v.name for v in VARIANTS if v.dimensions[0] == t.hidden_size)
+            raise CheckpointError(f"the text encoder is {own}; {sizes or 'this transformer'} needs {needed}")
         wanted = len(self.taps) * e.hidden_size
         _require(t.joint_attention_dim == wanted, "transformer joint_attention_dim", t.joint_attention_dim, wanted)
         _check_rope(t)
@@ -207,8 +222,8 @@ class ModelConfig:
     @property
     def variant(self) -> Variant:
         """The row of the table that these dimensions are."""
-        if self.variant_name == TINY.name:
-            return TINY
+        if self.variant_name in NAMED:
+            return NAMED[self.variant_name]
         t = self.transformer
         mine = ((t.hidden_size, t.num_layers, t.num_single_layers), self.is_distilled, self.caches_references)
         rows = [v for v in VARIANTS if (v.dimensions, v.is_distilled, v.caches_references) == mine]
@@ -218,6 +233,44 @@ class ModelConfig:
     def pixels_per_token(self) -> int:
         """The side of a token in pixels (16 for klein); widths and heights are multiples of it."""
         return 2 * self.vae.scale_factor
+
+
+def settle_variant(config: ModelConfig, name: str) -> ModelConfig:
+    """The config as that of a variant that its files do not tell.
+
+    Raises CheckpointError for a name that is no variant's, or whose dimensions are others.
+    """
+    rows = {row.name: row for row in (*VARIANTS, ONE_STEP)}
+    if name not in rows:
+        raise CheckpointError(f"variant is {name!r:.60}; it must be one of {', '.join(rows)}")
+    variant, t = rows[name], config.transformer
+    fitting = [
+        row.name for row in rows.values() if row.dimensions == (t.hidden_size, t.num_layers, t.num_single_layers)
+    ]
+    if fitting and name not in fitting:
+        raise CheckpointError(f"variant is {name!r}, and the transformer has the sizes of {' or '.join(fitting)}")
+    own = {"variant_name": name, "max_sequence_length": variant.text_length, "default_size": variant.size}
+    others = {"variant_name": None}
+    if config.variant_name == ONE_STEP.name:
+        others |= {"max_sequence_length": variant.text_length, "default_size": variant.size}
+    return replace(
+        config,
+        is_distilled=variant.is_distilled,
+        caches_references=variant.caches_references,
+        **(own if name in NAMED else others),
+    )
+
+
+def named_variant(text: str) -> str | None:
+    """The variant that a name, as `flux-2-klein-base-4b-fp8`, speaks of: grounds for a note, never for a decision."""
+    _, klein, tail = re.sub(r"[^a-z0-9]", "", text.lower()).partition("klein")
+    size = re.search(r"[49]b", tail)
+    if not klein or "1step" in tail:
+        return ONE_STEP.name if klein else None
+    if not size:
+        return None
+    base, kv = "base" in tail, "9bkv" in tail
+    return f"{'base-' * base}{size[0]}{'-kv' * (kv and not base)}"
 
 
 def gated_notice(hub_id: str) -> str | None:

@@ -93,6 +93,7 @@ class KleinPipeline:
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         prompt_cache: str | Path | bool | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Open a model; its weights are read later, when they are needed.
 
@@ -107,6 +108,7 @@ class KleinPipeline:
         vae: a file, folder or hub id that takes the place of the model's own; "black-forest-labs/FLUX.2-small-decoder"
             decodes faster.
         transformer, text_encoder: likewise, files or folders: a single file of BFL's or ComfyUI's, FP8, GGUF, mlx-lm's.
+        variant: which variant of these sizes it is ("4b", "base-4b", ...), where files do not tell, or tell it wrongly.
         prompt_cache: a folder in which prompts' embeddings are kept, so that a prompt that comes again loads no
             encoder, in later processes too; True: the usual place. By default only the newest few are kept, in memory.
         Raises CheckpointError if there is no such model or its files are not whole.
@@ -116,7 +118,9 @@ class KleinPipeline:
         parts = {"transformer": transformer, "text_encoder": text_encoder}
         if vae is not None:
             parts["vae"] = find_vae(vae, token=token, local_files_only=local_files_only)
-        source = open_model(model, revision=revision, token=token, local_files_only=local_files_only, parts=parts)
+        source = open_model(
+            model, revision=revision, token=token, local_files_only=local_files_only, parts=parts, variant=variant
+        )
         return cls(source, quantize=quantize, dtype=dtype, keep=keep, prompt_cache=prompt_cache)
 
     def load_lora(
@@ -188,7 +192,7 @@ class KleinPipeline:
     def _run(self, options: Options) -> Run:
         run = Run(check_options(self.config, options))
         opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
-        run.notes += opened.notes
+        run.notes += [*self.source.info.get("notes", ()), *opened.notes]
         if run.request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
         run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))

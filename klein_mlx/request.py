@@ -396,6 +396,10 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         "sigmas": sigmas,
         "max_sequence_length": length,
     }
+    if (edit or options.image not in (None, [], ())) and not config.variant.edits:
+        name = config.variant.name
+        rule = f"is a picture, and {name} draws from text alone; variant {name[:2]!r} uses its weights as the others'"
+        raise RequestError("init_image" if edit else "image", rule=rule)
     if options.reuse_references and options.image is None and not (edit and edit.init_reference):
         raise RequestError("reuse_references", rule="needs a reference image, and none is given")
     request = Request(

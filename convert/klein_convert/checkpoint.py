@@ -13,8 +13,9 @@ from klein_convert.destination import checked_destination, publish, require_spac
 from klein_convert.publish import write_card
 from klein_convert.threads import Counter, Hashing
 from klein_convert.writer import Warn, flush, write_json, write_weights
-from klein_mlx.config import PARTS, TIME_SHIFTS, TINY, ModelConfig
+from klein_mlx.config import ONE_STEP, PARTS, TIME_SHIFTS, TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import CheckpointError
+from klein_mlx.formats.mix import with_variant
 from klein_mlx.formats.open import open_model
 from klein_mlx.paths import version
 from klein_mlx.weights.bits import Quantize, parse, settle
@@ -69,11 +70,10 @@ def plan_conversion(source: Source, destination: str | Path, *, quantize: Quanti
 
 
 def check_variant(variant: str | None) -> None:
-    """CheckpointError for a variant that nothing is marked as."""
-    if variant not in (None, TINY.name):
-        raise CheckpointError(
-            f"variant is {variant!r}; only {TINY.name!r} can be forced, others are told from their sizes"
-        )
+    """CheckpointError for a name that is no variant's."""
+    names = (TINY.name, ONE_STEP.name, *(row.name for row in VARIANTS))
+    if variant not in (None, *names):
+        raise CheckpointError(f"variant is {variant!r:.60}; it must be one of {', '.join(names)}")
 
 
 def convert_checkpoint(
@@ -91,7 +91,8 @@ def convert_checkpoint(
 
     quantize: bits for the linear layers of the transformer's and the encoder's blocks, or a mapping, a preset, ... (see
     klein_mlx.weights.bits); else dtypes are kept.
-    force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint.
+    force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint;
+    another is what the model is, where its files do not tell.
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
     progress: called with (bytes done, bytes in all), hashing the source and writing the result counted alike.
     warn: called with a line about what is odd, but no fault: a matrix of zeros.
@@ -102,6 +103,8 @@ def convert_checkpoint(
         source = open_model(source)  # type: ignore[arg-type]
     model: Source = source  # type: ignore[assignment]
     check_variant(variant)
+    if variant not in (None, TINY.name):
+        model = with_variant(model, variant)
     target, parts, quantization, written = _prepare(model, destination, quantize, force)
     sources = model.files()
     counter = Counter(written + sum(path.stat().st_size for path in sources), progress)

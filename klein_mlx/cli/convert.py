@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print what would be done, with sizes; write nothing")
     add("--upload", metavar="REPO", help="upload the result to this repository of the Hub (owner/name)")
     add("--force", action="store_true", help="replace a checkpoint that is there already")
-    add("--variant", metavar="NAME", help='"tiny" marks the embedded checkpoint; others are told from their sizes')
+    add("--variant", metavar="NAME", help='which variant it is where files do not tell ("tiny" marks the embedded one)')
     add_options(parser, ("revision", "offline", "yes"))
     add("--quiet", action="store_true", help="no progress on stderr")
 

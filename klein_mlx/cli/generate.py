@@ -93,6 +93,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
         vae=obtain_vae(vae, **consent) if vae else None,
         transformer=options.transformer,
         text_encoder=options.text_encoder,
+        variant=options.variant,
     )
     for path, scale in asked_loras(options.lora):
         loaded = pipe.load_lora(path, scale, **lora_options(options))

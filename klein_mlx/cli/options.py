@@ -168,6 +168,12 @@ class RunOptions(Options):
     text_encoder: str | None = _run_option(
         "likewise (ComfyUI's, GGUF, mlx-lm's, ...)", "--text-encoder", metavar="FILE", group="model"
     )
+    variant: str | None = _run_option(
+        "which variant it is, where its files do not tell: 4b, base-4b, 4b-1step, 9b-kv, ...",
+        "--variant",
+        metavar="NAME",
+        group="model",
+    )
     vae: str | None = _run_option(
         "file, folder or Hub id in place of the model's own VAE",
         "--vae",

@@ -44,6 +44,7 @@ def describe(source: Source | PartFile) -> dict[str, Any]:
         "default_size": config.default_size,
         "max_sequence_length": config.max_sequence_length,
         "taps": list(config.taps),
+        "notes": list(source.info.get("notes", ())),
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -134,6 +135,7 @@ def format_description(description: dict[str, Any]) -> str:
             f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
             f"{outlook} in {_gigabytes(m['machine'])}"
         )
+    lines += [f"  note     {note}" for note in d["notes"]]
     if "verified" in d:
         lines.append(f"  verified {len(d['verified'])} files have the sha256 that was recorded when they were written")
     return "\n".join(lines)

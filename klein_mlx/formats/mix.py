@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import PARTS, ModelConfig
+from klein_mlx.config import ONE_STEP, PARTS, ModelConfig, settle_variant
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.part import PartFile, open_part
 from klein_mlx.weights.checkpoint import Source
@@ -65,18 +65,46 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
     except CheckpointError as error:
         told = ", ".join(f"{file.path}{_known(file)}" for file in parts.values())
         raise CheckpointError(f"{told}, in {base.path} ({base.config.variant.name}): {error}") from None
-    if config.variant != base.config.variant:
-        config = replace(config, variant_name=None)
+    if "transformer" in parts:
+        if parts["transformer"].names_one_step:
+            config = settle_variant(config, ONE_STEP.name)
+        elif config.variant == ONE_STEP:  # the base's
+            config = settle_variant(config, "4b")
+    notes = _doubts(parts.get("transformer"), config)
     own = {part: file.quantization(config) for part, file in parts.items()}
     quantization = {part: q for part, q in base.quantization.items() if part not in parts}
     quantization |= {part: q for part, q in own.items() if q}
     told = {part: {"name": file.path.name, "format": file.format} for part, file in parts.items()}
     origin = {**base.info.get("source", {}), "parts": told}
     format = "mixed" if base.info.get("format") != "klein_mlx" else "klein_mlx"
-    info = {**base.info, "format": format, "source": origin}
+    info = {**base.info, "format": format, "source": origin, **({"notes": notes} if notes else {})}
     if "transformer" in parts and config.variant.licence != base.config.variant.licence:
         info["licence"] = config.variant.licence
     return Mixed(base, parts, config, quantization, info)
+
+
+def with_variant(source: Source, name: str) -> Source:
+    """The same model as a variant that its files do not tell. Raises CheckpointError if it has other sizes."""
+    config = settle_variant(source.config, name)
+    info = {key: value for key, value in source.info.items() if key != "notes"}
+    return replace(source, config=config, info={**info, "licence": config.variant.licence})  # type: ignore[type-var]
+
+
+def _doubts(transformer: PartFile | None, config: ModelConfig) -> list[str]:
+    """A note where a transformer's name says that it is another variant than it is taken for."""
+    said = transformer.said_variant if transformer else None
+    taken = config.variant
+    if (
+        transformer is None
+        or said is None
+        or said == taken.name
+        or said.removesuffix("-1step") not in transformer.variants
+    ):
+        return []
+    return [
+        f"{transformer.path.name} speaks of {said}, and runs as {taken.name} ({taken.steps} steps, guidance "
+        f"{taken.guidance:g}); --variant {said} or --variant {taken.name} settles it"
+    ]
 
 
 def _known(file: PartFile) -> str:

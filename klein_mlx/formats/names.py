@@ -322,9 +322,17 @@ _MARKS = (
 )
 
 
+ONE_STEP_PREFIX = "model."  # of the transformer of klein's variant 4b-1step
+
+
+_ENCODER_PREFIXES = ("", "qwen3_4b.transformer.", "qwen3_8b.transformer.", "qwen3_4b.", "qwen3_8b.")
+
+
 _PREFIXES = {
-    "transformer": ("", "model.diffusion_model.", "diffusion_model."),
-    "text_encoder": ("", "text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", ONE_STEP_PREFIX),
+    "text_encoder": tuple(
+        f"{outer}{inner}" for outer in ("", "text_encoders.", "text_encoder.") for inner in _ENCODER_PREFIXES
+    ),
     "vae": ("", "vae.", "first_stage_model."),
 }
 

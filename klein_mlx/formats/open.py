@@ -10,7 +10,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, is_encoded, open_diffusers
 from klein_mlx.formats.mflux import open_mflux
-from klein_mlx.formats.mix import mix
+from klein_mlx.formats.mix import mix, with_variant
 from klein_mlx.formats.part import PartFile, open_part
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source, open_checkpoint
@@ -76,6 +76,7 @@ def open_model(
     token: str | None = None,
     local_files_only: bool = False,
     parts: Mapping[str, str | Path | None] | None = None,
+    variant: str | None = None,
 ) -> Source:
     """Open a model, reading its configs: no weight is read.
 
@@ -84,12 +85,13 @@ def open_model(
     something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
     parts: "transformer", "text_encoder" or "vae" -> a file or folder that takes the place of the model's own.
+    variant: which of the variants of these sizes it is, where the files do not tell, or tell it wrongly.
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
     given = {part: path for part, path in (parts or {}).items() if path is not None}
-    return mix(
-        _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given}), given
-    )
+    base = _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given})
+    source = mix(base, given)
+    return with_variant(source, variant) if variant else source
 
 
 def open_any(model: str | Path, **options: Any) -> Source | PartFile:

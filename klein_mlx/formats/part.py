@@ -6,14 +6,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import VARIANTS, ModelConfig
+from klein_mlx.config import VARIANTS, ModelConfig, named_variant
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.gguf import open_gguf
 from klein_mlx.formats.infer import infer_config
 from klein_mlx.formats.layouts import BY_ROWS, their_shape, to_ours
 from klein_mlx.formats.names import (
+    BFL,
     DIFFUSERS,
     MFLUX,
+    ONE_STEP_PREFIX,
     OURS,
     POINTWISE,
     SAME,
@@ -40,6 +42,7 @@ from klein_mlx.weights.safetensors import (
     require_file,
 )
 
+_TITLES = ("general.name", "general.basename", "modelspec.title", "modelspec.architecture", "title", "name")
 _STEMS = ("model", "diffusion_pytorch_model")
 
 
@@ -114,6 +117,18 @@ class PartFile:
             return []
         c = self.config
         return [v.name for v in VARIANTS if v.dimensions == (c.hidden_size, c.num_layers, c.num_single_layers)]
+
+    @property
+    def names_one_step(self) -> bool:
+        """Whether its names are those of the variant 4b-1step's file, and its sizes do not speak against that."""
+        named = (self.found.dialect, self.found.prefix) == (BFL, ONE_STEP_PREFIX)
+        return named and (not self.variants or "4b" in self.variants)
+
+    @property
+    def said_variant(self) -> str | None:
+        """The variant that its name, or what it says of itself, speaks of."""
+        told = (self.path.name, *(self.tensors.metadata.get(key, "") for key in _TITLES))
+        return next((name for text in told if (name := named_variant(text))), None)
 
     @cached_property
     def quantized_layers(self) -> dict[str, tuple[int, int, bool]]:
@@ -201,7 +216,7 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
 
 
 def _is_prefixed(name: str) -> bool:
-    return name.startswith(("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders."))
+    return name.startswith(("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoder", "qwen3_"))
 
 
 def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:

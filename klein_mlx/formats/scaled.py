@@ -161,7 +161,7 @@ _NAMED = (
     (r"\.(absmax|quant_map|nested_absmax)$|bitsandbytes__", "bitsandbytes"),
     (r"\.(wscales|smooth_factor|proj_up)$", "SVDQuant (nunchaku)"),
     (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
-    (r"\.(svd_up|svd_down|zero_point)$", "SDNQ"),
+    (r"\.(svd_up|svd_down|zero_point)$|(?<!_norm)\.scale$", "SDNQ"),
 )
 
 

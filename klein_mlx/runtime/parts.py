@@ -32,7 +32,7 @@ from klein_mlx.weights.lora import LoraStack
 from klein_mlx.weights.lora_apply import Applied, branch_bytes, merge_bytes
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.rows import token_rows
-from klein_mlx.weights.safetensors import is_finite, load_now
+from klein_mlx.weights.safetensors import is_finite, load_now, require_file
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -115,7 +115,7 @@ class Parts:
         if "transformer" in self.loaded:
             return []
         files = self.source.files(["transformer"])
-        needed = sum(path.stat().st_size for path in files) + encoding
+        needed = sum(require_file(path) for path in files) + encoding
         return files if needed <= machine_memory() * 0.9 else []
 
     def get(self, name: str, run: Run) -> Any:

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten
 
 from klein_mlx.config import (
     MAX_SHIFT,
+    NAMED,
     PARTS,
     TIME_SHIFTS,
-    TINY,
     ModelConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -134,7 +134,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         part: kind.from_dict(_table(values, part, where), f"{where}: {part}") for part, kind in CONFIG_CLASSES.items()
     }
     config = model_config(
-        parts, values, where=where, variant_name=TINY.name if values.get("variant") == TINY.name else None
+        parts, values, where=where, variant_name=next((name for name in NAMED if values.get("variant") == name), None)
     )
     quantization = {}
     for part, settings in _table(values, "quantization", where).items():

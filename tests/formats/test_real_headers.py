@@ -1,0 +1,75 @@
+"""Headers of published files, with sparse data behind them: each opens as what it is, or is refused for its reason."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import refusal
+
+from klein_mlx.formats.describe import describe
+from klein_mlx.formats.open import open_any
+
+HEADERS: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "real" / "headers.json.gz").read_bytes()))
+_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I64": 8}
+_4B, _9B = 3_875_544_576, 9_078_581_248
+OPEN = {
+    "flux-2-klein-4b": ("transformer", "BFL names, safetensors", _4B),
+    "flux-2-klein-4b-fp8": ("transformer", "BFL names, safetensors FP8", _4B),
+    "flux-2-klein-4b-fp8-nohint": ("transformer", "BFL names, safetensors FP8", _4B),
+    "flux-2-klein-4b-nvfp4": ("transformer", "BFL names, safetensors NVFP4", _4B),
+    "flux-2-klein-base-4b-fp8": ("transformer", "BFL names, safetensors FP8", _4B),
+    "fp8r": ("transformer", "BFL names, safetensors FP8", _4B),
+    "flux-2-klein-9b": ("transformer", "BFL names, safetensors", _9B),
+    "flux-2-klein-9b-fp8": ("transformer", "BFL names, safetensors FP8", _9B),
+    "flux-2-klein-9b-nvfp4": ("transformer", "BFL names, safetensors NVFP4", _9B),
+    "qwen_3_4b": ("text_encoder", "diffusers names, safetensors", 4_022_468_096),
+    "ae": ("vae", "LDM names, safetensors", 84_046_371),
+    "flux2-vae": ("vae", "diffusers names, safetensors", 84_046_371),
+    "full_encoder_small_decoder": ("vae", "LDM names, safetensors", 62_373_347),
+}
+REFUSED = {
+    "nv": "is NVFP4 in an order that nothing in the file states",
+    "sdnq": "is quantised as SDNQ does it",
+    "sdnq8": "is quantised as SDNQ does it",
+}
+
+
+def sparse(folder: Path, name: str, **metadata: str) -> Path:
+    """The file, as long as it says, without a byte of data on the disk."""
+    stored = HEADERS[name]
+    header: dict[str, Any] = {"__metadata__": {**stored.get("metadata", {}), **metadata}}
+    end = 0
+    for tensor, (dtype, shape) in stored["tensors"].items():
+        start, end = end, end + _SIZES[dtype] * math.prod(shape)
+        header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / f"{name}.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_every_header_is_expected() -> None:
+    assert set(HEADERS) == set(OPEN) | set(REFUSED)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_it_opens(tmp_path: Path, name: str) -> None:
+    told = describe(open_any(sparse(tmp_path, name)))
+    assert (told["part"], told["format"], told["parameters"]) == OPEN[name]
+    size = {"transformer": {_4B: ["4b", "base-4b"], _9B: ["9b", "base-9b", "9b-kv"]}.get(told["parameters"])}
+    assert told["variants"] == (size["transformer"] if told["part"] == "transformer" else [])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_for_its_reason(tmp_path: Path, name: str) -> None:
+    assert REFUSED[name] in refusal(lambda: open_any(sparse(tmp_path, name)))
+
+
+def test_modelopt_s_order_opens_once_its_metadata_states_it(tmp_path: Path) -> None:
+    told = describe(open_any(sparse(tmp_path, "nv", quantization="nvfp4")))
+    assert (told["format"], told["parameters"]) == ("BFL names, safetensors NVFP4", _4B)
