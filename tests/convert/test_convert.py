@@ -192,8 +192,8 @@ def test_the_embedded_checkpoint_is_marked(tmp_path: Path) -> None:
     assert (variant.name, variant.licence) == ("tiny", "Apache-2.0")
     again = open_model(convert_checkpoint(path, tmp_path / "again"))
     assert (again.config.variant.name, again.info["licence"]) == ("tiny", "Apache-2.0")
-    with pytest.raises(CheckpointError, match="only 'tiny' can be forced"):
-        convert_checkpoint(GOLDEN, tmp_path / "other", variant="9b")
+    with pytest.raises(CheckpointError, match="it must be one of tiny, 4b-1step, 4b"):
+        convert_checkpoint(GOLDEN, tmp_path / "other", variant="9c")
 
 
 def test_memory_holds_a_few_tensors_at_a_time(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([str(GOLDEN), "absent/x"], "is not a folder; create it first"),
         ([str(GOLDEN), "x", "--quantize", "7"], "quantize is '7'; it must be 3, 4, 5, 6, 8, mx"),
         ([str(GOLDEN), "x", "--quantize", "4"], "has 160 inputs"),
-        ([str(GOLDEN), "x", "--variant", "9b"], "only 'tiny' can be forced"),
+        ([str(GOLDEN), "x", "--variant", "9c"], "variant is '9c'; it must be one of tiny"),
         ([str(GOLDEN)], "the following arguments are required: DESTINATION"),
         ([str(GOLDEN), "x", "--forc"], "unrecognized arguments: --forc"),
     ],
