@@ -54,7 +54,10 @@ def test_slips(given: list[str], words: str, capsys: pytest.CaptureFixture[str])
     ("given", "words"),
     [
         (["convert", "tiny", "out", "--dry-run", "--upload", "nope"], "upload is 'nope'; it must be owner/name"),
-        (["convert", "tiny", "out", "--dry-run", "--variant", "foo"], "variant is 'foo'; it must be one of tiny, 4b-1step"),
+        (
+            ["convert", "tiny", "out", "--dry-run", "--variant", "foo"],
+            "variant is 'foo'; it must be one of tiny, 4b-1step",
+        ),
         (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
         (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
     ],
