@@ -7,7 +7,8 @@ Those counts were measured on a CPU; on a GPU they are those of the traced graph
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
 KEPT = {"all": PARTS, "transformer": ("transformer", "vae"), "nothing": ()}
 PHASES = ("references", "encode", "steps", "decode")
 _BESIDE = 5_000_000  # masks, rows of embeddings, a matrix on its way: what no formula below counts
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,33 @@ class Estimate:
 
 
 def machine_memory() -> int:
-    """Bytes that there are for weights and arrays: what Metal recommends, or the machine's, its container's or MLX's
-    own limit, whichever is least."""
+    """Bytes that there are for weights and arrays.
+
+    On a GPU what Metal recommends. On a CPU, where the system ends a process that takes what others hold, what is free
+    now besides what MLX holds already; at most the machine's, its container's and MLX's own limit.
+    """
     if mx.default_device().type == mx.DeviceType.gpu:
         told = mx.device_info()
         for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
             if told.get(name):
                 return min(int(told[name]), mx.get_memory_limit())
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), mx.get_memory_limit()]
-    try:
-        limits.append(int(_CGROUP.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        pass
-    return min(limits)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    own = mx.get_active_memory() + mx.get_cache_memory()
+    return min(installed, mx.get_memory_limit(), *(free + own for free in _free()))
+
+
+def _free() -> Iterator[int]:
+    """Bytes that a process can still take: of the machine's and of its container's memory, where the system tells."""
+    with suppress(OSError, KeyError, ValueError):
+        yield _table(_MEMINFO)["MemAvailable:"] * 1024
+    with suppress(OSError, KeyError, ValueError):  # no container, or one without a limit ("max")
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        yield limit - used + _table(_CGROUP / "memory.stat")["file"]  # what is cached of files leaves when asked for
+
+
+def _table(path: Path) -> dict[str, int]:
+    """A file of names and numbers."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
 
 
 def weight_bytes(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization]) -> dict[str, int]:

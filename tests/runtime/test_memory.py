@@ -251,14 +251,18 @@ def test_keep_follows_the_machine(model: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_machine_s_memory_has_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A container's too; a file that says `max`, or none, is no limit."""
-    whole = memory.machine_memory()
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_CGROUP", limit)
-    limit.write_text("max\n")
-    assert memory.machine_memory() >= whole
-    limit.write_text("1000000\n")
-    assert memory.machine_memory() == 1_000_000
+    """On a CPU what is free counts, of the machine's and a container's; `max`, or no file, is no limit."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    installed = memory.machine_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.machine_memory() == installed
+    own = memory.mx.get_active_memory() + memory.mx.get_cache_memory()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 2000 kB\n")
+    assert memory.machine_memory() == 2_048_000 + own
+    for name, text in (("max", "1000000\n"), ("current", "700000\n"), ("stat", "anon 500000\nfile 200000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.machine_memory() == 500_000 + own
 
 
 def test_info_tells_the_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
