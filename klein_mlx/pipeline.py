@@ -192,7 +192,7 @@ class KleinPipeline:
     def _run(self, options: Options) -> Run:
         run = Run(check_options(self.config, options))
         opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
-        run.notes += [*self.source.info.get("notes", ()), *opened.notes]
+        run.notes += [*self.source.info.get("notes", ()), *run.request.notes, *opened.notes]
         if run.request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
         run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))

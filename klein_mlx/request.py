@@ -309,9 +309,10 @@ class Request(Options):
     """Checked options; pictures are made one by one, every prompt with every seed.
 
     prompts: one or more, or empty if `prompt_embeds` is given. seeds: one per picture of a prompt. images: references
-    as given, not yet opened. edit: the picture to start from and what to do with it, or None. The inherited fields are
-    as asked for, and filled in: steps, guidance_scale, negative_prompt (""), sigmas (a tuple) and max_sequence_length;
-    batch_guidance is None where memory decides, height and width are where the pictures do.
+    as given, not yet opened. edit: the picture to start from and what to do with it, or None. notes: lines
+    for the user, of what is not followed. The inherited fields are as asked for, and filled in: steps, guidance_scale,
+    negative_prompt (""), sigmas (a tuple) and max_sequence_length; batch_guidance is None where memory decides, height
+    and width are where the pictures do.
     """
 
     prompts: tuple[str, ...] = ()
@@ -323,6 +324,7 @@ class Request(Options):
     sigmas: tuple[float, ...] | None = None
     negative_prompt: str = ""
     max_sequence_length: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> list[tuple[int, int]]:
@@ -384,7 +386,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         if not own.many and asked[name] is not None:
             asked[name] = own.check(name, asked[name])
     steps, sigmas = _steps(config, options.num_inference_steps, options.sigmas)
-    guidance = _guidance(config, options.guidance_scale, options.negative_prompt)
+    guidance, notes = _guidance(config, options.guidance_scale, options.negative_prompt)
     _check_size(config, options.height, options.width)
     length = options.max_sequence_length or config.max_sequence_length
     edit = check_edit(sigmas=sigmas, **{name: asked[name] for name in EDITS})
@@ -410,6 +412,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         edit=edit,
         steps=steps,
         guidance=guidance,
+        notes=notes,
     )
     _latents(config, request)
     return request
@@ -449,19 +452,21 @@ def _text(what: str, text: Any) -> str:
     return text
 
 
-def _guidance(config: ModelConfig, guidance: float | None, negative_prompt: str | None) -> float:
-    variant = config.variant
+def _guidance(
+    config: ModelConfig, guidance: float | None, negative_prompt: str | None
+) -> tuple[float, tuple[str, ...]]:
+    """The guidance scale that the model takes, and notes: a distilled one always takes 1, as in diffusers."""
+    variant, notes = config.variant, ()
     if guidance is None:
         guidance = variant.guidance
     if guidance > 1 and config.is_distilled:
-        rule = (
-            f"is {guidance:g}, but {variant.name} is distilled: guidance is built into its weights; leave it at 1, or"
-        )
-        raise RequestError("guidance_scale", rule=f"{rule} use a base variant")
+        name = variant.name
+        notes = (f"guidance {guidance:g} is ignored: {name} is distilled, guidance is built into its weights",)
+        guidance = 1.0
     if negative_prompt and guidance <= 1:
         hint = "; a distilled model has none: use a base variant" if config.is_distilled else ""
         raise RequestError("negative_prompt", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}{hint}")
-    return float(guidance)
+    return float(guidance), notes
 
 
 def _batch_guidance(value: bool | None, guidance: float, prompt_embeds: Any, length: int) -> bool | None:

@@ -397,3 +397,14 @@ def test_mistakes_with_files_are_told_before_any_work(pipe: KleinPipeline) -> No
         pipe.stream(PROMPT, init_image=image, mask_image="none.png")
     with pytest.raises(RequestError, match="mask_image is 64 x 96, but the init image is 96 x 64"):
         pipe.stream(PROMPT, init_image=image, mask_image=Image.new("L", (64, 96), 255))
+
+
+def test_a_distilled_model_ignores_guidance_with_a_note() -> None:
+    """As diffusers does: its weights have the guidance built in."""
+    pipe = KleinPipeline.from_pretrained("tiny", keep="all")
+    size = {"seed": 1, "width": 64, "height": 64, "num_inference_steps": 1, "output_type": "np"}
+    plain, asked = pipe("a star", **size), pipe("a star", guidance_scale=4.0, **size)
+    assert np.array_equal(plain.images, asked.images)
+    assert asked.notes == ["guidance 4 is ignored: tiny is distilled, guidance is built into its weights"]
+    assert asked.recipes[0]["guidance"] == 1.0
+    assert not plain.notes

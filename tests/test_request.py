@@ -62,7 +62,6 @@ def test_a_random_seed_differs() -> None:
         ({"num_inference_steps": True}, "num_inference_steps is True; it must be a whole number from 1 to 1000"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a number from 1 to 100"),
         ({"guidance_scale": -1}, "guidance_scale is -1; it must be a number from 1 to 100"),
-        ({"guidance_scale": 4.0}, "guidance_scale is 4, but 4b is distilled: guidance is built into its weights"),
         ({"negative_prompt": "blur"}, "negative_prompt needs a guidance_scale over 1, and it is 1; a distilled model"),
         ({"batch_guidance": True}, "batch_guidance needs a guidance_scale over 1, and it is 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 18446744073709551615"),
