@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from klein_mlx.bench import capacity, machine, reference, shapes
+from klein_mlx.bench import capacity, machine, published, reference, shapes
 from klein_mlx.bench.checks import Check, Row, Setting
 from klein_mlx.errors import KleinError, RequestError, nearest
 from klein_mlx.runtime.parts import compute_dtype
 
-SECTIONS = ("environment", "reference", "shapes", "memory", "speed")
 CHECKS = (
     Check("environment", "environment", machine.check_environment),
     Check("reference", "reference", reference.check_reference),
@@ -51,16 +50,22 @@ def cpu_gigaflops() -> float:
     return best
 
 
-def chosen(only: Sequence[str] | None) -> list[Check]:
-    """The checks of these names or sections; all, if none is named. Raises RequestError."""
-    names = {*SECTIONS, *(check.name for check in CHECKS)}
+def chosen(only: Sequence[str] | None, model: str | None = None) -> list[Check]:
+    """The checks of these names or sections; all, if none is named. model: on disk; its checks come last.
+
+    Raises RequestError for another name, CheckpointError for a model that cannot be read.
+    """
+    checks = [*CHECKS, *(published.model_checks(model) if model else ())]
+    names = {name for check in checks for name in (check.section, check.name)}
     for name in only or ():
+        if name in (published.SECTION, *published.RUNS) and not model:
+            raise RequestError(f"--only {name} needs --model, as --model 4b")
         if name not in names:
             near = nearest(name, names)
             meant = f" (did you mean {near}?)" if near else ""
-            listed = ", ".join(dict.fromkeys(n for c in CHECKS for n in (c.section, c.name)))
+            listed = ", ".join(dict.fromkeys(n for c in checks for n in (c.section, c.name)))
             raise RequestError(f"--only is {name!r}{meant}; it must be one of {listed}")
-    return [check for check in CHECKS if not only or check.name in only or check.section in only]
+    return [check for check in checks if not only or check.name in only or check.section in only]
 
 
 def examine(check: Check, setting: Setting) -> Iterator[Finding]:

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx doctor`."""
     add = parser.add_argument
     add("--only", action="append", metavar="NAME", help="one check or section, such as attention; may be repeated")
+    add("-m", "--model", help="check real weights as well: files, configs, published pixels, bits; minutes more")
+    add("-y", "--yes", action="store_true", help="download the model without asking")
+    add("--offline", action="store_true", help="use only what is on disk")
     add("--dtype", help="the compute dtype under test: bfloat16, float16, float32 (default: as generate)")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
@@ -35,7 +38,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the checks. Returns 0 if all hold, 2 if one does not; raises KleinError."""
     from klein_mlx.bench.doctor import chosen, make_setting
 
-    checks, start = chosen(args.only), time.perf_counter()
+    model = None
+    if args.model:
+        from klein_mlx.cli.download import obtain
+
+        model = obtain(args.model, offline=args.offline, yes=args.yes, quiet=args.json)
+    checks, start = chosen(args.only, model), time.perf_counter()
     setting, findings = make_setting(args.dtype), []
     table = not (args.json or args.report)
     for finding in _findings(checks, setting):

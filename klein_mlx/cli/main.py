@@ -41,6 +41,7 @@ BENCH_EXAMPLES = """examples:
 DOCTOR_EXAMPLES = """examples:
   klein-mlx doctor
   klein-mlx doctor --only attention --dtype float16
+  klein-mlx doctor --model 4b --report
   klein-mlx doctor --report > report.md
 """
 AGAIN_EXAMPLES = """examples:
