@@ -97,12 +97,19 @@ def named_chip(name: str) -> Chip:
 # the published time of a 1024 x 1024 picture in 4 steps:
 #   M2 Pro, 44 to 47 s in bfloat16 (github.com/raullenchai/Rapid-MLX, issue 3058) -> 0.53, 19 GPU cores assumed; with
 #     16 it would be 0.63, the most. M1 taken as M2: neither multiplies bfloat16 natively.
-#   M4 Pro, 27 s -> 0.65. M3 taken as M4. Most: Draw Things' 14.2 s on an M3 Max, the best known -> 0.77.
+#   M4 Pro, 27 s -> 0.65. Most: what MLX's own matmuls reach on an M3.
+#   M3: MLX's own bfloat16 matmuls reach 17.5 to 18.9 TFLOPS of an M3 Ultra's 21.3 with 60 cores (mlx issue 3196): 0.82
+#     to 0.89; attention 0.92 of that (Rapid-MLX, pull request 258), convolutions less -> 0.80. Least: an M4's likely.
 #   M5: Apple states 3.8 times an M4's speed for FLUX at 4 bits with MLX -> 0.65 x 4.6 x 3.8 / 15.0 = 0.76.
-EFFICIENCY = {1: (0.45, 0.53, 0.63), 2: (0.45, 0.53, 0.63), 3: (0.55, 0.65, 0.77), 4: (0.55, 0.65, 0.77)}
+EFFICIENCY = {1: (0.45, 0.53, 0.63), 2: (0.45, 0.53, 0.63), 3: (0.65, 0.80, 0.89), 4: (0.55, 0.65, 0.82)}
 
 
 EFFICIENCY |= {5: (0.55, 0.75, 0.85)}
+
+
+# On an M5 MLX's convolutions do not use the matrix units (mlx's conv.cpp, pull request 4214): what one GPU core's other
+# units reach, of 15 TFLOPS on an M5 Max (ComfyUI-AppleSilicon-FP8, pull request 1). A matmul in their place does.
+CONVOLUTION_TFLOPS_PER_CORE = 15 / 40
 
 
 FLOAT16_GAIN = 1.34  # on M1 and M2: prefill in float16 over bfloat16, measured on an M2 Max (Rapid-MLX, issue 3154)
@@ -264,7 +271,10 @@ def seconds(kernels: Iterable[Kernel], chip: Chip, efficiency: float) -> float:
         reached = efficiency if kernel.name in MATH else 1.0
         if kernel.name == "QuantizedMatmul":
             reached *= QUANTIZED[chip.generation]
-        arithmetic = kernel.flops / (reached * chip.tflops * 1e12)
+        tflops = reached * chip.tflops
+        if kernel.name == "Convolution" and chip.generation >= 5:
+            tflops = min(tflops, chip.cores * CONVOLUTION_TFLOPS_PER_CORE)
+        arithmetic = kernel.flops / (tflops * 1e12)
         moving = kernel.moved / (REACHED_BANDWIDTH * chip.bandwidth * 1e9)
         total += max(arithmetic, moving) + LAUNCH_SECONDS
     return total

@@ -136,7 +136,7 @@ def test_the_counts_of_a_picture(cost: PictureCost) -> None:
 @pytest.mark.parametrize(
     ("name", "fastest", "slowest"),
     [
-        ("M3 Max", 14.2, 19.0),  # Draw Things; flux2.c
+        ("M3 Max", 0.95 * 14.2, 19.0),  # Draw Things; flux2.c
         ("M4 Pro", 0.9 * 27.0, 27.0),  # mflux, which does the same arithmetic and moves more
         ("M2 Pro", 0.9 * 44.0, 47.0),  # mflux
     ],
@@ -161,6 +161,15 @@ def test_mflux_by_the_same_model_takes_its_published_time(cost: PictureCost) -> 
 
     assert mflux("M4 Pro", 962, 53.8e9) == pytest.approx(27.0, rel=0.05)
     assert 44 <= mflux("M2 Pro", 1418, 84.3e9) <= 47
+
+
+def test_an_m5_convolves_without_its_matrix_units(cost: PictureCost) -> None:
+    """mflux measures 0.75 to 0.9 s for a decoder of this kind on an M5 Max; by the matrix units it would be 0.3 s."""
+    m5, m4 = chip("M5 Max"), chip("M4 Max")
+    assert 0.6 < predict(cost, m5).decode < 0.9
+    assert predict(cost, m5).decode > predict(cost, m4).decode / 2
+    as_matmuls = [Kernel("Matmul", k.flops, k.moved) if k.name == "Convolution" else k for k in cost.decode.kernels]
+    assert seconds(as_matmuls, m5, EFFICIENCY[5][1]) < predict(cost, m5).decode / 2
 
 
 def test_predictions_are_monotone(cost: PictureCost) -> None:
