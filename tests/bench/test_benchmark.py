@@ -206,7 +206,7 @@ def test_predict_prints_every_chip_and_says_that_it_predicts(capsys: pytest.Capt
     ("options", "line"),
     [
         (["--runs", "0"], "--runs is 0; it must be 1 to 1000"),
-        (["--size", "64"], "--size is '64'; it must be WIDTHxHEIGHT in pixels, as 1024x1024"),
+        (["--size", "64"], "--size is '64'; it must be WIDTHxHEIGHT (1024x768)"),
         (["--size", "64x65"], "--height is 65; it must be a multiple of 16: 64 or 80"),
         (["--predict", "M3 Mini"], "--predict is 'M3 Mini'; it must be one of"),
     ],
