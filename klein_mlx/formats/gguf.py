@@ -188,6 +188,12 @@ def _claim(walk: _Walk) -> tuple[str, Type, tuple[int, ...], int, int]:
 def open_gguf(path: Path) -> Tensors:
     """A GGUF file's tensors; blocks become bfloat16 when they are asked for, one tensor at a time."""
     values, blocks = read_gguf(path)
+    count = values.get("split.count", 1)
+    if type(count) is int and count > 1:
+        raise CheckpointError(
+            f"{path}: is one of {count} pieces of a model; join them first, as by llama-gguf-split --merge {path.name} "
+            "whole.gguf"
+        )
     shapes = {name: _shape(path, name, block, values) for name, block in blocks.items()}
     entries = {n: Entry(b.type.name if b.type.name in _PLAIN else "BF16", shapes[n]) for n, b in blocks.items()}
     counts = Counter(block.type.name for block in blocks.values())

@@ -80,6 +80,9 @@ def _open_folder(folder: Path, stem: str | None) -> Tensors:
     )
 
 
+_DECODERS = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
+
+
 _WANTED = "klein_mlx reads the parts of FLUX.2 [klein]"
 
 
@@ -232,6 +235,11 @@ def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
     if not mine and found:
         other = found[0].part
         raise CheckpointError(f"{tensors.path}: is a {other}, not a {part}; give it as --{other.replace('_', '-')}")
+    if not mine and any(name.endswith(_DECODERS) for name in names):
+        raise CheckpointError(
+            f"{tensors.path}: is the decoder of a VAE alone; take full_encoder_small_decoder.safetensors of "
+            "black-forest-labs/FLUX.2-small-decoder"
+        )
     if not mine:
         held = next(iter(names), "no tensor")[:80]
         raise CheckpointError(f"{tensors.path}: is no model that klein_mlx knows (it holds {held} ...); {_WANTED}")

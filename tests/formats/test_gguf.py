@@ -292,3 +292,17 @@ def test_the_crafted_file_without_a_fault_is_read(tmp_path: Path) -> None:
     values, blocks = reader.read_gguf(path)
     assert values == {"k": None}
     assert blocks["a"].shape == (8,)
+
+
+def test_a_piece_of_a_split_model_is_told_how_to_be_joined(tmp_path: Path) -> None:
+    path = tmp_path / "a-00001-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_uint16("split.no", 0)
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("img_in.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    told = refusal(lambda: open_any(path))
+    assert f"is one of 3 pieces of a model; join them first, as by llama-gguf-split --merge {path.name}" in told

@@ -3,13 +3,17 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from folders import refusal
 
+from klein_mlx.config import KLEIN_TAPS, ModelConfig
+from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.describe import describe
+from klein_mlx.formats.infer import KLEIN
 from klein_mlx.formats.open import open_any
 
 HEADERS: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "real" / "headers.json.gz").read_bytes()))
@@ -73,3 +77,20 @@ def test_it_is_refused_for_its_reason(tmp_path: Path, name: str) -> None:
 def test_modelopt_s_order_opens_once_its_metadata_states_it(tmp_path: Path) -> None:
     told = describe(open_any(sparse(tmp_path, "nv", quantization="nvfp4")))
     assert (told["format"], told["parameters"]) == ("BFL names, safetensors NVFP4", _4B)
+
+
+def test_the_small_decoder_without_its_encoder_is_told_the_full_one(tmp_path: Path, monkeypatch: Any) -> None:
+    whole = HEADERS["full_encoder_small_decoder"]["tensors"]
+    decoder = {name: entry for name, entry in whole.items() if not name.startswith("encoder.")}
+    monkeypatch.setitem(HEADERS, "decoder", {"tensors": decoder})
+    assert "take full_encoder_small_decoder.safetensors" in refusal(lambda: open_any(sparse(tmp_path, "decoder")))
+
+
+def test_a_transformer_with_the_other_size_s_encoder(tmp_path: Path) -> None:
+    """Both ways, by the encoders' names."""
+    whole = KLEIN["transformer"], KLEIN["text_encoder"], KLEIN["vae"]
+    with pytest.raises(CheckpointError, match="the text encoder is Qwen3-8B; 4b and base-4b needs? Qwen3-4B"):
+        ModelConfig(whole[0], replace(whole[1], hidden_size=4096), whole[2], True, KLEIN_TAPS)
+    nine = replace(whole[0], num_attention_heads=32, joint_attention_dim=12288, num_layers=8, num_single_layers=24)
+    with pytest.raises(CheckpointError, match="the text encoder is Qwen3-4B; 9b and base-9b and 9b-kv needs? Qwen3-8B"):
+        ModelConfig(nine, whole[1], whole[2], True, KLEIN_TAPS)
