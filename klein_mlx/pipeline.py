@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import mlx.core as mx
 from PIL import Image
@@ -23,8 +23,10 @@ from klein_mlx.model.latents import References, from_channels_first, join_refere
 from klein_mlx.model.layers import one_weight_at_a_time
 from klein_mlx.model.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.model.tokenizer import Tokenizer
+from klein_mlx.model.torch_noise import torch_noise
 from klein_mlx.model.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
-from klein_mlx.request import Options, check_options, takes
+from klein_mlx.porting import answer, with_hints
+from klein_mlx.request import Options, Request, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.limits import ReadAhead, memory_limits
 from klein_mlx.runtime.loras import Loras
@@ -59,6 +61,18 @@ class KleinPipeline:
     Weights are read when a part is first needed. Use from one thread at a time.
     """
 
+    def __repr__(self) -> str:
+        bits = {own.bits for own in {**self.source.quantization, **self.parts.quantization}.values()}
+        weights = f"{'/'.join(map(str, sorted(bits)))}-bit" if bits else "unquantized"
+        dtype, keep = str(self.dtype).removeprefix("mlx.core."), self.parts.keep
+        return f"KleinPipeline({self.config.variant.name}, {weights}, {dtype}, keep={keep!r}, loras={len(self.loras)})"
+
+    if not TYPE_CHECKING:  # or checkers would take any attribute for one of the pipeline's
+
+        def __getattr__(self, name: str) -> Any:
+            """diffusers' methods: nothing is done where nothing is needed; else what to use instead."""
+            return answer(self, name)
+
     def __init__(
         self,
         source: Source,
@@ -80,6 +94,7 @@ class KleinPipeline:
         self._loras = Loras(self.parts, self.encodings)
 
     @classmethod
+    @with_hints
     def from_pretrained(
         cls,
         model: str | Path,
@@ -123,6 +138,7 @@ class KleinPipeline:
         )
         return cls(source, quantize=quantize, dtype=dtype, keep=keep, prompt_cache=prompt_cache)
 
+    @with_hints
     def load_lora(
         self,
         path: str | Path,
@@ -203,7 +219,8 @@ class KleinPipeline:
         known = self.parts.estimate(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known)
         run.expected = dict(known.phases)
-        run.start(event for _, event in self.together([run]))
+        events = (event for _, event in self.together([run]))
+        run.start(_with_bar(run, events) if options.progress else events)
         return run
 
     def _work(self, run: Run, opened: Opened) -> Work:
@@ -315,18 +332,39 @@ class KleinPipeline:
         if request.latents is not None:
             latents = from_channels_first(to_array("latents", request.latents))[number : number + 1]
         else:
-            latents = noise(mx.random.key(request.pictures[number][1]), h, w, self.config.transformer.in_channels)
+            latents = self._noise(request, number, h, w)
         latents, after = _start(latents.astype(self.dtype), conditions.init, opened.canvas, sigmas[0])
         steps = Tracked(predict)
         walk = euler_steps(steps, latents, sigmas, after)
+        changed: mx.array | None = None
         for index in range(1, len(sigmas)):
             with run.timed("steps"):
-                latents = next(walk)
+                latents = walk.send(changed)
                 mx.eval(latents)
+            changed = self._call_back(request, index - 1, sigmas[index - 1], latents)
+            latents = latents if changed is None else changed
             clean = latents - sigmas[index] * steps.velocity
             mx.eval(clean)  # a preview may be drawn in another thread, where this one's lazy arrays cannot be computed
             preview, sketch = self._preview(run, clean, opened.canvas), partial(self.sketch, clean)
             yield Step(number, index, len(sigmas) - 1, sigmas[index], latents, preview, sketch)
+
+    def _noise(self, request: Request, number: int, h: int, w: int) -> mx.array:
+        """(1, h, w, C) of a picture's seed, in float32, or in the dtype in which diffusers would draw it."""
+        channels, seed = self.config.transformer.in_channels, request.pictures[number][1]
+        if request.rng != "torch":
+            return noise(mx.random.key(seed), h, w, channels)
+        count = len(request.pictures) if request.one_stream else 1
+        drawn = torch_noise(seed, (count, channels, h, w), self.dtype)
+        return from_channels_first(drawn[number : number + 1] if request.one_stream else drawn)
+
+    def _call_back(self, request: Request, step: int, sigma: float, latents: mx.array) -> mx.array | None:
+        """Tell `callback_on_step_end` of a step; returns latents (1, h, w, C) in place of these, or None."""
+        if request.callback_on_step_end is None:
+            return None
+        tokens = latents.reshape(1, -1, latents.shape[-1])
+        told = request.callback_on_step_end(self, step, sigma * 1000, {"latents": tokens}) or {}
+        changed = told.get("latents", tokens)
+        return None if changed is tokens else to_array("latents", changed).reshape(latents.shape).astype(latents.dtype)
 
     def _sigmas(self, run: Run, opened: Opened) -> list[float]:
         """The noise levels that the steps go through, 0 included."""
@@ -394,6 +432,18 @@ class KleinPipeline:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read when first needed."""
         return self.encodings.tokenizer
+
+
+def _with_bar(run: Run, events: Iterator[Step | Picture]) -> Iterator[Step | Picture]:
+    """The events, with a progress bar for a notebook or a terminal while they come."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=run.request.steps * len(run.request.pictures), desc="load") as bar:
+        run.on_phase = bar.set_description
+        for event in events:
+            if isinstance(event, Step):
+                bar.update()
+            yield event
 
 
 def _start(

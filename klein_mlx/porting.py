@@ -1,10 +1,15 @@
 """What people coming from diffusers, mflux or mlx-lm write, and what it is called here."""
 
-from collections.abc import Iterable
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from klein_mlx.errors import nearest
 
-SEEDS = "use seed=7, or seed=[7, 8]; generator=torch.Generator().manual_seed(7) gives diffusers' noise"
+P = ParamSpec("P")
+R = TypeVar("R")
 INSTEAD = {
     "steps": "num_inference_steps",
     "num_steps": "num_inference_steps",
@@ -64,3 +69,72 @@ def instead_of(name: str, known: Iterable[str]) -> str:
         return f"; leave it out: {LEFT_OUT[name]}"
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else ""
+
+
+ATTRIBUTES = {
+    "load_lora_weights": "load_lora(path, scale)",
+    "load_lora_into_transformer": "load_lora(path, scale)",
+    "unload_lora_weights": "unload_lora()",
+    "delete_adapters": "unload_lora(name)",
+    "set_adapters": "set_lora_scale(name, scale)",
+    "get_active_adapters": "the attribute loras",
+    "get_list_adapters": "the attribute loras",
+    "save_lora_weights": "klein_mlx.train",
+    "save_pretrained": "klein-mlx convert MODEL FOLDER",
+    "push_to_hub": "klein-mlx convert MODEL FOLDER --upload owner/name",
+    "from_single_file": "from_pretrained(model, transformer=file)",
+    "set_progress_bar_config": "pipe(..., progress=True)",
+    "progress_bar": "pipe(..., progress=True)",
+    "encode_prompt": "pipe(..., prompt_embeds=...) for embeddings of your own",
+    "scheduler": "pipe(..., sigmas=[...]); the sampler is Euler's",
+    "device": "mlx.core.default_device()",
+    "components": "from_pretrained(model, transformer=..., text_encoder=..., vae=...)",
+}
+MEMORY = 'memory is planned by itself; keep="nothing" in from_pretrained needs the least'
+NEEDLESS = {
+    "to": "MLX uses the GPU by itself; dtype is an argument of from_pretrained",
+    "cuda": "MLX uses the GPU by itself",
+    "fuse_lora": "a loaded LoRA costs a step next to nothing",
+    "unfuse_lora": "unload_lora() restores the weights bit for bit",
+    "maybe_free_model_hooks": MEMORY,
+    "free_memory": MEMORY,
+    "remove_all_hooks": MEMORY,
+    "compile_repeated_blocks": "blocks are compiled by themselves",
+    "enable_vae_tiling": "the VAE decodes in strips by itself, exactly",
+    "enable_vae_slicing": "the VAE decodes in strips by itself, exactly",
+}
+
+
+def answer(pipe: Any, name: str) -> Any:
+    """A method of diffusers' pipelines: where nothing is needed one that says so, and returns the pipeline.
+
+    Raises AttributeError, which says what to use instead, for any other name.
+    """
+    if name in NEEDLESS or name.startswith(("enable_", "disable_")):
+        why = NEEDLESS.get(name, MEMORY)
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            logging.getLogger("klein_mlx").warning("pipe.%s() does nothing: %s", name, why)
+            return pipe
+
+        return nothing
+    hint = f"; use {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+    near = "" if hint or name.startswith("_") else nearest(name, [n for n in dir(type(pipe)) if n[0] != "_"])
+    raise AttributeError(
+        f"{type(pipe).__name__} has no attribute {name!r}{hint or (f'; did you mean {near!r}?' if near else '')}"
+    )
+
+
+def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a call say what to use in place of an argument that it does not know."""
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                hint = instead_of(name, known)
+                raise TypeError(f"{function.__qualname__}() has no argument {name!r}{hint}")
+        return function(*args, **kwargs)
+
+    return call

@@ -186,6 +186,14 @@ class Options:
     negative_prompt: str | None = option(
         "what to steer away from; needs a {guidance_scale} over 1", "--negative", metavar="TEXT", common=True
     )
+    rng: str | None = option(
+        "whose noise a seed means: MLX's, or that of torch's CPU generator, as diffusers draws it",
+        "--rng",
+        choices=("mlx", "torch"),
+        metavar="RNG",
+        default="mlx",
+        group="sampling",
+    )
     batch_guidance: bool | None = option(
         "run both guidance passes as one batch, or in turn: the same numbers to rounding",
         "--batch-guidance",
@@ -292,6 +300,15 @@ class Options:
         default="with {extend} only",
         group="editing",
     )
+    generator: Any = option(
+        "a torch.Generator, of which the initial seed counts, an int, or a list with one for each picture, instead of "
+        "{seed}: the noise is torch's, as in diffusers"
+    )
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = option(
+        'called as in diffusers with (pipe, step from 0, timestep, {{"latents": (1, tokens, C)}}); latents that it '
+        "returns in a dict replace those"
+    )
+    progress: bool = option("show a progress bar (tqdm)", value=False, kind=bool)
     latents: Any = option("initial noise, an array (pictures, C, h, w) as in diffusers, instead of the seeds'")
     prompt_embeds: Any = option("an array (B, L, D) instead of prompts")
     output_type: str = option(
@@ -309,15 +326,16 @@ class Request(Options):
     """Checked options; pictures are made one by one, every prompt with every seed.
 
     prompts: one or more, or empty if `prompt_embeds` is given. seeds: one per picture of a prompt. images: references
-    as given, not yet opened. edit: the picture to start from and what to do with it, or None. notes: lines
-    for the user, of what is not followed. The inherited fields are as asked for, and filled in: steps, guidance_scale,
-    negative_prompt (""), sigmas (a tuple) and max_sequence_length; batch_guidance is None where memory decides, height
-    and width are where the pictures do.
+    as given, not yet opened. one_stream: all pictures' noise comes from one generator, in a row. edit: the picture to
+    start from and what to do with it, or None. notes: lines for the user, of what is not followed. The inherited fields
+    are as asked for, and filled in: steps, guidance_scale, negative_prompt (""), sigmas (a tuple), rng and
+    max_sequence_length; batch_guidance is None where memory decides, height and width are None where the pictures do.
     """
 
     prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     images: tuple[Any, ...] = ()
+    one_stream: bool = False
     edit: Edit | None = None
     steps: int = 0
     guidance: float = 1.0
@@ -369,7 +387,8 @@ def described() -> str:
     lines = []
     for name, own in USER_OPTIONS.items():
         told = [own.help, own.range, f"default: {own.default}" if own.default else ""]
-        lines.append(f"{name}: {named('; '.join(filter(None, told)), {})}.")
+        text = named("; ".join(filter(None, told)), {}).replace("{{", "{").replace("}}", "}")
+        lines.append(f"{name}: {text}.")
     return "\n".join(lines)
 
 
@@ -397,17 +416,22 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         "batch_guidance": _batch_guidance(options.batch_guidance, guidance, options.prompt_embeds, length),
         "sigmas": sigmas,
         "max_sequence_length": length,
+        "rng": options.rng or ("mlx" if options.generator is None else "torch"),
     }
-    if (edit or options.image not in (None, [], ())) and not config.variant.edits:
+    no_image = options.image is None or (isinstance(options.image, list | tuple) and not options.image)
+    if (edit or not no_image) and not config.variant.edits:
         name = config.variant.name
         rule = f"is a picture, and {name} draws from text alone; variant {name[:2]!r} uses its weights as the others'"
         raise RequestError("init_image" if edit else "image", rule=rule)
+    pictures = 1 if isinstance(options.generator, list | tuple) else options.num_images_per_prompt
+    seeds, one_stream = _generator(options, len(prompts) or options.prompt_embeds.shape[0])
     if options.reuse_references and options.image is None and not (edit and edit.init_reference):
         raise RequestError("reuse_references", rule="needs a reference image, and none is given")
     request = Request(
         **asked,
         prompts=prompts,
-        seeds=_seeds(options.seed, options.num_images_per_prompt),
+        seeds=seeds if one_stream else _seeds(seeds, pictures),
+        one_stream=one_stream,
         images=_images(options.image, options.large_reference, edit),
         edit=edit,
         steps=steps,
@@ -520,6 +544,32 @@ def _seeds(seed: Any, count: int) -> tuple[int, ...]:
     if first + count - 1 > MAX_SEED:
         raise RequestError("seed", first, f"with {count} pictures the last would be over {MAX_SEED}")
     return tuple(range(first, first + count))
+
+
+def _generator(options: Options, prompts: int) -> tuple[Any, bool]:
+    """(seeds, whether all pictures draw from one generator in a row): of `seed`, or of diffusers' `generator`."""
+    generator, count = options.generator, options.num_images_per_prompt
+    if generator is None:
+        return options.seed, False
+    if options.seed is not None:
+        raise RequestError("generator", rule="and {seed} both say which noise; give one of them")
+    if isinstance(generator, list | tuple):
+        if prompts > 1 or len(generator) != count > 1:
+            rule = f"has {len(generator)} entries for {prompts * count} pictures"
+            raise RequestError("generator", rule=f"{rule}; it must have one for each, of one prompt")
+        return [_initial_seed(one) for one in generator], False
+    seed = _initial_seed(generator)
+    return ((seed,) * count, True) if prompts * count > 1 else (seed, False)
+
+
+def _initial_seed(generator: Any) -> int:
+    """Of a torch.Generator or an int; torch itself is not needed."""
+    seed = getattr(generator, "initial_seed", None)
+    if callable(seed):
+        if getattr(getattr(generator, "device", None), "type", "cpu") != "cpu":
+            raise RequestError("generator", generator, 'it must be of the CPU: torch.Generator("cpu")')
+        return integer("generator", seed(), 0, MAX_SEED)
+    return integer("generator", generator, 0, MAX_SEED)
 
 
 def _steps(config: ModelConfig, steps: int | None, sigmas: Any) -> tuple[int, tuple[float, ...] | None]:

@@ -40,13 +40,15 @@ _NOT_READ: tuple[tuple[re.Pattern[bytes], str], ...] = (
 def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]]:
     """Open a picture as 8-bit sRGB, upright.
 
-    source: a path or a PIL image. what: its name in messages. EXIF orientation is applied, an ICC profile converted to
-    sRGB, alpha composited on white, 16 bits scaled to 8; an animation gives its first frame.
+    source: a path, a PIL image, or a numpy array (see `as_picture`). what: its name in messages. EXIF orientation is
+    applied, an ICC profile converted to sRGB, alpha composited on white, 16 bits scaled to 8; an animation gives its
+    first frame.
     Returns (image in mode RGB, notes on what was changed). Raises RequestError for a file that is no picture.
     """
+    source = as_picture(source)
     given = isinstance(source, Image.Image)
     if not given and not isinstance(source, str | os.PathLike):
-        raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path or a PIL image")
+        raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path, a PIL image or a numpy array")
     name = what if given else f"{what} {os.fspath(source)}"
     with reading(name, None if given else source):
         if given:
@@ -79,6 +81,27 @@ def reading(
     except Exception as error:
         reason = one_line(error) if source is None else _reason(source, error, unknown)
         raise RequestError(name, rule=f"cannot be read: {reason}") from None
+
+
+def as_picture(source: Any) -> Any:
+    """A numpy array as a PIL image; anything that is no array as it is.
+
+    source: (H, W), (H, W, 3) or (H, W, 4), uint8, bool, or floats in 0..1. Raises RequestError for other arrays.
+    """
+    import numpy as np
+
+    if not isinstance(source, np.ndarray):
+        return source
+    array = source[0] if source.ndim == 4 and source.shape[0] == 1 else source
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype.kind == "f" and array.size and bool((array >= 0).all() and (array <= 1).all()):
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if not fits or array.dtype != np.uint8 or not array.size:
+        shown = Shown(f"an array of shape {source.shape} and type {source.dtype}")
+        raise RequestError("image", shown, "it must be (H, W), (H, W, 3) or (H, W, 4), uint8 or floats in 0..1")
+    return Image.fromarray(array)
 
 
 def _check_file(source: str | os.PathLike[str], name: str) -> None:

@@ -4,7 +4,7 @@ The model comes in as `predict`; nothing here knows how a velocity is made.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -56,11 +56,12 @@ def make_sigmas(
 
 def euler_steps(
     predict: Predict, latents: mx.array, sigmas: Sequence[float], after: After | None = None
-) -> Iterator[mx.array]:
+) -> Generator[mx.array, mx.array | None, None]:
     """Follow the velocity from noise to picture, yielding the latents after each step.
 
     latents: any shape, at noise level sigmas[0]; every step is computed in float32 and rounded once, to their dtype.
-    after: what is done to the latents at the end of each step, if anything.
+    after: what is done to the latents at the end of each step, if anything. Latents that are sent to the generator take
+    the place of those that it yielded.
     """
     dtype = latents.dtype
     for sigma, sigma_next in pairwise(sigmas):
@@ -69,7 +70,8 @@ def euler_steps(
         latents = (latents.astype(mx.float32) + step).astype(dtype)
         if after is not None:
             latents = after(latents, sigma_next)
-        yield latents
+        changed = yield latents
+        latents = latents if changed is None else changed
 
 
 def add_noise(clean: mx.array, noise: mx.array, sigma: float) -> mx.array:

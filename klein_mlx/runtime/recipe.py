@@ -15,6 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.edits import SIDES, Edit
+from klein_mlx.images.reading import as_picture
 from klein_mlx.paths import TINY_FOLDER, version
 from klein_mlx.request import EDITS, USER_OPTIONS, Request
 from klein_mlx.runtime.identity import Pinned, digest, is_sampled
@@ -108,6 +109,8 @@ class Recorder:
 
 def describe_picture(source: Any) -> dict[str, Any]:
     """A picture that a request was given: a file by its name, size and digest; one in memory by its pixels' digest."""
+    if not isinstance(source, str | os.PathLike):
+        source = as_picture(source)
     if isinstance(source, Image.Image):
         return {"pixels": hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()}
     path = Path(source)
@@ -140,7 +143,9 @@ def _edit(edit: Edit) -> dict[str, Any]:
 
 def _given(request: Request) -> list[str]:
     """The arrays that a caller gave instead of what a recipe can say."""
-    return [name for name in ("latents", "prompt_embeds") if getattr(request, name) is not None]
+    names = ("latents", "prompt_embeds", "callback_on_step_end")
+    given = [name for name in names if getattr(request, name) is not None]
+    return [*given, "generator"] if request.one_stream else given
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 It knows nothing of models: the pipeline fills these in, and its callers read them.
 """
 
+import base64
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.errors import RequestError
-from klein_mlx.images.saving import check_output, save_image
+from klein_mlx.images.saving import check_output, encode_image, save_image
 from klein_mlx.request import Request
 
 PIECE_SECONDS = 0.25
@@ -61,7 +62,8 @@ class KleinOutput:
 
     images: a list of PIL images; or, by output_type, a (B, H, W, 3) float32 array in 0..1, or an mx.array
     (B, latent channels, H/8, W/8). seeds: of each. notes: what was cut or resized, a line each. seconds: per phase.
-    recipes: how each was made, JSON values (see klein_mlx.runtime.recipe).
+    recipes: how each was made, JSON values (see klein_mlx.runtime.recipe). `save` puts them into the files; PIL's own
+    `images[0].save` does not, since it writes no text that it is not given.
     """
 
     images: Any
@@ -69,6 +71,17 @@ class KleinOutput:
     notes: list[str]
     seconds: dict[str, float]
     recipes: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """The pictures, for a notebook."""
+        told = {"text/plain": repr(self)}
+        if not isinstance(self.images, list) or not self.images:
+            return told
+        shown = [base64.b64encode(encode_image(image, ".png")).decode() for image in self.images]
+        if len(shown) == 1:
+            return {**told, "image/png": shown[0]}
+        html = "".join(f'<img style="max-width: 24em; margin: 2px" src="data:image/png;base64,{one}">' for one in shown)
+        return {**told, "text/html": html}
 
     def save(self, path: str | Path, overwrite: bool = False) -> list[Path]:
         """Write the pictures, each with its recipe inside; returns their paths.

@@ -1,0 +1,121 @@
+"""What a script written for diffusers finds: its names answered, its callback called, its seeds drawn as there."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from klein_mlx.errors import RequestError
+from klein_mlx.images.metadata import read_metadata
+from klein_mlx.model.torch_noise import torch_noise
+from klein_mlx.pipeline import KleinPipeline
+
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> KleinPipeline:
+    return KleinPipeline.from_pretrained("tiny", dtype="float32", keep="all")
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(mx.array_equal(a, b))
+
+
+def test_a_generator_is_the_noise_of_torch(pipe: KleinPipeline) -> None:
+    """An int, anything with an initial seed, rng="torch" and the noise itself as latents: one picture."""
+    latents = torch_noise(7, (1, 64, 4, 4))
+    wanted = pipe("a star", latents=latents, **SMALL).images
+    stand_in = SimpleNamespace(initial_seed=lambda: 7, device=SimpleNamespace(type="cpu"))
+    assert same(pipe("a star", generator=7, **SMALL).images, wanted)
+    assert same(pipe("a star", generator=stand_in, **SMALL).images, wanted)
+    assert same(pipe("a star", seed=7, rng="torch", **SMALL).images, wanted)
+    assert not same(pipe("a star", seed=7, **SMALL).images, wanted)
+    both = pipe("a star", generator=[8, 7], **SMALL)
+    assert (both.seeds, same(both.images[1:], wanted)) == ([8, 7], True)
+
+
+def test_one_generator_draws_several_pictures_in_a_row(pipe: KleinPipeline) -> None:
+    wanted = pipe("a star", latents=torch_noise(7, (2, 64, 4, 4)), num_images_per_prompt=2, **SMALL)
+    several = pipe("a star", generator=7, num_images_per_prompt=2, **SMALL)
+    assert same(several.images, wanted.images)
+    assert several.recipes[0]["given"] == ["generator"]  # no seed says this noise
+
+
+def test_the_first_values_of_torchs_generator() -> None:
+    """torch.randn(16, generator=torch.Generator().manual_seed(0))[:4], of torch 2.13 on x86."""
+    assert np.array(torch_noise(0, (16,)))[:4].tolist() == FIRST
+
+
+FIRST = [-1.1258398294448853, -1.152360200881958, -0.2505785822868347, -0.4338788092136383]
+
+
+def test_generators_that_are_refused(pipe: KleinPipeline) -> None:
+    gpu = SimpleNamespace(initial_seed=lambda: 7, device=SimpleNamespace(type="cuda"))
+    for arguments, words in (
+        ({"generator": 7, "seed": 7}, "generator and seed both say which noise"),
+        ({"generator": "7"}, "generator is '7'; it must be a whole number"),
+        ({"generator": gpu}, "it must be of the CPU"),
+        ({"generator": [1, 2, 3], "num_images_per_prompt": 2}, "generator has 3 entries for 2 pictures"),
+        ({"rng": "numpy"}, "rng is 'numpy'; it must be one of mlx, torch"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            pipe("a star", **arguments)
+
+
+def test_the_callback_sees_and_changes_latents(pipe: KleinPipeline) -> None:
+    told: list[tuple[int, float]] = []
+
+    def see(own: KleinPipeline, step: int, t: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert own is pipe
+        assert kwargs["latents"].shape == (1, 16, 64)
+        told.append((step, t))
+        return kwargs
+
+    def clear(own: KleinPipeline, step: int, t: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": kwargs["latents"] * 0}
+
+    plain = pipe("a star", seed=1, **SMALL).images
+    assert same(pipe("a star", seed=1, callback_on_step_end=see, **SMALL).images, plain)
+    assert [step for step, _ in told] == [0, 1]
+    assert told[0][1] == 1000
+    assert not same(pipe("a star", seed=1, callback_on_step_end=clear, **SMALL).images, plain)
+
+
+def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "klein_mlx"):
+        assert getattr(pipe, "to")("mps") is pipe  # noqa: B009
+        assert getattr(pipe, "enable_model_cpu_offload")() is pipe  # noqa: B009
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "pipe.to() does nothing",
+        "pipe.enable_model_cpu_offload() does nothing",
+    ]
+    for name, words in (("load_lora_weights", "use load_lora"), ("set_adapters", "use set_lora_scale")):
+        with pytest.raises(AttributeError, match=words):
+            getattr(pipe, name)
+    with pytest.raises(AttributeError, match="did you mean 'load_lora'"):
+        getattr(pipe, "load_loras")  # noqa: B009
+    for arguments, words in (({"torch_dtype": "x"}, 'use dtype="bfloat16"'), ({"device_map": 1}, "leave it out")):
+        with pytest.raises(TypeError, match=f"from_pretrained.. has no argument .*{words}"):
+            KleinPipeline.from_pretrained("tiny", **arguments)
+    assert repr(pipe) == "KleinPipeline(tiny, unquantized, float32, keep='all', loras=0)"
+
+
+def test_arrays_in_and_a_recipe_out(pipe: KleinPipeline, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A numpy array is the picture of the same pixels; what is saved keeps the recipe; a notebook gets a PNG."""
+    array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    small = {**SMALL, "output_type": "pil", "seed": 1}
+    output = pipe("a star", image=array, progress=True, **small)
+    assert "2/2" in capsys.readouterr().err
+    assert output.images[0].tobytes() == pipe("a star", image=Image.fromarray(array), **small).images[0].tobytes()
+    floats = pipe("a star", image=array.astype(np.float32) / 255, **small)
+    assert floats.images[0].tobytes() == output.images[0].tobytes()
+    output.save(tmp_path / "x.png")
+    assert read_metadata(tmp_path / "x.png").recipe == output.recipes[0]
+    assert set(output._repr_mimebundle_()) == {"text/plain", "image/png"}
+    with pytest.raises(RequestError, match=r"image is an array of shape \(3, 64, 64\)"):
+        pipe("a star", image=array.transpose(2, 0, 1), **small)
