@@ -424,7 +424,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         rule = f"is a picture, and {name} draws from text alone; variant {name[:2]!r} uses its weights as the others'"
         raise RequestError("init_image" if edit else "image", rule=rule)
     pictures = 1 if isinstance(options.generator, list | tuple) else options.num_images_per_prompt
-    seeds, one_stream = _generator(options, len(prompts) or options.prompt_embeds.shape[0])
+    seeds, one_stream = _generator(options, len(prompts) or asked["prompt_embeds"].shape[0])
     if options.reuse_references and options.image is None and not (edit and edit.init_reference):
         raise RequestError("reuse_references", rule="needs a reference image, and none is given")
     request = Request(
