@@ -110,7 +110,7 @@ class Batch:
         """Make the pictures; files appear as they are finished. Raises KleinError, after which they are still there."""
         options = self.options
         steps = sum(one.request.steps * len(one.request.pictures) for one in self.planned)
-        kind = JsonProgress if options.progress == "json" else Progress
+        kind = JsonProgress if options.progress_format == "json" else Progress
         progress = kind(self.pictures, steps, options.quiet)
         try:
             self._run_chunk(self._first, progress)

@@ -115,7 +115,7 @@ def _enhance(options: RunOptions, jobs: "list[Job]", pipe: "KleinPipeline") -> N
     for job, text in zip(jobs, written, strict=True):
         job.extra |= {"original": job.prompt, "enhanced_by": name}
         job.prompt = text
-        if not options.quiet and options.progress != "json":
+        if not options.quiet and options.progress_format != "json":
             note(f"enhanced: {text}")
 
 
@@ -147,7 +147,7 @@ def _tell(options: RunOptions, batch: "Batch") -> None:
     """What is worth knowing first: seeds, prompts that were chosen, that a format loses what an edit keeps."""
 
     def tell(line: str) -> None:
-        if options.progress != "json" and not options.quiet:
+        if options.progress_format != "json" and not options.quiet:
             note(line)
 
     edits = [one.request.edit for one in batch.planned]
@@ -163,7 +163,7 @@ def _tell(options: RunOptions, batch: "Batch") -> None:
     seeds = [seed for one in batch.planned for seed in one.request.seeds]
     line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
     untold = options.seed is None and options.output is not None and not options.json  # by no name, option or result
-    if options.quiet and untold and options.progress != "json":
+    if options.quiet and untold and options.progress_format != "json":
         note(line)
     tell(line)
 

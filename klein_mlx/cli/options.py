@@ -263,7 +263,7 @@ class RunOptions(Options):
     show_steps: bool = _switch("draw a sketch after each step too", "--show-steps", group="output")
     no_metadata: bool = _switch("keep the recipe out of the picture", "--no-metadata", group="output")
     json: bool = _switch("one JSON object on the last line of stdout", "--json", group="output")
-    progress: str = _run_option(
+    progress_format: str = _run_option(
         "a bar, or one JSON object per line on stderr for programs",
         "--progress",
         "bar",

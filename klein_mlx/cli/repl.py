@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("output", "grid", "json", "enhance", "force"):
         if name in typed:
             raise RequestError(f"--{name} needs a prompt; a session, which begins without one, does not take it")
-    if typed.get("progress") == "json":
+    if typed.get("progress_format") == "json":
         raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
     options = complete(typed)
     pipe = open_pipeline(options)
