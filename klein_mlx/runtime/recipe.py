@@ -5,6 +5,7 @@ folder, a user's name or the time. `klein_mlx.images.metadata` puts it into a fi
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
