@@ -78,6 +78,10 @@ class RequestError(KleinError):
         return one_line(f"{names.get(name, name)}{space}{detail} {value}{rule}")
 
 
+class Declined(KleinError):
+    """The user was asked and said no; nothing is wrong."""
+
+
 class CheckpointError(KleinError):
     """A model's files are missing, damaged, or not what they say they are."""
 

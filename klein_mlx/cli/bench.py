@@ -1,6 +1,6 @@
 """`klein-mlx bench`: how long each phase takes and how much memory, on this machine; or on a Mac, as predicted.
 
-A table for people on stdout, and one JSON object as its last line.
+A table for people on stdout, or one JSON object.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "what to draw; a number is appended so that nothing is cached (default: a red fox in the snow)"
     add("--prompt", default="a red fox in the snow", metavar="TEXT", help=about)
     add_options(parser, (*BITS, "dtype", "keep", "offline", "yes"))
+    add("--json", action="store_true", help="one JSON object on stdout instead of the table")
     add(
         "--predict",
         nargs="?",
@@ -100,8 +101,10 @@ def _measure(args: argparse.Namespace, import_seconds: float) -> int:
         del runs[0]
     report = _report(args, bench.pipe, runs, (width, height))
     report["seconds"] = {"import": _spread([import_seconds]), **report["seconds"]}
-    say(*_measured_table(report).split("\n"))
-    say_json(report)
+    if args.json:
+        say_json(report)
+    else:
+        say(*_measured_table(report).split("\n"))
     return 0
 
 
@@ -221,8 +224,10 @@ def _predict(args: argparse.Namespace) -> int:
         "traffic": {part: getattr(cost, part).traffic for part in ("encode", "step", "decode")},
         "chips": {row.chip.name: _row(row) for row in rows},
     }
-    say(*_predicted_table(report, rows).split("\n"))
-    say_json(report)
+    if args.json:
+        say_json(report)
+    else:
+        say(*_predicted_table(report, rows).split("\n"))
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mlx.cli.output import ask, note
 from klein_mlx.cli.terminal import has_bar
 from klein_mlx.config import PARTS, VARIANTS
-from klein_mlx.errors import CheckpointError, RequestError, printable
+from klein_mlx.errors import CheckpointError, Declined, RequestError, printable
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
 
@@ -200,7 +200,7 @@ def bring(
     if not quiet or not yes:
         note(*facts(plan))
     if not yes and not _agreed("Download it? [Y/n]"):
-        raise RequestError(f"{hub_id} was not downloaded; nothing else was done")
+        raise Declined(f"{hub_id} was not downloaded; nothing else was done")
     with_bar(plan, quiet, lambda show: fetch(plan, patterns=patterns, show=show))
 
 

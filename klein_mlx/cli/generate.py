@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.options import RunOptions, asked_bits, asked_loras, lora_options, typed_options
+from klein_mlx.cli.options import IMAGES, RunOptions, asked_bits, asked_loras, lora_options, typed_options
 from klein_mlx.cli.options import add_generate_arguments as add_arguments
 from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import complete
@@ -32,6 +35,10 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
     extra: what recipes say besides. fingerprint: of the expected model; the user is told if it is another.
     """
     if options.prompt is None and options.prompt_file is None:
+        if options.grid and not options.grid.lower().endswith(IMAGES):
+            raise RequestError(
+                f"--grid took {options.grid[:60]!r} for the sheet's file; put the prompt before it, or --grid=FILE"
+            )
         raise RequestError('no prompt is given; for example: klein-mlx generate "a red fox in the snow"')
     grid = _check_outputs(options)
     from klein_mlx.cli.prompts import Job, read_jobs
@@ -62,6 +69,8 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
             save_image(sheet, grid, options.force)
         if not options.json:
             say(made.files[-1])
+    if options.open and made.files:
+        open_files(made.files)
     if options.json:
         say_json(_report(batch, made))
     return 2 if made.failed else 0
@@ -131,16 +140,28 @@ def _check_outputs(options: RunOptions) -> Path | None:
         if options.json or options.grid is not None:
             other = "--json" if options.json else "--grid"
             raise RequestError(f"-o - writes the picture to stdout, which {other} needs too; give one of them")
-    elif output is not None:
+    elif output is not None and not output.is_dir():
         several = options.num_images_per_prompt > 1 or len(options.seeds) > 1 or options.prompt_file is not None
         check_output(output, options.force or several)
-    if options.format is not None and output is not None and str(output) != "-":
+    if options.format is not None and output is not None and str(output) != "-" and not output.is_dir():
         raise RequestError(f"--format is {options.format}, and output {output} has its own suffix; leave --format out")
     if options.grid is None:
         return None
     grid = Path(options.grid or "grid.png")
     check_output(grid, options.force or options.grid == "")
     return grid
+
+
+def open_files(files: Sequence[str]) -> None:
+    """Show files in the system's viewer; a note where there is none."""
+    program = "open" if sys.platform == "darwin" else "xdg-open"
+    calls = [[program, *files]] if program == "open" else [[program, file] for file in files]
+    for call in calls:
+        try:
+            subprocess.run(call, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            note(f"--open: {program} cannot be run: {error.strerror}")
+            return
 
 
 def _tell(options: RunOptions, batch: "Batch") -> None:
@@ -162,9 +183,6 @@ def _tell(options: RunOptions, batch: "Batch") -> None:
         return
     seeds = [seed for one in batch.planned for seed in one.request.seeds]
     line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
-    untold = options.seed is None and options.output is not None and not options.json  # by no name, option or result
-    if options.quiet and untold and options.progress_format != "json":
-        note(line)
     tell(line)
 
 

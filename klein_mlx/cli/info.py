@@ -1,9 +1,11 @@
 """`klein-mlx info MODEL`: what a model or a file is, without reading its weights."""
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.options import BITS, add_options, asked_bits, parse_size, typed_options
+from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, typed_options
 from klein_mlx.cli.output import cleaned, say, say_json
 from klein_mlx.errors import RequestError, integer
 from klein_mlx.request import MAX_REFERENCES
@@ -27,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.open import open_any
 
     typed_options(args)
+    if (code := _other(args)) is not None:
+        return code
     source = open_any(obtain(args.model, yes=args.yes))
     description = describe(source)
     if args.size is not None:
@@ -38,6 +42,33 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(*format_description(cleaned(description)).split("\n"))
     return 0
+
+
+def _other(args: argparse.Namespace) -> int | None:
+    """What fits a file that is no model: a picture's recipe, a LoRA's description; None for anything else."""
+    path = Path(args.model)
+    if not path.is_file():
+        return None
+    if path.suffix.lower() in IMAGES:
+        from klein_mlx.cli import show
+
+        return show.run(argparse.Namespace(picture=[args.model], json=args.json))
+    if path.suffix == ".safetensors" and _is_lora(path):
+        from klein_mlx.cli import lora
+
+        return lora.run(argparse.Namespace(lora=args.model, lora_folder=None, offline=True, json=args.json))
+    return None
+
+
+def _is_lora(path: Path) -> bool:
+    """By the names of its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return any(re.search(r"lora|lokr|loha|hada_w", name, re.IGNORECASE) for name in file.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:

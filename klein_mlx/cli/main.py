@@ -13,11 +13,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
 from klein_mlx.cli.output import finish, log_as_notes, note, say
-from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
+from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, nearest
 
 
 class Command(NamedTuple):
@@ -168,14 +168,31 @@ def _run(given: Sequence[str]) -> int:
     log_as_notes()
     name, words = choose(given)
     args = command_parser(name).parse_args(words)
+    if name == "generate":
+        _read_stdin(args, asked=given[:1] == ["generate"])
     if name == "generate" and given[:1] != ["generate"]:
-        if args.words:
+        if args.words and args.words in words:
             refuse_slip(args.words)
         elif not (args.prompt or args.prompt_file) and sys.stdin.isatty() and sys.stdout.isatty():
             from klein_mlx.cli import repl
 
             return repl.run(args)
     return importlib.import_module(COMMANDS[name].module).run(args)
+
+
+def _read_stdin(args: Any, asked: bool) -> None:
+    """A prompt of "-", or none where something is piped in: the prompt is what stdin holds."""
+    dash = args.words == "-" or args.prompt == "-"
+    none = args.words is None and args.prompt is None and args.prompt_file is None
+    if not dash and (asked or not none or sys.stdin is None or sys.stdin.isatty()):
+        return
+    from klein_mlx.request import MAX_PROMPT
+
+    text = sys.stdin.read(4 * MAX_PROMPT).strip() if sys.stdin is not None else ""
+    if dash and not text:
+        raise RequestError("the prompt is to be read from stdin, which is empty")
+    if text:
+        args.words, args.prompt = text, None
 
 
 def ready_streams() -> None:
@@ -232,6 +249,9 @@ def _answered(work: Callable[[], int | None]) -> int:
         return work() or 0
     except SystemExit as done:  # argparse has printed a help
         return int(done.code or 0)
+    except Declined as answer:
+        note(str(answer))
+        return 0
     except KleinError as error:
         note(f"error: {in_options(error)}")
         return 2

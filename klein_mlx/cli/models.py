@@ -18,7 +18,7 @@ from klein_mlx.weights.hub import ALIASES, resolve, suggestion
 if TYPE_CHECKING:
     from klein_mlx.weights.checkpoint import Source
 
-ACTIONS = ("list", "pull", "rm", "path")
+ACTIONS = ("list", "ls", "pull", "rm", "path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what is asked of the models. Returns the exit code; raises KleinError."""
-    if args.action == "list":
+    if args.action in ("list", "ls"):
         if args.name:
             raise RequestError(f"list takes no model; for one of them: klein-mlx info {args.name[0]}")
         _list(args)

@@ -85,7 +85,7 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
     outputs = Counter(one.output for one in wanted)
     seeds = Counter((one.output, one.seed) for one in wanted)
     repeated = {output for (output, _), count in seeds.items() if count > 1}
-    plain = [output for output in repeated if output is not None and not is_template(output)]
+    plain = [o for o in repeated if o is not None and not is_template(o) and not o.is_dir()]
     if any(len({one.prompt for one in wanted if one.output == output}) == 1 for output in plain):
         raise RequestError("--seed has the same value twice; give different seeds")
     digits = len(str(len(wanted)))
@@ -97,6 +97,8 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
         numbers[one.output] += 1
         if one.output is None:
             path = _free(f"{slug(one.prompt)}-{one.seed}", suffix, taken, tried)
+        elif one.output.is_dir():
+            path = _free(str(one.output / f"{slug(one.prompt)}-{one.seed}"), suffix, taken, tried)
         elif is_template(one.output):
             check_template(one.output)
             own = {"slug": slug(one.prompt), "seed": str(one.seed), "index": f"{index:0{digits}}"}
@@ -109,9 +111,10 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
             path = one.output.with_name(f"{one.output.stem}-{mark}{one.output.suffix}")
         if path in taken:
             raise RequestError(f"output {path} would hold several pictures; add {{seed}} or {{index}} to the name")
-        check_output(path, overwrite and one.output is not None)
+        free = one.output is None or one.output.is_dir()
+        check_output(path, overwrite and not free)
         taken.add(path)
-        names.append(Name(path, one.output is None))
+        names.append(Name(path, free))
     for folder in {name.path.parent for name in names}:
         remove_stale(folder)
     return names

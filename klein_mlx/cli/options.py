@@ -259,6 +259,7 @@ class RunOptions(Options):
         default="png",
         group="output",
     )
+    open: bool = _switch("open the pictures in the system's viewer", "--open", group="output")
     force: bool = _switch("overwrite the output file", "--force", group="output")
     show_steps: bool = _switch("draw a sketch after each step too", "--show-steps", group="output")
     no_metadata: bool = _switch("keep the recipe out of the picture", "--no-metadata", group="output")
@@ -285,6 +286,32 @@ class RunOptions(Options):
 TABLE: dict[str, Option] = {one.name: own for one in fields(RunOptions) if (own := option_of(one)) and own.flag}
 FLAGS = {name: own.flag for name, own in TABLE.items() if own.flag}
 KEYS = {key: name for name, own in TABLE.items() for key in (own.key, name)}  # in files: the flag's name, or Python's
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+INSTEAD = {  # what other programs call it
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--lora-scale": "--lora FILE:SCALE",
+    "--lora-scales": "--lora FILE:SCALE",
+    "--lora-paths": "--lora FILE, once for each",
+    "--lora-path": "--lora FILE",
+    "--low-ram": "--keep nothing, and fewer bits: -q 4",
+    "--bits": "--quantize",
+    "--q-bits": "--quantize",
+    "--aspect": "--size 16:9",
+    "--aspect-ratio": "--size 16:9",
+    "--resolution": "--size",
+    "--batch": "--count",
+    "--batch-size": "--count",
+    "--num-images": "--count",
+    "--image-path": "--image",
+    "--image-paths": "--image, once for each",
+    "--image-strength": "--init-image and --strength",
+    "--metadata": "nothing: recipes are kept unless you add --no-metadata",
+    "--path": "--model",
+    "--temp": "--seed",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -314,9 +341,13 @@ class Parser(argparse.ArgumentParser):
         option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
         if option is None:
             dests = {action.dest for action in self._actions}
+            if "words" in dests and any(word.lower().endswith(IMAGES) for word in rest.split()):
+                return "; repeat the option for every file: -i a.png -i b.png"
             if "words" in dests:
                 return "; put the prompt in quotes, as one argument"
             return "; another prompt is --prompt" if "prompt" in dests else ""
+        if option in INSTEAD and "--seed" in self._option_string_actions:
+            return f"; use {INSTEAD[option]}"
         near = nearest(option, self._option_string_actions)
         return f"; did you mean {near}?" if near else ""
 

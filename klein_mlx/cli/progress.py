@@ -11,15 +11,19 @@
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import mlx.core as mx
 from tqdm import tqdm
 
 from klein_mlx.cli.output import json_line, note
 from klein_mlx.cli.terminal import has_bar
 from klein_mlx.runtime.run import Picture, Run, Step
+
+PHASES = {"load": "loading", "encode": "encoding", "steps": "step", "decode": "decoding"}
 
 
 class Progress:
@@ -27,10 +31,20 @@ class Progress:
 
     def __init__(self, pictures: int, steps: int, quiet: bool = False):
         self.pictures, self.quiet, self.done, self.start = pictures, quiet, 0, time.perf_counter()
-        self._bar = tqdm(total=steps, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False)
+        off = quiet or not has_bar(sys.stderr)
+        self._bar = tqdm(total=steps, desc=PHASES["load"], disable=off, leave=False)
+        self._over = threading.Event()
+        if not off:
+            threading.Thread(target=self._run_clock, daemon=True).start()
+
+    def _run_clock(self) -> None:
+        """Draw the bar's clock while no step ends: a load or a decode may take long."""
+        while not self._over.wait(0.5):
+            self._bar.refresh()
 
     def phase(self, name: str) -> None:
         """A phase begins."""
+        self._bar.set_description(PHASES.get(name, name))
 
     def step(self, step: Step) -> None:
         self._bar.update()
@@ -54,15 +68,17 @@ class Progress:
     def end(self, failed: int, phases: Mapping[str, float]) -> None:
         """The summary, where there is more to tell than one picture's name."""
         self.close()
-        if self.quiet or (self.pictures == 1 and not failed):
+        if self.quiet:
             return
         seconds = time.perf_counter() - self.start
         made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
         told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
         tail = f"; {failed} failed" if failed else ""
-        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){tail}")
+        peak = f"; peak memory {mx.get_peak_memory() / 1e9:.2f} GB"
+        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){peak}{tail}")
 
     def close(self) -> None:
+        self._over.set()
         self._bar.close()
 
 

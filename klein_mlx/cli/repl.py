@@ -26,6 +26,9 @@ HELP = """a prompt makes a picture; its number and file are told
   !seed 7                  the seed of all that follows; !seed random
   !size 768x1024           the size of all that follows; !size 16:9, !size 2mp; !size default
   !steps 8                 denoising steps; !steps default
+  !guidance 4              guidance scale, with base variants; !negative TEXT: what to steer away from
+  !lora FILE:0.8           applies a LoRA; !lora off
+  !open 2                  opens picture 2, or the last, in the system's viewer
   !show 2                  draws picture 2, or the last; !show on, !show off: draw each; !show steps: sketches too
   !save fox.png            writes the last picture there too; !save fox.png $2 the second
   !undo                    forgets the last picture (its file stays)
@@ -93,6 +96,10 @@ class Session:
         line = line.strip()
         if not line:
             return True
+        if line in ("quit", "exit", "help"):
+            line = f"!{line}"
+        elif re.fullmatch(r"\d{2,5}x\d{2,5}", line):
+            line = f"!size {line}"
         if not line.startswith("!"):
             self.draw(read_prompt(line, len(self.pictures)))
             return True
@@ -104,6 +111,10 @@ class Session:
             "seed": self.seed,
             "size": self.size,
             "steps": self.steps,
+            "guidance": self.guidance,
+            "negative": self.negative,
+            "lora": self.lora,
+            "open": self.open,
             "show": self.shows,
             "save": self.save,
             "undo": self.undo,
@@ -174,7 +185,39 @@ class Session:
     def steps(self, rest: str) -> None:
         if rest:
             self._try(num_inference_steps=None if rest == "default" else _whole("!steps", rest))
-        self.say(f"steps {self.settings['num_inference_steps'] or 'default'}")
+        self.say(f"steps {self.settings['num_inference_steps'] or self.pipe.config.variant.steps}")
+
+    def guidance(self, rest: str) -> None:
+        if rest:
+            try:
+                value = None if rest == "default" else float(rest)
+            except ValueError:
+                raise RequestError(f"!guidance is {rest[:40]!r}; it must be a number, or default") from None
+            self._try(guidance_scale=value)
+        value = self.settings["guidance_scale"]
+        self.say(f"guidance {self.pipe.config.variant.guidance if value is None else value:g}")
+
+    def negative(self, rest: str) -> None:
+        if rest:
+            text = None if rest == "default" else rest
+            self._try(negative_prompt=text, guidance_scale=self.settings["guidance_scale"])
+        self.say(f"negative {self.settings['negative_prompt'] or 'none'}")
+
+    def lora(self, rest: str) -> None:
+        from klein_mlx.cli.options import asked_loras
+
+        if rest == "off":
+            self.pipe.unload_lora()
+        elif rest:
+            ((path, scale),) = asked_loras([rest])
+            self.pipe.load_lora(path, scale)
+        self.say(", ".join(f"{one.name}:{one.scale:g}" for one in self.pipe.loras) or "no LoRA")
+
+    def open(self, rest: str) -> None:
+        from klein_mlx.cli.generate import open_files
+
+        _, path = self.pictures[_number(rest, len(self.pictures)) - 1]
+        open_files([str(path)])
 
     def _try(self, **settings: Any) -> None:
         """Take settings over if a request could have them."""

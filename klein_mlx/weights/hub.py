@@ -7,6 +7,7 @@ imported when it is first needed.
 import errno
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -41,9 +42,14 @@ def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
     """The model that a name stands for; a name that is no alias comes back as it is.
 
     own: the user's aliases, which come before those of the package and may stand for one of them, a hub id or a folder.
+    The package's are known in any case and with the model's name before them: klein-4b, FLUX.2-klein-4B.
     """
     model = (own or {}).get(model, model)
-    return ALIASES[model].hub_id if model in ALIASES else model
+    plain = re.sub(r"^(flux\.?2-)?klein-", "", model.lower())
+    known = plain if plain in ALIASES else "tiny" if plain == "tiny" else None
+    if known is None or (known != model and os.path.exists(model)):
+        return model
+    return ALIASES[known].hub_id if known in ALIASES else known
 
 
 def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:
