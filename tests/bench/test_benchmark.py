@@ -31,10 +31,11 @@ from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
 
 
 def bench(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dict[str, Any]]:
-    """(the table, the JSON object of the last line)."""
+    """(the table, the JSON object of --json)."""
     assert cli.main(["bench", *options]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
-    return "\n".join(table), json.loads(last)
+    table = capsys.readouterr().out
+    assert cli.main(["bench", *options, "--json"]) == 0
+    return table, json.loads(capsys.readouterr().out)
 
 
 def chip(name: str) -> Any:
