@@ -369,7 +369,10 @@ class Transformer(nn.Module):
         image = txt.shape[1], txt.shape[1] + num_img
         for block in self.single_blocks[:-1]:
             x = run(block, x, modulations.single, rope, next(later), *told)
-        x = run(self.single_blocks[-1], x, modulations.single, rope, next(later), note, image)
+        if self.single_blocks:
+            x = run(self.single_blocks[-1], x, modulations.single, rope, next(later), note, image)
+        else:
+            x = x[:, slice(*image)]
         shift, scale = modulations.final
         return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
 
