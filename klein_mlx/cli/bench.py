@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 MAX_RUNS = 1000
-PREDICTED_SIZES = {"4b": "4b", "base-4b": "4b", "9b": "9b", "base-9b": "9b", "9b-kv": "9b"}
 NOTE = (
     "Predicted, not measured: counted kernels, FLOPs and bytes on a roofline, the share of the peak fitted to published"
     " times of mflux, which has the same matmuls. Weights loaded; * the peak is not Apple's own figure."
@@ -238,17 +237,18 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureC
     import mlx.core as mx
 
     from klein_mlx.bench.predict import klein, picture_cost
-    from klein_mlx.config import VARIANTS
+    from klein_mlx.config import ONE_STEP, VARIANTS, settle_variant
     from klein_mlx.request import check
     from klein_mlx.runtime.parts import compute_dtype
     from klein_mlx.weights.bits import settle
 
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
     source: Any = None
-    known = {hub_id: v for v in VARIANTS for hub_id in (v.name, v.hub_id)}
+    known = {hub_id: v for v in (*VARIANTS, ONE_STEP) for hub_id in (v.name, v.hub_id)}
     variant = known.get(args.model or DEFAULT_MODEL)
     if variant is not None:
-        config, steps, guidance = klein(PREDICTED_SIZES[variant.name]), variant.steps, variant.guidance
+        config = settle_variant(klein("9b" if "9b" in variant.name else "4b"), variant.name)
+        steps, guidance = variant.steps, variant.guidance
         name = variant.name
         source = SimpleNamespace(path=name, config=config, quantization={})  # all that is asked of a model's files
     else:

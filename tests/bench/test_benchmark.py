@@ -188,6 +188,15 @@ def test_predictions_are_monotone(cost: PictureCost) -> None:
     assert predict(cost, m3, half).picture == predict(cost, m3).picture
 
 
+def test_one_step_is_predicted_as_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """512 x 512, 232 text tokens, one step: 12.0 TFLOP, by arithmetic; a third of four steps with 512 text tokens."""
+    _, report = bench(capsys, "--predict", "M3 Max", "--model", "4b-1step")
+    assert (report["model"], report["width"], report["height"], report["steps"]) == ("4b-1step", 512, 512, 1)
+    assert sum(report["tflop"].values()) == pytest.approx(12.0, rel=0.02)
+    _, four = bench(capsys, "--predict", "M3 Max", "--size", "512x512")
+    assert report["chips"]["M3 Max"]["picture"] < four["chips"]["M3 Max"]["picture"] / 3
+
+
 def test_predict_prints_every_chip_and_says_that_it_predicts(capsys: pytest.CaptureFixture[str]) -> None:
     table, report = bench(capsys, "--predict")
     assert "Predicted, not measured" in table
