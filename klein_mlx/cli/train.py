@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Train. Returns the exit code; raises KleinError."""
     options = _options(args)
     if args.dry_run:
-        from klein_mlx.cli.progress import say
+        from klein_mlx.cli.output import say
         from klein_mlx.train.plan import make_plan
 
         for line in make_plan(options).lines():
@@ -128,7 +128,7 @@ class _Lines:
         self._bar = tqdm(total=steps, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False)
 
     def event(self, event: "Event") -> None:
-        from klein_mlx.cli.progress import say
+        from klein_mlx.cli.output import say
         from klein_mlx.train.loop import Checkpoint, Done, Notice, Preview, TrainStep
 
         if isinstance(event, TrainStep):

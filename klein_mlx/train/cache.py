@@ -20,7 +20,7 @@ from klein_mlx.images.reading import load_image
 from klein_mlx.model.latents import References, join_references
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.request import check
-from klein_mlx.runtime.encodings import digest_files
+from klein_mlx.runtime.identity import digest
 from klein_mlx.runtime.run import Run
 from klein_mlx.train.dataset import Item, file_digest, fit_picture, fit_reference
 from klein_mlx.train.options import TrainOptions
@@ -77,9 +77,9 @@ class Encoded:
         self._pipe, self._options, self._store = pipe, options, Store(folder)
         self.encoded = (0, 0)
         source, dtype = pipe.source, str(pipe.dtype)
-        self._vae = f"{digest_files(source.files(['vae']))}/{dtype}"
+        self._vae = f"{digest(source.files(['vae']), local=True)}/{dtype}"
         text = {"bits": options.bits, "dtype": dtype, "length": pipe.config.max_sequence_length}
-        text |= {"files": digest_files(source.files(["text_encoder"])), "taps": list(pipe.config.taps)}
+        text |= {"files": digest(source.files(["text_encoder"]), local=True), "taps": list(pipe.config.taps)}
         self._encoder = json.dumps(text, sort_keys=True)
 
     # ---- names ----

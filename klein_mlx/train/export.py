@@ -85,7 +85,9 @@ def _diffusers(factors: _Factors) -> tuple[Weights, dict[str, str]]:
             dora = True
         names.append(name)
         rank = down.shape[0]
-    told = {"r": rank, "lora_alpha": rank, "target_modules": names, "use_dora": dora}
+    if dora:  # diffusers takes a DoRA's settings from its keys, and fails where they are stated too
+        return _narrow(tensors), {}
+    told = {"r": rank, "lora_alpha": rank, "target_modules": names}
     adapter = {f"transformer.{key}": value for key, value in told.items()}
     return _narrow(tensors), {"lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
 
@@ -123,7 +125,7 @@ def _comfy(factors: _Factors, trainables: Trainables) -> tuple[Weights, dict[str
 
 
 def _put(tensors: Weights, name: str, up: mx.array, down: mx.array, magnitude: mx.array | None) -> None:
-    tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
+    tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
     if magnitude is not None:
         tensors[f"{name}.dora_scale"] = magnitude[:, None]
 
