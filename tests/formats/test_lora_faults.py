@@ -272,6 +272,8 @@ def test_float8_factors_are_the_numbers_that_they_stand_for(tmp_path: Path) -> N
 
 
 def test_a_file_of_which_nothing_fits_is_refused_even_in_part(tmp_path: Path) -> None:
+    file = save(tmp_path / "kohya.safetensors", one(4, 4, "lora_unet_strange_module_0_proj"))
+    assert "none of its 1 modules is one of this model's" in refusal(lambda: read_lora(file, KLEIN_4B))
     file = save(tmp_path / "lora.safetensors", one(4, 4, "strange.module"))
     for partial in (False, True):
         assert "none of its 1 modules is one of this model's" in refusal(
@@ -300,6 +302,19 @@ def test_a_file_of_which_nothing_fits_is_refused_even_in_part(tmp_path: Path) ->
         (one(4096, 4096, "text_encoder.model.layers.0.self_attn.q_proj"), "the text encoder Qwen3-8B"),
         (one(5120, 5120, "text_encoder.model.layers.0.self_attn.q_proj"), "the text encoder Mistral-Small"),
         (one(2048, 2048, "transformer.transformer_blocks.0.attn.to_q"), "a model of hidden size 2048"),
+        (one(3072, 3072, "transformer.transformer_blocks.59.attn.to_q"), "Qwen-Image (hidden size 3072)"),
+        (one(9216, 3072, "lora_unet_double_blocks_19_img_attn_qkv"), "HunyuanVideo (hidden size 3072)"),
+        (one(18432, 3072, "lora_unet_double_blocks_0_img_mod_linear"), "HunyuanVideo;"),
+        (one(9216, 3072, "lora_unet_single_blocks_0_modulation_linear"), "HunyuanVideo;"),
+        (one(12288, 3072, "lora_unet_double_blocks_0_txt_mlp_fc1"), "HunyuanVideo;"),
+        (one(3072, 3072, "lora_unet_single_transformer_blocks_39_attn_to_q"), "HunyuanVideo;"),
+        (one(9216, 3072, "lora_unet_single_blocks_0_modulation_lin"), "FLUX.1;"),
+        (one(2048, 2048, "lora_unet_blocks_0_self_attn_output_proj"), "Anima or Cosmos-Predict2;"),
+        (one(5120, 5120, "lora_unet_blocks_0_self_attn_k"), "Wan;"),
+        (one(13824, 5120, "transformer.blocks.0.ffn.net.0.proj"), "Wan;"),
+        (one(2048, 2048, "transformer.transformer_blocks.0.attn1.to_q"), "a model with cross-attention (LTX-Video"),
+        (one(3840, 3840, "diffusion_model.layers.0.attention.to_q"), "Z-Image or Lumina;"),
+        (one(1024, 1024, "lora_te_layers_0_self_attn_o_proj"), "the text encoder"),
     ],
 )
 def test_a_lora_for_another_model_is_refused_by_what_it_is(tensors: Tensors, base: str, tmp_path: Path) -> None:
