@@ -1,9 +1,9 @@
 """Which device a test runs on, where there are two.
 
 Tests with a tolerance, a count of bytes or an equality to the bit that were found on a CPU run there, on a Mac too:
-their path stands here. Those that monkeypatch the device still decide for themselves. Others, of the command, of
-pictures and of `klein-mlx doctor`, run on the default device. Kernels of a GPU are doctor's affair: it compares each
-with this CPU, with bounds for the dtype.
+their path stands here. Those that monkeypatch the device still decide for themselves. Others, of the command and of
+pictures, run on the default device. Kernels of a GPU are `klein-mlx doctor`'s affair: it compares each with this CPU,
+with bounds for the dtype.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ON_CPU = (
+    "bench",  # doctor's checks with a CPU's bounds; on a GPU the command itself is run
     "convert",  # peaks of memory while converting; bytes that searching for scales must give again
     "formats",  # dequantized to the bit as other programs on a CPU do
     "golden",  # diffusers' tensors, to rounding in float32

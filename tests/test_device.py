@@ -15,5 +15,5 @@ def test_a_module_is_found_by_its_path() -> None:
     here = Path(conftest.HERE)
     assert conftest.on_cpu(here / "model" / "test_vae.py")
     assert conftest.on_cpu(here / "test_pipeline.py")
-    assert not conftest.on_cpu(here / "bench" / "test_doctor.py")
+    assert not conftest.on_cpu(here / "images" / "test_saving.py")
     assert not conftest.on_cpu(here / "cli" / "test_cli.py")
