@@ -82,6 +82,10 @@ class Declined(KleinError):
     """The user was asked and said no; nothing is wrong."""
 
 
+class DoesNotFit(RequestError):
+    """A request needs more memory than there is; the message holds a plan that would fit."""
+
+
 class CheckpointError(KleinError):
     """A model's files are missing, damaged, or not what they say they are."""
 

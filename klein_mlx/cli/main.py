@@ -75,6 +75,11 @@ COMPLETION_EXAMPLES = """examples:
   klein-mlx completion fish > ~/.config/fish/completions/klein-mlx.fish
 """
 
+SERVE_EXAMPLES = """examples:
+  klein-mlx serve --demo --open
+  klein-mlx serve --model 4b -q 4
+  klein-mlx serve --host 0.0.0.0 --token --save pictures
+"""
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.cli.generate", GENERATE_EXAMPLES),
     "again": Command("make a picture again from its recipe, with changes", "klein_mlx.cli.again", AGAIN_EXAMPLES),
@@ -86,6 +91,7 @@ COMMANDS = {
     "doctor": Command("whether this Mac computes what it should", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),
+    "serve": Command("the studio page and the HTTP server", "klein_mlx.cli.serve", SERVE_EXAMPLES),
     "completion": Command(
         "a script that completes options in a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES
     ),

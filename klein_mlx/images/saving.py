@@ -43,11 +43,17 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RequestError(f"output folder {folder} is not writable ({error.strerror}); choose another") from None
 
 
-def encode_image(image: Image.Image, suffix: str, recipe: dict[str, Any] | None = None) -> bytes:
-    """A picture's file as bytes: suffix as in FORMATS; recipe, JSON values, goes inside."""
+def encode_image(
+    image: Image.Image, suffix: str, recipe: dict[str, Any] | None = None, quality: int | None = None
+) -> bytes:
+    """A picture's file as bytes: suffix as in FORMATS; recipe, JSON values, goes inside. quality: 0..100, of JPEG and
+    WebP (95)."""
     file = io.BytesIO()
     kind = FORMATS[suffix]
-    image.save(file, format=kind, **_QUALITY.get(kind, {}), **save_options(image, kind, recipe or {}))
+    options = _QUALITY.get(kind, {})
+    if options and quality is not None:
+        options = {"quality": quality}
+    image.save(file, format=kind, **options, **save_options(image, kind, recipe or {}))
     return file.getvalue()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import DoesNotFit
 from klein_mlx.model.layers import expands, on_cpu
 from klein_mlx.model.transformer import LONGEST_ATTENTION
 from klein_mlx.model.vae import strip_rows
@@ -256,7 +256,7 @@ def check_fits(
     told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
     plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])
     outlook = "needs" if found.fits else "is the least that it can be, and needs"
-    raise RequestError(f"{told}; {plan.words} {outlook} {gigabytes(found.peak)}")
+    raise DoesNotFit(f"{told}; {plan.words} {outlook} {gigabytes(found.peak)}")
 
 
 @dataclass(frozen=True)

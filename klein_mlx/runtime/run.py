@@ -154,6 +154,10 @@ class Run:
         if close and not self._working:
             close()
 
+    def cancel(self) -> None:
+        """Ask from another thread: the iteration ends at the next part, and its thread then calls `close`."""
+        self._closed = True
+
     def part_done(self, *arrays: mx.array) -> None:
         """Called between the parts of a phase (layers, blocks, strips), with what was computed so far.
 

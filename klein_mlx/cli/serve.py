@@ -1,0 +1,184 @@
+"""`klein-mlx serve`: the studio page and the HTTP server. MLX is not loaded here: the server's worker does that."""
+
+import argparse
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options
+from klein_mlx.cli.settings import read_settings
+from klein_mlx.errors import RequestError
+
+EXTRA = "the server needs three packages: pip install 'klein-mlx[server]'"
+_OBTAIN = (
+    "import sys; sys.path[:] = sys.argv[2:]; from klein_mlx.cli.serve import obtain_here; obtain_here(sys.argv[1])"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `klein-mlx serve` takes."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="the built-in toy model: try the page without a download")
+    add("--host", default="127.0.0.1", help="address to listen at; other than loopback needs --token")
+    add("--port", type=int, default=7860, help="(default: 7860; 0: a free one)")
+    add("--token", nargs="?", const="", metavar="TOKEN", help="require a token; without a value one is made up")
+    add("--open", action="store_true", help="open the page in the browser")
+    add("--allow-host", action="append", default=[], metavar="HOST", help="also answer to this name (repeatable)")
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API")
+    add("--save", type=Path, metavar="DIR", help="keep every finished picture in this folder")
+    add("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
+    add("--idle-unload", type=float, default=10.0, metavar="MIN", help="free the model when idle; 0: never (10)")
+    add("--any-model", action="store_true", help='accept "gpt-image-1" and "dall-e-3" as the model')
+    add("--log-prompts", action="store_true", help="write prompts to the log")
+    add("--quiet", action="store_true", help="only errors on stderr")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is loaded."""
+    add_options(parser, ("model", *BITS, "transformer", "text_encoder", "vae", "dtype", "keep", "prompt_cache"))
+    add_options(parser, ("lora_folder", "offline", "yes"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted. Returns the exit code; raises KleinError."""
+    try:
+        from klein_mlx.server.serving import serve
+        from klein_mlx.server.settings import Settings
+    except ImportError as error:
+        raise RequestError(f"{EXTRA} ({error.name} is missing)") from None
+    if args.demo and args.model not in (None, "tiny"):
+        raise RequestError(f"--demo uses tiny, and --model is {args.model}; give one of them")
+    _check(args)
+    model, name = ("tiny", "tiny") if args.demo else obtained(args)
+    settings = Settings(
+        model=model,
+        pipeline=pipeline_arguments(args),
+        aliases=tuple({name} - {model}),
+        host=args.host,
+        port=args.port,
+        token=_token(args),
+        hosts=tuple(args.allow_host),
+        origins=tuple(args.allow_origin),
+        save=args.save,
+        queue=args.queue,
+        idle_seconds=60 * args.idle_unload,
+        any_model=args.any_model,
+        log_prompts=args.log_prompts,
+        loras=_lora_folder(args),
+    )
+    _log_to_stderr(args.quiet)
+
+    def ready(url: str) -> None:
+        print(url, flush=True)
+        if args.open:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    serve(settings, ready)
+    return 0
+
+
+def obtained(args: argparse.Namespace) -> tuple[str, str]:
+    """(folder or hub id, name) of the model, downloaded first if the user agrees.
+
+    In a process of its own: looking for a model loads MLX, which the server must not.
+    """
+    config = read_settings()
+    name = args.model or config.values.get("model") or DEFAULT_MODEL
+    bits = _bits(args)
+    if name == "tiny" and not bits and not args.vae:
+        return name, name
+    import json
+
+    consent = {"offline": args.offline, "yes": args.yes}
+    words = json.dumps({"model": name, "vae": args.vae, "bits": bits, "own": dict(config.models), "consent": consent})
+    done = subprocess.run([sys.executable, "-P", "-c", _OBTAIN, words, *sys.path], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout.strip(), name
+
+
+def obtain_here(words: str) -> None:
+    """The process of `obtained`: print where the model is."""
+    import json
+
+    from klein_mlx.cli.download import obtain, obtain_vae
+    from klein_mlx.errors import KleinError
+    from klein_mlx.weights.bits import from_options
+
+    told = json.loads(words)
+    try:
+        if told["bits"]:
+            from_options(*told["bits"])
+        if told["vae"]:
+            obtain_vae(told["vae"], **told["consent"])
+        print(obtain(told["model"], own=told["own"], **told["consent"]))
+    except KleinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _bits(args: argparse.Namespace) -> list[Any] | None:
+    """The options that quantize, as `klein_mlx.weights.bits.from_options` takes them; None where none is given."""
+    given = [args.quantize, args.group_size, args.transformer_bits, args.text_encoder_bits, args.quantize_layer or []]
+    return given if any(given) else None
+
+
+def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `KleinPipeline.from_pretrained` takes besides the model, JSON values."""
+    from_options = {
+        "bits": _bits(args),
+        "dtype": args.dtype,
+        "keep": args.keep,
+        "prompt_cache": args.prompt_cache,
+        "vae": args.vae,
+        "transformer": args.transformer,
+        "text_encoder": args.text_encoder,
+    }
+    found = {name: value for name, value in from_options.items() if value is not None}
+    return {**found, "local_files_only": True}
+
+
+def _lora_folder(args: argparse.Namespace) -> str | None:
+    """Where LoRAs are looked up: as typed, or the config's; None for the usual place."""
+    folder = args.lora_folder or read_settings().folders.get("loras")
+    return None if folder is None else str(folder)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.port <= 65535:
+        raise RequestError(f"--port is {args.port}; it must be from 0 to 65535")
+    if not 1 <= args.queue <= 1000:
+        raise RequestError(f"--queue is {args.queue}; it must be from 1 to 1000")
+    if not 0 <= args.idle_unload < 1e6:
+        raise RequestError(f"--idle-unload is {args.idle_unload:g}; it must be minutes, 0 or more")
+    if args.save is not None and not (args.save.is_dir() and os.access(args.save, os.W_OK)):
+        raise RequestError(f"--save {args.save} is not a folder that can be written to; make it first")
+
+
+def _token(args: argparse.Namespace) -> str | None:
+    """The token that clients must present. RequestError where the network could connect without one."""
+    from klein_mlx.server.settings import LOOPBACK
+
+    if args.token is None and args.host not in LOOPBACK:
+        raise RequestError(
+            f"--host {args.host} lets other machines connect; add a token: --token {secrets.token_urlsafe(18)}"
+        )
+    if args.token is not None and args.token != "" and len(args.token) < 8:
+        raise RequestError("--token is too short; it must have 8 characters or more")
+    return secrets.token_urlsafe(18) if args.token == "" else args.token
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("klein_mlx")
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

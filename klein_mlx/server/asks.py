@@ -1,0 +1,172 @@
+"""What clients ask for, as jobs for the worker: the fields of the product's own options, by its names and short ones.
+
+The list of fields is read from `klein_mlx.request`; values are checked there, in the worker. Here pass only fields
+whose types cannot name a file: numbers, flags, lists of numbers, and the texts in TEXTS.
+"""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import klein_mlx.request
+from klein_mlx.errors import RequestError
+from klein_mlx.server.jobs import Job
+from klein_mlx.server.pictures import decode_base64, picture_size
+from klein_mlx.server.replies import ApiError
+from klein_mlx.server.settings import MAX_IMAGES, MAX_PROMPT, MAX_REFERENCES
+
+TEXTS = ("negative_prompt", "extend")
+SHORT = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "n": "num_images_per_prompt",
+    "negative": "negative_prompt",
+    "references": "image",
+    "mask": "mask_image",
+    "image": "image",
+}
+LONG = {long: short for short, long in SHORT.items() if short != "image"}
+PICTURES = ("image", "init_image", "mask_image")
+FORMATS = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
+MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+@cache
+def fields() -> dict[str, Any]:
+    """The options that a client may set, pictures left out, and their types."""
+    options = getattr(klein_mlx.request, "Options", None) or klein_mlx.request.Arguments
+    hints = typing.get_type_hints(options)
+    hidden = {"prompt", "latents", "prompt_embeds", "output_type", *PICTURES}
+    return {name: kind for name, kind in hints.items() if name not in hidden and (name in TEXTS or _is_plain(kind))}
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a type holds numbers, flags and fixed words only."""
+    if kind in (int, float, bool, types.NoneType):
+        return True
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return True
+    known = (typing.Union, types.UnionType, list, tuple, Sequence)
+    return (origin in known or origin is not None and origin in (Sequence, list, tuple)) and all(
+        _is_plain(one) for one in inner if one is not Ellipsis
+    )
+
+
+def prompt_of(values: Mapping[str, Any]) -> str:
+    """Its prompt. Raises ApiError."""
+    prompt = values.get("prompt")
+    if not isinstance(prompt, str):
+        raise ApiError(400, "prompt must be a text", "prompt")
+    if not prompt.strip():
+        raise ApiError(400, "prompt is empty; describe a picture", "prompt")
+    if len(prompt) > MAX_PROMPT:
+        raise ApiError(400, f"prompt has {len(prompt)} characters; it may have {MAX_PROMPT}", "prompt")
+    return prompt
+
+
+def arguments_of(values: Mapping[str, Any], ignored: list[str], used: Sequence[str] = ()) -> dict[str, Any]:
+    """What the pipeline takes, of a request's fields; names that are not known are added to `ignored`.
+
+    used: fields that the caller reads itself. Raises ApiError for values that can be no value of the field.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in used or name == "prompt":
+            continue
+        long = SHORT.get(name, name)
+        if long in PICTURES:
+            continue
+        if long not in fields():
+            ignored.append(name)
+        elif value is not None:
+            if long not in TEXTS and not _holds(value):
+                raise ApiError(
+                    400, f"{name} is {str(value)[:40]!r}; it must be a number, a flag or a list of them", name
+                )
+            arguments[long] = value
+    count = arguments.get("num_images_per_prompt", 1)
+    if type(count) is not int or not 1 <= count <= MAX_IMAGES:
+        raise ApiError(400, f"n is {str(count)[:40]}; it must be a whole number from 1 to {MAX_IMAGES}", "n")
+    seed = arguments.get("seed")
+    if isinstance(seed, list) and len(seed) > MAX_IMAGES:
+        raise ApiError(400, f"seed has {len(seed)} values; it may have {MAX_IMAGES}", "seed")
+    return arguments
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 1000 and all(isinstance(one, int | float) for one in value)
+    return isinstance(value, int | float | str)  # a fixed word; the worker knows which
+
+
+def picture(value: Any, what: str, uploads: Mapping[str, bytes]) -> bytes:
+    """A picture's bytes, of base64, a data URI, or the id of an upload; its header is checked. Raises ApiError."""
+    if not isinstance(value, str):
+        raise ApiError(400, f"{what} must be a picture, as base64, a data URI or an upload's id", what)
+    try:
+        data = uploads[value] if value in uploads else decode_base64(value, what)
+        picture_size(data, what)
+    except RequestError as error:
+        raise ApiError(400, str(error), what) from None
+    return data
+
+
+def checked(data: bytes, what: str) -> bytes:
+    """A picture that came as bytes, its header checked. Raises ApiError."""
+    try:
+        picture_size(data, what)
+    except RequestError as error:
+        raise ApiError(400, str(error), what) from None
+    return data
+
+
+def loras_of(value: Any) -> list[list[Any]]:
+    """(name, scale) of each LoRA of a request: {"name": ..., "scale": 0.8}, "name" or "name:0.8". Raises ApiError."""
+    if value is None:
+        return []
+    items = value if isinstance(value, list) else [value]
+    found = []
+    for item in items[:20]:
+        name, scale = (item.get("name"), item.get("scale", 1.0)) if isinstance(item, dict) else (item, 1.0)
+        if isinstance(item, str) and ":" in item:
+            name, _, text = item.rpartition(":")
+            try:
+                scale = float(text)
+            except ValueError:
+                scale = None
+        plain = isinstance(name, str) and 0 < len(name) <= 300
+        if not plain or not isinstance(scale, int | float) or isinstance(scale, bool) or not -100 <= scale <= 100:
+            raise ApiError(400, 'lora must be names in the LoRA folder, as {"name": "style", "scale": 0.8}', "lora")
+        found.append([name, float(scale)])
+    return found
+
+
+def make_job(
+    arguments: dict[str, Any],
+    pictures: Sequence[tuple[str, bytes]] = (),
+    *,
+    alpha_mask: bool = False,
+    loras: Sequence[Sequence[Any]] = (),
+    previews: str = "none",
+    preview_steps: Sequence[int] | None = None,
+    format: str = ".png",
+    quality: int | None = None,
+    session: str | None = None,
+) -> Job:
+    """A job. pictures: (argument, bytes) in their order. alpha_mask: the mask's transparent pixels are repainted."""
+    references = sum(field == "image" for field, _ in pictures)
+    if references > MAX_REFERENCES:
+        raise ApiError(400, f"{references} pictures are given; there may be {MAX_REFERENCES}", "image")
+    spec = {
+        "arguments": arguments,
+        "pictures": [{"field": field, "alpha": alpha_mask and field == "mask_image"} for field, _ in pictures],
+        "loras": [list(one) for one in loras],
+        "previews": previews,
+        "preview_steps": None if preview_steps is None else list(preview_steps),
+        "format": format,
+        "quality": quality,
+    }
+    return Job(spec, [data for _, data in pictures], session)

@@ -1,0 +1,97 @@
+"""Helpers of the server's tests: a running server of tiny, JSON lines, raw sockets, pictures as bytes."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from klein_mlx.server.serving import Background
+from klein_mlx.server.settings import Settings
+
+SMALL = {"width": 64, "height": 64, "steps": 1}
+
+
+@contextmanager
+def running(**settings: Any) -> Iterator[Background]:
+    """A server of tiny at a free port; the port of `url` is the real one."""
+    with Background(Settings(**{"model": "tiny", "port": 0, **settings})) as server:
+        yield server
+
+
+def client(server: Background, **options: Any) -> httpx.Client:
+    return httpx.Client(base_url=server.url.partition("?")[0], timeout=60, trust_env=False, verify=False, **options)
+
+
+def lines(http: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """All events of POST /api/generate."""
+    with http.stream("POST", "/api/generate", json=body) as reply:
+        reply.read() if reply.status_code != 200 else None
+        assert reply.status_code == 200, reply.text
+        return [json.loads(line) for line in reply.iter_lines()]
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+    return value
+
+
+@contextmanager
+def held(server: Background) -> Iterator[None]:
+    """The worker stands still: what runs goes on afterwards."""
+    pid = server.shared.worker.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def raw(server: Background, data: bytes, seconds: float = 10) -> bytes:
+    """What comes back for these bytes until the connection closes."""
+    port = server.listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port), seconds) as connection:
+        connection.settimeout(seconds)
+        received = b""
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # hung up on, perhaps with a reply
+                connection.sendall(data)
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+        except (TimeoutError, ConnectionResetError):
+            pass
+        return received
+
+
+def port_of(server: Background) -> int:
+    return server.listener.getsockname()[1]
+
+
+def picture_bytes(
+    color: str = "red", size: tuple[int, int] = (128, 128), kind: str = "PNG", mode: str = "RGB"
+) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, kind)
+    return file.getvalue()
+
+
+def data_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def opened(text: str) -> Image.Image:
+    """A picture of base64 or a data URI."""
+    return Image.open(io.BytesIO(base64.b64decode(text.rpartition(",")[2])))
