@@ -26,15 +26,9 @@ from klein_mlx.weights.quantize import Quantization
 
 FORMAT = 1
 # What `again` takes from a picture, which may be anyone's: the options that decide pixels, and no other.
-PIXELS = frozenset(
-    {
-        *("prompt", "negative", "seed", "width", "height", "steps", "guidance", "sigmas", "strength"),
-        *("image", "large_reference", "reuse_references", "init_image", "init_reference", "extend"),
-        *("mask", "mask_blur", "invert_mask", "mask_crop", "batch_guidance"),
-        *("max_sequence_length", "literal_prompt"),
-        *("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer", "dtype"),
-    }
-)
+PIXELS = frozenset(own.key for name, own in USER_OPTIONS.items() if own.flag and name != "num_images_per_prompt") | {
+    *("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer", "dtype")
+}
 _OWN = {"prompt", "seed", "num_images_per_prompt"}  # each picture's own
 _SCALAR = bool | int | float | str | None
 
