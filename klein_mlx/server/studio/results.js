@@ -81,7 +81,6 @@ export class Results {
     image.loading = "lazy";
     image.alt = "";
     image.src = URL.createObjectURL(thumb.blob);
-    open.setAttribute("aria-label", `Show: ${thumb.prompt}, seed ${thumb.seed}`);
     open.title = thumb.prompt;
     open.append(image, text(thumb.prompt, "words"), text(`seed ${thumb.seed}, ${thumb.seconds.toFixed(1)} s`));
     item.append(open);
