@@ -162,7 +162,7 @@ def test_results_survive_a_reload_and_fill_with_variations(page: Any) -> None:
     assert page.get_by_label("Seed", exact=True).input_value() == "42"
 
 
-def test_a_picture_is_edited(page: Any) -> None:
+def test_a_picture_is_edited_under_a_mask(page: Any) -> None:
     asked: list[dict[str, Any]] = []
     page.on("request", lambda one: asked.append(one.post_data_json) if one.url.endswith("/api/generate") else None)
     file = {"name": "square.png", "mimeType": "image/png", "buffer": picture_bytes("blue")}
@@ -173,6 +173,25 @@ def test_a_picture_is_edited(page: Any) -> None:
     page.get_by_label("How much of the picture before").wait_for()
     assert len(asked[-1]["references"]) == 1
     assert "mask" not in asked[-1]
+    page.get_by_role("button", name="Mask: Brush a mask").click()
+    page.get_by_role("slider", name="Brush").fill("40")
+    page.locator("#brush").focus()
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Done").click()
+    until(lambda: page.wait_for_timeout(50) or "mask" in asked[-1])
+    assert asked[-1]["references"] == []
+    assert asked[-1]["init_image"].startswith("up_")
+    wait_for_results(page, 2)
+    colors = page.evaluate(
+        """() => {
+            const picture = document.getElementById("picture"), board = document.createElement("canvas");
+            [board.width, board.height] = [picture.naturalWidth, picture.naturalHeight];
+            const pen = board.getContext("2d");
+            pen.drawImage(picture, 0, 0);
+            return [...pen.getImageData(2, 2, 1, 1).data];
+        }"""
+    )
+    assert colors == [0, 0, 255, 255]  # outside the mask all is as it was
 
 
 def test_a_request_of_a_crashed_worker_is_made_once_more(page: Any, server: Background) -> None:
