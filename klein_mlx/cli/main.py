@@ -80,6 +80,11 @@ SERVE_EXAMPLES = """examples:
   klein-mlx serve --model 4b -q 4
   klein-mlx serve --host 0.0.0.0 --token --save pictures
 """
+TRAIN_EXAMPLES = """examples:
+  klein-mlx train pictures -o style.safetensors --trigger "xyz style" --dry-run
+  klein-mlx train pictures -o style.safetensors --model base-4b --rank 16 --steps 800
+  klein-mlx train --resume RUN --steps 1200
+"""
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.cli.generate", GENERATE_EXAMPLES),
     "again": Command("make a picture again from its recipe, with changes", "klein_mlx.cli.again", AGAIN_EXAMPLES),
@@ -87,7 +92,7 @@ COMMANDS = {
     "models": Command("which models are on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
     "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
     "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
-    "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train"),
+    "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train", TRAIN_EXAMPLES),
     "doctor": Command("whether this Mac computes what it should", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),

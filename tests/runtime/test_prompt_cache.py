@@ -12,7 +12,7 @@ import pytest
 
 from klein_mlx import KleinPipeline, RequestError
 from klein_mlx.runtime import encodings as prompt_cache
-from klein_mlx.runtime.encodings import PromptCache, digest_files
+from klein_mlx.runtime.encodings import PromptCache
 
 PROMPT = "a red circle left of a blue square"
 
@@ -119,18 +119,6 @@ def test_a_folder_that_cannot_be_written_costs_no_picture(tmp_path: Path) -> Non
     assert any("embeddings were not kept" in note for note in notes)
     with pytest.raises(RequestError, match="which is not a folder"):
         made(tmp_path / "file")
-
-
-def test_digests_tell_files_apart(tmp_path: Path) -> None:
-    """By what is in them, wherever they stand."""
-    content = bytearray(np.random.default_rng(0).bytes(3 << 20))
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.write_bytes(content)
-    second.write_bytes(content)
-    assert digest_files([first]) == digest_files([second])
-    content[len(content) * 200 // 256] ^= 1  # where a sample begins
-    second.write_bytes(content)
-    assert digest_files([first]) != digest_files([second])
 
 
 def test_a_literal_prompt_is_never_the_other_one(tmp_path: Path) -> None:
