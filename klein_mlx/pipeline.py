@@ -6,7 +6,6 @@ embeddings are evaluated, the transformer before the pictures are decoded, unles
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,8 @@ from PIL import Image
 from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.errors import of_device
 from klein_mlx.images.masks import Canvas
-from klein_mlx.model.compile import CompiledBlocks, compiles
+from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.latents import References, from_channels_first, join_references, noise
-from klein_mlx.model.layers import one_weight_at_a_time
 from klein_mlx.model.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
 from klein_mlx.model.tokenizer import Tokenizer
 from klein_mlx.model.torch_noise import torch_noise
@@ -253,7 +251,7 @@ class KleinPipeline:
         try:
             while True:
                 try:
-                    with _around(peak, machine):
+                    with memory_limits(peak, machine):
                         event = next(events, None)
                 except RuntimeError as error:
                     raise of_device(error) or error from None
@@ -456,10 +454,3 @@ def _start(
     if canvas.tokens is not None:
         after = hold_outside(mx.array(canvas.tokens)[None, :, :, None], init, latents)
     return add_noise(init, latents, sigma), after
-
-
-@contextmanager
-def _around(peak: int, machine: int) -> Iterator[None]:
-    """What holds while a run works, and only then."""
-    with nullcontext() if compiles() else one_weight_at_a_time(), memory_limits(peak, machine):
-        yield

@@ -123,7 +123,9 @@ def masked_velocity(
             (block.img, img, mods_img, out[:, length:]),
         ):
             x = x + mods[0].gate * stream.to_out(attention)
-            outs.append(x + mods[1].gate * stream.mlp_out(swiglu(*mx.split(stream.mlp_in(norm(x, mods[1])), 2, -1))))
+            outs.append(
+                x + mods[1].gate * stream.mlp_out(swiglu.plain(*mx.split(stream.mlp_in(norm(x, mods[1])), 2, -1)))
+            )
         txt, img = outs
     x = mx.concatenate([txt, img], axis=1)
     for block in model.single_blocks:
@@ -132,7 +134,7 @@ def masked_velocity(
         hidden, mlp = block.hidden, block.mlp
         q, k, v, gate, value = mx.split(y, [hidden, 2 * hidden, 3 * hidden, 3 * hidden + mlp], -1)
         attention = attend(block.norm_q(heads(q)), block.norm_k(heads(k)), heads(v))
-        x = x + mod.gate * block.linear_out(mx.concatenate([attention, swiglu(gate, value)], -1))
+        x = x + mod.gate * block.linear_out(mx.concatenate([attention, swiglu.plain(gate, value)], -1))
     shift, scale = now.final
     out = model.final_out(norm(x[:, length : length + h * w], Modulation(shift, scale, shift)))
     return mx.unflatten(out, 1, (h, w))

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from klein_convert.stages import Sample, Stage
-from klein_mlx.model.layers import linear
+from klein_mlx.model.layers import Layer, QuantizedLinear, empty
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.rounding import Arrays, fit_groups, pack, search
 
@@ -82,16 +82,20 @@ Coded = dict[str, tuple[mx.array, ...]]  # a layer's path -> packed codes, scale
 _PICTURE_SHARE = 0.8  # of the weight that tokens have where text and picture share a layer
 
 
-class _Noting(nn.Module):
+class _Noting(Layer):
     """A layer that notes its inputs."""
 
-    def __init__(self, layer: nn.Module, inputs: list[mx.array]):
+    def __init__(self, layer: Any, inputs: list[mx.array]):
         super().__init__()
         self.layer, self._inputs = layer, inputs
 
     def __call__(self, x: mx.array) -> mx.array:
         self._inputs.append(x.reshape(-1, x.shape[-1]))
-        return linear(self.layer, x)
+        return self.layer(x)
+
+    def split(self, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
+        whole = self(x)
+        return whole[..., :at], whole[..., at:]
 
 
 def code_part(
@@ -223,14 +227,17 @@ def _code(weight: mx.array, own: Quantization, inputs: _Inputs | None, dtype: mx
 
 def quantized_layer(layer: Any, own: Quantization, arrays: tuple[mx.array, ...]) -> nn.Module:
     """A quantised layer of these arrays in the place of an nn.Linear or nn.Embedding, scales in float32."""
-    kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
-    result: Any = kind.__new__(kind)
-    nn.Module.__init__(result)
+    packed = {
+        name: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+        for name, array in zip(("weight", "scales", "biases"), arrays, strict=False)
+    }
+    if not isinstance(layer, nn.Embedding):
+        return QuantizedLinear.of(packed, own.group_size, own.bits, own.mode)
+    result = empty(nn.QuantizedEmbedding)
     result.group_size, result.bits, result.mode = own.group_size, own.bits, own.mode
-    if isinstance(layer, nn.Embedding):
-        result.num_embeddings, result.dims = layer.weight.shape
-    for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
-        result[name] = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+    result.num_embeddings, result.dims = layer.weight.shape
+    for name, array in packed.items():
+        result[name] = array
     return result
 
 

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from klein_mlx.config import ModelConfig
 from klein_mlx.model.latents import latents_to_tokens
-from klein_mlx.model.layers import linear
 from klein_mlx.model.rope import Rope
 from klein_mlx.model.tokenizer import Tokens
 from klein_mlx.model.transformer import Modulations
@@ -93,7 +92,7 @@ def transformer_stages(config: ModelConfig, sigmas: list[float]) -> list[Stage]:
 
     def enter(module: Any, sample: Sample) -> dict[str, Any]:
         look: Look = sample.given
-        img = linear(module.img_in, latents_to_tokens(look.latents))
+        img = module.img_in(latents_to_tokens(look.latents))
         return {**sample.state, "txt": module.embed_text(look.embeds), "img": img}
 
     t = config.transformer
@@ -114,7 +113,7 @@ def transformer_stages(config: ModelConfig, sigmas: list[float]) -> list[Stage]:
 def _double_block(index: int) -> Callable[[Any, Sample], dict[str, Any]]:
     def run(module: Any, sample: Sample) -> dict[str, Any]:
         state, mods = sample.state, sample.state["mods"]
-        txt, img = module.double_blocks[index](state["txt"], state["img"], mods.txt, mods.img, sample.given.rope)
+        (txt, img), _ = module.double_blocks[index](state["txt"], state["img"], mods.txt, mods.img, sample.given.rope)
         return {"mods": mods, "txt": txt, "img": img}
 
     return run
@@ -128,7 +127,8 @@ def _join(module: Any, sample: Sample) -> dict[str, Any]:
 def _single_block(index: int) -> Callable[[Any, Sample], dict[str, Any]]:
     def run(module: Any, sample: Sample) -> dict[str, Any]:
         mods: Modulations = sample.state["mods"]
-        return {"mods": mods, "x": module.single_blocks[index](sample.state["x"], mods.single, sample.given.rope)}
+        x, _ = module.single_blocks[index](sample.state["x"], mods.single, sample.given.rope)
+        return {"mods": mods, "x": x}
 
     return run
 
@@ -137,4 +137,4 @@ def _finish(module: Any, sample: Sample) -> dict[str, Any]:
     state, look = sample.state, sample.given
     shift, scale = state["mods"].final
     x = state["x"][:, look.embeds.shape[1] :]
-    return {"velocity": linear(module.final_out, mx.fast.layer_norm(x, scale, shift, module.config.eps))}
+    return {"velocity": module.final_out(mx.fast.layer_norm(x, scale, shift, module.config.eps))}

@@ -16,7 +16,7 @@ from klein_mlx.bench.predict import PictureCost, find_chip, klein, picture_cost,
 from klein_mlx.bench.shapes import draw, layer, weight
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.model import layers, transformer, vae_layers
-from klein_mlx.model.compile import CompiledBlocks, compiles
+from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.velocity import Tables, in_parts, velocity
 from klein_mlx.runtime import memory
 
@@ -55,6 +55,7 @@ def _step_peak(dtype: mx.Dtype, side: int, text_tokens: int) -> int:
     module, grid = transformer.Transformer(MEDIUM.transformer), (side // 16, side // 16)
     shapes = [(name, tuple(array.shape)) for name, array in tree_flatten(module.parameters())]  # type: ignore[union-attr]
     module.load_weights([(name, draw(shape, math.prod(shape[1:]) ** -0.5, dtype)) for name, shape in shapes])
+    layers.place(module, layers.here(at_once=True))
     module.arrange()
     mx.eval(module.parameters())
     gc.collect()
@@ -65,11 +66,7 @@ def _step_peak(dtype: mx.Dtype, side: int, text_tokens: int) -> int:
     latents = draw((1, *grid, MEDIUM.transformer.in_channels), 1.0, dtype, 2)
     tables = Tables(module, None, grid, [0.5], dtype)
     step = velocity(module, embeds, tables, None, in_parts(CompiledBlocks(), mx.eval))
-    if compiles():
-        mx.eval(step(latents, 0.5))
-    else:
-        with layers.one_weight_at_a_time():
-            mx.eval(step(latents, 0.5))
+    mx.eval(step(latents, 0.5))
     return mx.get_peak_memory() - base
 
 
@@ -105,8 +102,8 @@ def measure(setting: Setting, seconds: float = 0.3) -> dict[str, tuple[float, st
     picture = draw((1, side, side, 512), 1.0, dtype)
     large = draw((1 << (28 if gpu else 24),), 1.0, dtype)
     work: dict[str, tuple[Callable[[], mx.array], float, str]] = {
-        "matmul": (lambda: layers.linear(plain, x), 2 * x.size * 3072 / 1e12, "TFLOPS"),
-        "attention": (lambda: layers.attention(*heads), 4 * 24 * tokens**2 * 128 / 1e12, "TFLOPS"),
+        "matmul": (lambda: plain(x), 2 * x.size * 3072 / 1e12, "TFLOPS"),
+        "attention": (lambda: layers.here().attention(*heads), 4 * 24 * tokens**2 * 128 / 1e12, "TFLOPS"),
         "convolution": (lambda: conv(picture), 18 * picture.size * 512 / 1e12, "TFLOPS"),
         "bandwidth": (lambda: large + 1, 2 * large.nbytes / 1e9, "GB/s"),
     }

@@ -1,25 +1,23 @@
 """Counts what a graph costs on a GPU, without one and without computing anything: kernels, FLOPs, bytes, copies.
 
-The graph is traced at full size. Every mx.fast operation and every `fused` chain is one kernel, as on Metal; on a CPU
+The graph is traced at full size. Every mx.fast operation and every `Chain` is one kernel, as on Metal; on a CPU
 they would fall apart into many, so while tracing they are replaced by markers that are put back as one operation each.
 Strides are followed through views, so that arrays which Metal has to copy first (a reshape, a norm, a convolution of
 what does not lie as it needs it) are counted, and so is what is alive at once. Trace in one thread at a time.
 """
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from klein_mlx.model.compile import is_fused
+from klein_mlx.model.compile import Chain
 
 ATTENTION = "scaled_dot_product_attention"
 MATMULS = {"Matmul", "AddMM", "QuantizedMatmul"}
@@ -143,18 +141,23 @@ class _Markers:
 
 @contextmanager
 def _recording(markers: _Markers, chains: bool) -> Iterator[None]:
-    """Mark mx.fast's operations and this package's fused chains, wherever they are called from."""
-    replaced: list[tuple[ModuleType, str, Any]] = [(mx.fast, name, getattr(mx.fast, name)) for name in FAST]
-    for where, module in list(sys.modules.items()):
-        if where.startswith("klein_mlx."):
-            replaced += [(module, name, value) for name, value in vars(module).items() if chains and is_fused(value)]
+    """Mark mx.fast's operations, dequantizing, and chains, wherever they are called from."""
+
+    def call(self: Chain[...], *args: Any, **kwargs: Any) -> mx.array:
+        plain = self.plain
+        return (markers.stand_in(plain.__name__, plain, True) if chains else plain)(*args, **kwargs)
+
+    functions = [(mx.fast, name) for name in FAST] + [(mx, "dequantize")]
+    originals, real = [(where, name, getattr(where, name)) for where, name in functions], Chain.__call__
     try:
-        for module, name, original in replaced:
-            setattr(module, name, markers.stand_in(name, original, module is not mx.fast))
+        for where, name, original in originals:
+            setattr(where, name, markers.stand_in(name, original, False))
+        Chain.__call__ = call  # type: ignore[method-assign]
         yield
     finally:
-        for module, name, original in replaced:
-            setattr(module, name, original)
+        Chain.__call__ = real
+        for where, name, original in originals:
+            setattr(where, name, original)
 
 
 def trace(module: nn.Module, function: Callable[..., mx.array], *inputs: mx.array, chains: bool = True) -> Cost:

@@ -15,7 +15,7 @@ from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import RequestError
 from klein_mlx.model.latents import image_ids, text_ids
-from klein_mlx.model.layers import matmul_policy, wide
+from klein_mlx.model.layers import Gpu, place, wide
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
@@ -171,10 +171,9 @@ def picture_cost(
     side = config.pixels_per_token
     h, w, length = height // side, width // side, config.max_sequence_length
     bits = quantization or {}
-    with matmul_policy("direct"):
-        encode = _encode(config, length, dtype, bits.get("text_encoder"))
-        step = _step(config, h, w, dtype, bits.get("transformer"), passes)
-        decode = _decode(config, h, w, dtype)
+    encode = _encode(config, length, dtype, bits.get("text_encoder"))
+    step = _step(config, h, w, dtype, bits.get("transformer"), passes)
+    decode = _decode(config, h, w, dtype)
     return PictureCost(encode, step, decode, steps)
 
 
@@ -183,6 +182,7 @@ def _encode(config: ModelConfig, length: int, dtype: mx.Dtype, quantization: Qua
     if quantization:
         prepare(encoder, "text_encoder", quantization)
     encoder.set_dtype(dtype)
+    place(encoder, Gpu())
     encoder.arrange()
     return trace(encoder, encoder, mx.zeros((1, length), mx.int32), mx.ones((1, length), mx.bool_))
 
@@ -193,6 +193,7 @@ def _step(config: ModelConfig, h: int, w: int, dtype: mx.Dtype, quantization: Qu
     if quantization:
         prepare(transformer, "transformer", quantization)
     transformer.set_dtype(dtype)
+    place(transformer, Gpu())
     transformer.arrange()
     length = config.max_sequence_length
     rope = rope_tables(mx.concatenate([text_ids(length), image_ids(h, w)]), t.axes_dims_rope, t.rope_theta, length)
@@ -220,6 +221,7 @@ def _modulations(hidden: int, dtype: mx.Dtype) -> Modulations:
 
 def _decode(config: ModelConfig, h: int, w: int, dtype: mx.Dtype) -> Cost:
     vae = VAE(config.vae)
+    place(vae, Gpu())
     vae.update(tree_map(lambda array: array.astype(dtype), vae.parameters()))
     return trace(vae, vae.decode, mx.zeros((1, 2 * h, 2 * w, config.vae.latent_channels), dtype))
 

@@ -15,8 +15,7 @@ import mlx.core as mx
 
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.model import latents as grids
-from klein_mlx.model.compile import compiling
-from klein_mlx.model.layers import wide
+from klein_mlx.model.layers import Device, Gpu, here, place, wide
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.runtime.run import Step
@@ -58,9 +57,15 @@ def check_reference(setting: Setting) -> Iterator[Row]:
             label = f"{name}, {'compiled' if when == 'always' else 'not compiled'}"
             if when == "always" and not setting.gpu and (name != "float32" or not shutil.which("g++")):
                 continue  # on Linux a C++ compiler does that, for many seconds
-            with compiling(when):
-                found = stages(dtype, bits)
+            found = stages(dtype, bits, _device(setting, when))
             yield _row(label, found, bounds(setting, dtype, bits))
+
+
+def _device(setting: Setting, compiled: str) -> Device:
+    own = here()
+    if compiled == "always":
+        return own if setting.gpu else Gpu()
+    return replace(own, compiles=False) if setting.gpu else own
 
 
 def bounds(setting: Setting, dtype: mx.Dtype, bits: int | None) -> dict[str, float]:
@@ -80,11 +85,12 @@ def _row(label: str, found: dict[str, float], bound: dict[str, float]) -> Row:
     return Row("reference", f"{label}: {text}", not beyond, remedy, {"kind": label, "errors": found, "bounds": bound})
 
 
-def stages(dtype: mx.Dtype, bits: int | None) -> dict[str, float]:
-    """The error of every stage against diffusers'."""
+def stages(dtype: mx.Dtype, bits: int | None, device: Device = None) -> dict[str, float]:
+    """The error of every stage against diffusers'. device: None: the default one."""
     tensors = _tensors()
     kind = "4-bit" if bits else "whole"
     pipe = KleinPipeline.from_pretrained("tiny", quantize=bits, dtype=dtype, keep="all")
+    pipe.parts.device = device
     ours = {name: make(pipe, tensors, kind) for name, make in _STAGES.items()}
     return {name: error(value, tensors[f"{kind}.{name}"]) for name, value in ours.items()}
 
@@ -103,6 +109,7 @@ def _part(pipe: KleinPipeline, name: str) -> tuple[Any, mx.Dtype]:
     dtype = mx.bfloat16 if pipe.dtype == mx.float16 and name != "transformer" else pipe.dtype
     bits = 4 if pipe.parts.quantization else None
     module: Any = load_part(name, pipe.source, dtype, settle(parse(bits), pipe.source).get(name))
+    place(module, pipe.parts.device or here())
     module.arrange()
     return module, dtype
 
@@ -168,6 +175,7 @@ def _edit(pipe: KleinPipeline, tensors: Tensors, kind: str) -> mx.array:
 def _guidance(pipe: KleinPipeline, tensors: Tensors, kind: str) -> mx.array:
     other = KleinPipeline(pipe.source, quantize=4 if kind == "4-bit" else None, dtype=pipe.dtype, keep="all")
     other.config = replace(other.config, is_distilled=False, variant_name=None)
+    other.parts.device = pipe.parts.device
     return _run(other, tensors, guidance_scale=GUIDANCE)
 
 

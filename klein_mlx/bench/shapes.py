@@ -20,6 +20,7 @@ from klein_mlx.bench.predict import klein
 from klein_mlx.config import ModelConfig
 from klein_mlx.model import latents as grids
 from klein_mlx.model import layers, rope, transformer, vae_layers
+from klein_mlx.model.cpu import Cpu
 from klein_mlx.model.lora_layers import Branched
 from klein_mlx.model.text_encoder import Layer
 from klein_mlx.model.vae import UpBlock
@@ -54,11 +55,10 @@ def weight(outputs: int, inputs: int, dtype: mx.Dtype, start: int = 0) -> mx.arr
     return draw((outputs, inputs), inputs**-0.5, dtype, start)
 
 
-def layer(values: mx.array, **packing: Any) -> nn.Module:
+def layer(values: mx.array, **packing: Any) -> Any:
     """A linear layer of this weight, quantized if `packing` (bits, group_size, mode) says so."""
-    plain = layers.empty(nn.Linear)
-    plain.weight = values
-    return nn.QuantizedLinear.from_linear(plain, **packing) if packing else plain
+    plain = layers.Linear.of(values)
+    return plain.to_quantized(**packing) if packing else plain
 
 
 def _sampled(x: mx.array) -> mx.array:
@@ -96,7 +96,7 @@ def check_matmul(setting: Setting) -> Iterator[Row]:
     """The blocks' projections; 12288 -> 3072 is where MLX before 0.32 split its sums wrongly on an M5."""
     for index, (what, inputs, outputs) in enumerate(MATMULS):
         x, w = _rows(setting, inputs, outputs), weight(outputs, inputs, setting.dtype, index)
-        ours = layers.linear(layer(w), x)
+        ours = layer(w)(x)
         found = error(_sampled(ours), naive.matmul(_sampled(x), w))
         yield compared("matmul", f"{len(x)} rows, {what}", found, _bound(setting, 1, inputs), f"{UPGRADE}, {DTYPE}")
 
@@ -117,24 +117,24 @@ QUANTIZED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def check_quantized(setting: Setting) -> Iterator[Row]:
     """MLX's own quantized matmul against the CPU's dequantized weight."""
-    yield from _packed_matmuls(setting, "quantized", "direct")
+    yield from _packed_matmuls(setting, "quantized", layers.Gpu())
 
 
 def check_dequantized(setting: Setting) -> Iterator[Row]:
     """The weight dequantized whole, then a matmul: how a CPU, M1 and M2 do it."""
-    yield from _packed_matmuls(setting, "dequantized", "expand")
+    yield from _packed_matmuls(setting, "dequantized", layers.Gpu(dense_from=0) if setting.gpu else Cpu())
 
 
-def _packed_matmuls(setting: Setting, name: str, policy: str) -> Iterator[Row]:
+def _packed_matmuls(setting: Setting, name: str, device: layers.Device) -> Iterator[Row]:
     outputs = 3072 if setting.gpu else 256  # on a CPU packing takes longer than multiplying
-    if policy == "direct" and not setting.gpu:
+    if device == layers.Gpu() and not setting.gpu:
         setting = replace(setting, dtype=mx.float32)  # MLX's CPU kernel adds up in 16 bits: nothing here uses it so
-    x = _rows(setting, 3072, 3072, 0.005 if policy == "direct" else 0.02)
+    x = _rows(setting, 3072, 3072, 0.005 if device == layers.Gpu() else 0.02)
     w = weight(outputs, 3072, setting.dtype, start=3)
     for what, packing in QUANTIZED:
         packed: Any = layer(w, **packing)
-        with layers.matmul_policy(policy):
-            ours = layers.linear(packed, x)
+        layers.place(packed, device)
+        ours = packed(x)
         arrays = [packed[key].astype(mx.float32) if packing["mode"] == "affine" else packed[key] for key in ("scales",)]
         arrays += [packed["biases"].astype(mx.float32)] if "biases" in packed else []
         with mx.stream(mx.cpu):
@@ -171,10 +171,10 @@ def check_attention(setting: Setting) -> Iterator[Row]:
     """24 heads of 128: all queries at once, and in pieces that no tile divides."""
     keys = TOKENS if setting.gpu else math.isqrt(setting.rows(TOKENS**2, 4 * 3072, 0.1)) // 8 * 8
     q, k, v = (draw((1, keys, 24, 128), 1.0, setting.dtype, start) for start in (1, 2, 3))
-    whole = transformer.attend(q, k, v)[0]
+    whole = transformer.attend(layers.here(), q, k, v)[0]
     heads = [a.transpose(0, 2, 1, 3) for a in (q, k, v)]
     step = max(keys // 4 - 3, 1)
-    parts = [layers.attention(heads[0][:, :, i : i + step], heads[1], heads[2]) for i in range(0, keys, step)]
+    parts = [layers.here().attention(heads[0][:, :, i : i + step], heads[1], heads[2]) for i in range(0, keys, step)]
     pieces = mx.concatenate(parts, axis=2).transpose(0, 2, 1, 3).flatten(2)[0]
     truth = naive.attention(q[:, mx.array(_indices(keys))], k, v)[0]
     # Probabilities and the result are rounded; the scores' own rounding is a change of each weight by as much.
@@ -197,7 +197,7 @@ def check_norm_rotation(setting: Setting) -> Iterator[Row]:
     qk = _two_scales(tokens * 2 * 24, 128, setting.dtype, 4).reshape(1, tokens, 2, 24, 128)
     scale = 1 + 0.2 * draw((2, 128), start=5)
     tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, TEXT)
-    ours = rope.normed_and_rotated(qk, scale, tables, config.eps)
+    ours = rope.normed_and_rotated(layers.here(), qk, scale, tables, config.eps)
     rows = mx.array(_indices(tokens))
     for index, what in enumerate(("q", "k")):
         normed = naive.rms_norm(qk[:, rows][:, :, index], scale[index], config.eps)
@@ -226,7 +226,7 @@ def check_swiglu(setting: Setting) -> Iterator[Row]:
     rows = TOKENS if setting.gpu else 128
     gate, value = (draw((rows, 9216), 1.5, setting.dtype, start) for start in (1, 2))
     truth = naive.swiglu(_sampled(gate), _sampled(value))
-    found = error(_sampled(layers.swiglu(gate, value)), truth)
+    found = error(_sampled(layers.here().run(layers.swiglu, gate, value)), truth)
     yield compared("swiglu", f"{rows} x 9216", found, _bound(setting, 3), f"MLX_DISABLE_COMPILE=1; {UPGRADE}")
 
 
@@ -335,7 +335,7 @@ def check_double_block(setting: Setting) -> Iterator[Row]:
     mods = {name: (_modulation(stream, j), _modulation(stream, 3 + j)) for j, name in enumerate(inputs)}
     ids = grids.all_ids(text, side, side, None)
     tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
-    ours = mx.concatenate([*block(inputs["txt"], inputs["img"], mods["txt"], mods["img"], tables)], axis=1)
+    ours = mx.concatenate([*block(inputs["txt"], inputs["img"], mods["txt"], mods["img"], tables)[0]], axis=1)
 
     def turn(x: mx.array) -> mx.array:
         return naive.rotate(x, ids, config.axes_dims_rope, config.rope_theta)
@@ -353,14 +353,14 @@ def check_single_block(setting: Setting) -> Iterator[Row]:
     x, mod = draw((1, text + side * side, 3072), 1.0, stream, 1), _modulation(stream, 2)
     ids = grids.all_ids(text, side, side, None)
     tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
-    ours = block(x, mod, tables)
+    ours, _ = block(x, mod, tables)
 
     def turn(a: mx.array) -> mx.array:
         return naive.rotate(a, ids, config.axes_dims_rope, config.rope_theta)
 
     truth = naive.single_block(weights, x, mod, turn, config.eps)
     yield _of_block(setting, "single-block", f"{x.shape[1]} tokens", ours, truth)
-    last = block(x, mod, tables, None, None, (text, x.shape[1]))  # as the last one: the picture's tokens only
+    last, _ = block(x, mod, tables, None, (text, x.shape[1]))  # as the last one: the picture's tokens only
     yield _of_block(setting, "single-block", f"{side * side} of them", last, truth[:, text:])
 
 

@@ -1,14 +1,12 @@
-"""Elementwise chains as one kernel, and blocks as compiled functions, where the device can compile them.
+"""Elementwise chains as one kernel, and blocks as compiled functions.
 
-On a GPU mx.compile makes one kernel of a chain of elementwise operations. On a CPU it would call a C++ compiler, so by
-default nothing is compiled there.
+On a GPU mx.compile makes one kernel of a chain of elementwise operations. On a CPU it would call a C++ compiler, so
+nothing is compiled there: see `klein_mlx.model.cpu`.
 """
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, Generic, ParamSpec
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,114 +14,102 @@ from mlx.utils import tree_flatten, tree_map
 
 P = ParamSpec("P")
 
-COMPILING = ("auto", "always", "never")
-_compiling: ContextVar[str] = ContextVar("compiling", default="auto")
 
+class Chain(Generic[P]):
+    """A chain of elementwise operations. Called, it is one kernel; `plain` runs operation by operation.
 
-@contextmanager
-def compiling(when: str) -> Iterator[None]:
-    """Override the choice inside a `with`: "auto" compiles on a GPU only."""
-    if when not in COMPILING:
-        raise ValueError(f"when is {when!r}; it must be one of {', '.join(COMPILING)}")
-    token = _compiling.set(when)
-    try:
-        yield
-    finally:
-        _compiling.reset(token)
+    Inside a larger mx.compile a call dissolves into that.
+    """
 
+    def __init__(self, plain: Callable[P, mx.array]):
+        self.plain = plain
+        self._compiled = mx.compile(plain)
 
-def compiles() -> bool:
-    """Whether functions are compiled here and now."""
-    when = _compiling.get()
-    return when == "always" or (when == "auto" and mx.default_device().type == mx.DeviceType.gpu)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> mx.array:
+        return self._compiled(*args, **kwargs)
 
 
 def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
-    """Compile a chain of elementwise operations where the device can; elsewhere run it as it is.
-
-    Inside a larger mx.compile it dissolves into that.
-    """
-    compiled = mx.compile(function)
+    """A chain that looks, at each call, whether the default device can compile it; for code outside of a model."""
+    chain = Chain(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> mx.array:
-        return (compiled if compiles() else function)(*args, **kwargs)
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return (chain if on_gpu else function)(*args, **kwargs)
 
-    call.__dict__["is_fused"] = True
     return call
-
-
-def is_fused(value: object) -> bool:
-    """Whether it is a function made by `fused`: one kernel on a GPU."""
-    return getattr(value, "is_fused", None) is True
 
 
 class CompiledBlocks:
     """Calls a model's blocks as compiled functions of their weights and inputs.
 
-    Blocks that are built alike share a function, so a model is traced once per kind of block and per shape, however
-    many blocks and calls it has. No weights are held: a model may leave memory and come back, and nothing is traced
-    again. traces: how often a block has been traced.
+    Blocks of one `signature` share a function, so a model is traced once per kind of block and per shape, however many
+    blocks and calls it has. A function works on a copy of the block without weights: no weights are held, and a model
+    may leave memory and come back without being traced again. traces: how often a block has been traced.
     """
 
     def __init__(self) -> None:
         self.traces = 0
         self._functions: dict[Hashable, Callable[..., Any]] = {}
-        self._traced: tuple[nn.Module, tuple[Any, ...]] | None = None  # only during a call
 
-    def __call__(self, block: nn.Module, *args: Any) -> Any:
-        """block(*args). args: trees of arrays; what else is in them must be hashable. Functions among them are shown
-        arrays and return nothing: they are called when the block is done."""
-        if not compiles():
+    def __call__(self, block: Any, *args: Any) -> Any:
+        """block(*args). args: trees of arrays; what else is in them must be hashable, and decides the code too."""
+        if not block.device.compiles:
             return block(*args)
         leaves = [leaf for _, leaf in tree_flatten(args)]
-        # A function is no part of the kind: it may hold arrays, and those of the next picture are another.
-        kind = _kind(block), tuple(callable if callable(a) else None if isinstance(a, mx.array) else a for a in leaves)
-        if kind not in self._functions:
-            self._functions[kind] = mx.compile(self._function())
-        self._traced = block, args
-        try:
-            arrays = [leaf for leaf in leaves if isinstance(leaf, mx.array)]
-            out, shown = self._functions[kind](block.parameters(), arrays)
-        finally:
-            self._traced = None
-        for function, calls in zip(filter(callable, leaves), shown, strict=True):
-            for given in calls:
-                function(*given)
-        return out
+        key = block.signature, tuple(None if isinstance(leaf, mx.array) else (leaf,) for leaf in leaves)
+        if key not in self._functions:
+            self._functions[key] = mx.compile(self._function(block, args))
+        return self._functions[key](block.parameters(), [leaf for leaf in leaves if isinstance(leaf, mx.array)])
 
-    def _function(self) -> Callable[..., Any]:
-        """A function of its own for each kind: mx.compile knows functions by their identity."""
+    def _function(self, block: nn.Module, args: Any) -> Callable[..., Any]:
+        """Of this kind of block: weights and arrays in the order of `args` to what the block returns."""
+        skeleton = without_weights(block)
+        places = tree_map(lambda leaf: _PLACE if isinstance(leaf, mx.array) else leaf, args)
 
         def run(weights: dict[str, Any], arrays: list[mx.array]) -> Any:
-            assert self._traced is not None
-            block, args = self._traced
             self.traces += 1
-            given, own = iter(arrays), block.parameters()
-            shown: list[list[tuple[mx.array, ...]]] = []  # to each function: while a block is traced nothing has values
-
-            def replaced(leaf: Any) -> Any:
-                if isinstance(leaf, mx.array):
-                    return next(given)
-                if not callable(leaf):
-                    return leaf
-                calls: list[tuple[mx.array, ...]] = []
-                shown.append(calls)
-                return lambda *arrays: calls.append(arrays)
-
-            block.update(weights)
-            try:
-                return block(*tree_map(replaced, args)), shown
-            finally:
-                block.update(own)
+            given = iter(arrays)
+            # A copy each time: what is traced must not outlive its trace.
+            own = fill(without_weights(skeleton), weights)
+            return own(*tree_map(lambda leaf: next(given) if leaf is _PLACE else leaf, places))
 
         return run
 
 
-def _kind(block: nn.Module) -> Hashable:
-    """What decides a block's code besides its arrays' shapes: the types and settings of the modules in it."""
-    simple = (bool, int, float, str, mx.Dtype, type(None))
+_PLACE = object()  # where an array goes
+
+
+def without_weights(module: nn.Module) -> Any:
+    """A copy of a module and of those in it, with their settings and without their arrays."""
+    copy = type(module).__new__(type(module))
+    nn.Module.__init__(copy)
+    vars(copy).update(vars(module))
+    for name, value in module.items():
+        if not isinstance(value, mx.array):
+            copy[name] = tree_map(without_weights, value, is_leaf=_is_module)
+    return copy
+
+
+def fill(module: Any, weights: Any) -> Any:
+    """Put a tree of arrays, as `parameters` returns it, into a module made by `without_weights`; returns the module."""
+    places = enumerate(weights) if isinstance(weights, list) else weights.items()
+    for name, value in places:
+        if isinstance(value, mx.array):
+            module[name] = value
+        else:
+            fill(module[name], value)
+    return module
+
+
+def signature(module: nn.Module) -> Hashable:
+    """What decides a module's code besides the shapes of its arrays: the types and settings of the modules in it."""
     return tuple(
-        (path, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple)))
-        for path, module in block.named_modules()
+        (path, type(one), *((k, v) for k, v in sorted(vars(one).items()) if isinstance(v, Hashable)))
+        for path, one in module.named_modules()
     )
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nn.Module)

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.model.layers import linear, linear_part, linear_split, linear_terms, multiply
+from klein_mlx.model.layers import Layer, Placed
 
 
-class KroneckerBranch(nn.Module):
+class KroneckerBranch(Placed):
     """x @ kron(left, right).T without ever making the product. left: (a, b); right: (c, d); of the product's rows those
     from `start` to `stop` are taken."""
 
@@ -30,9 +30,9 @@ class KroneckerBranch(nn.Module):
         (a, b), (c, d) = self.left.shape, self.right.shape
         x = mx.unflatten(x, -1, (b, d))
         if c * b * (d + a) <= a * d * (b + c):  # the cheaper of two orders
-            x = self._left(multiply(x, self.right))
+            x = self._left(self.device.matmul(x, self.right))
         else:
-            x = multiply(self._left(x), self.right)
+            x = self.device.matmul(self._left(x), self.right)
         x = x.flatten(-2)
         if self.stop - self.start < a * c:
             x = x[..., self.start : self.stop]
@@ -40,19 +40,19 @@ class KroneckerBranch(nn.Module):
 
     def _left(self, x: mx.array) -> mx.array:
         """(..., b, n) -> (..., a, n)."""
-        return multiply(x.swapaxes(-1, -2), self.left).swapaxes(-1, -2)
+        return self.device.matmul(x.swapaxes(-1, -2), self.left).swapaxes(-1, -2)
 
 
-class Branched(nn.Module):
+class Branched(Layer):
     """base(x), and beside it x @ down.T @ up.T and whatever else there is.
 
     down: (rank, in); up: (out, rank). rows, columns: what base's outputs and inputs are multiplied by, less one.
     bias: (out,). others: modules that are added. All but base may be missing.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: Any):
         super().__init__()
-        self.base = base
+        self.base, self.device = base, base.device
         self.up: Any = None
         self.down: Any = None
         self.rows: mx.array | None = None
@@ -63,34 +63,38 @@ class Branched(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         out = self._gained(x)
         if self.up is not None:
-            out = multiply(multiply(x, self.down), self.up, out)
+            out = self.device.matmul(self.device.matmul(x, self.down), self.up, out)
         for other in self.others:
             out = out + other(x)  # type: ignore[operator]
         return out if self.bias is None else out + self.bias
+
+    @property
+    def has_bias(self) -> bool:  # type: ignore[override]
+        return self.bias is not None
 
     def split(self, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
         """self(x), cut at output channel `at`."""
         if not self._is_low_rank():
             whole = self(x)
             return whole[..., :at], whole[..., at:]
-        first, second = linear_split(self.base, x, at)
-        narrow = multiply(x, self.down)
-        return multiply(narrow, self.up[:at], first), multiply(narrow, self.up[at:], second)
+        first, second = self.base.split(x, at)
+        narrow = self.device.matmul(x, self.down)
+        return self.device.matmul(narrow, self.up[:at], first), self.device.matmul(narrow, self.up[at:], second)
 
-    def part(self, x: mx.array, start: int, stop: int | None) -> mx.array:
-        """The output channels start..stop of self(x), alone."""
+    def part(self, x: mx.array, channels: slice) -> mx.array:
+        """Some output channels of self(x)."""
         if not self._is_low_rank():
-            return self(x)[..., start:stop]
-        return multiply(multiply(x, self.down), self.up[start:stop], linear_part(self.base, x, start, stop))
+            return self(x)[..., channels]
+        return self.device.matmul(self.device.matmul(x, self.down), self.up[channels], self.base.part(x, channels))
 
     def terms(self, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
         """Arrays that add up to self([first, second])."""
         if not self._is_low_rank():
             return (self(mx.concatenate([first, second], axis=-1)),)
         at = first.shape[-1]
-        narrow = multiply(second, self.down[:, at:], multiply(first, self.down[:, :at]))
-        one, *rest = linear_terms(self.base, first, second)
-        return multiply(narrow, self.up, one), *rest
+        narrow = self.device.matmul(second, self.down[:, at:], self.device.matmul(first, self.down[:, :at]))
+        one, *rest = self.base.terms(first, second)
+        return self.device.matmul(narrow, self.up, one), *rest
 
     def _is_low_rank(self) -> bool:
         """Whether nothing but the low-rank factors stands beside the layer: then nothing needs joining or cutting."""
@@ -99,7 +103,7 @@ class Branched(nn.Module):
     def _gained(self, x: mx.array) -> mx.array:
         """The layer itself, with DoRA's gains: of outputs, of inputs, or the sum of both kinds' parts."""
         if self.rows is None:
-            return linear(self.base, x if self.columns is None else x + x * self.columns)
-        out = linear(self.base, x)
+            return self.base(x if self.columns is None else x + x * self.columns)
+        out = self.base(x)
         out = out + out * self.rows
-        return out if self.columns is None else out + linear(self.base, x * self.columns)
+        return out if self.columns is None else out + self.base(x * self.columns)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from klein_mlx.model.compile import fused
+from klein_mlx.model.compile import Chain
+from klein_mlx.model.layers import Device
 
 
 class Rope(NamedTuple):
@@ -51,7 +52,7 @@ def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length:
 
 
 def normed_and_rotated(
-    qk: mx.array, scale: mx.array, rope: Rope, eps: float, img_scale: mx.array | None = None
+    device: Device, qk: mx.array, scale: mx.array, rope: Rope, eps: float, img_scale: mx.array | None = None
 ) -> mx.array:
     """RMSNorm of every head's q and k, then neighboring pairs of channels rotated by the tables' angles.
 
@@ -62,9 +63,9 @@ def normed_and_rotated(
     scales = [_halves(mx.expand_dims(weights, -2)) for weights in (scale, img_scale) if weights is not None]
     tables = mx.expand_dims(rope.first, 1), mx.expand_dims(rope.second, 1)
     if img_scale is None:
-        return _scale_and_rotate(*_halves(qk), *tables, *scales[0]).flatten(-2)
+        return device.run(_scale_and_rotate, *_halves(qk), *tables, *scales[0]).flatten(-2)
     text = mx.expand_dims(rope.text, (-1, -2))
-    return _scale_and_rotate_streams(*_halves(qk), *tables, *scales[0], *scales[1], text).flatten(-2)
+    return device.run(_scale_and_rotate_streams, *_halves(qk), *tables, *scales[0], *scales[1], text).flatten(-2)
 
 
 def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -74,7 +75,7 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 # The halves are taken before the cast to float32, outside of this chain, so that it is one kernel.
-@fused
+@Chain
 def _scale_and_rotate(
     first: mx.array, second: mx.array, table_1: mx.array, table_2: mx.array, scale_1: mx.array, scale_2: mx.array
 ) -> mx.array:
@@ -82,7 +83,7 @@ def _scale_and_rotate(
     return rotated.astype(first.dtype)
 
 
-@fused
+@Chain
 def _scale_and_rotate_streams(
     first: mx.array,
     second: mx.array,

@@ -12,29 +12,29 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
-from klein_mlx.model.layers import attention, join, linear, linear_added, separate, swiglu
+from klein_mlx.model.layers import Linear, Placed, join, separate, swiglu
 from klein_mlx.model.vae_layers import Done
 
 
-class Attention(nn.Module):
+class Attention(Placed):
     """Grouped-query attention with RMS-normed q and k and rotary positions over half-split channels."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         hidden, self.head_dim, self.rope_theta = config.hidden_size, config.head_dim, config.rope_theta
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * self.head_dim)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * self.head_dim)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * self.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, hidden)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, mask: mx.array, residual: mx.array) -> mx.array:
         """Attention of the normed x, added to the residual."""
-        q, k, v = (mx.unflatten(linear(p, x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (mx.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rope(self.q_norm(q)), self._rope(self.k_norm(k))
-        out = attention(q, k, v.transpose(0, 2, 1, 3), mask)
-        return linear_added(self.o_proj, out.transpose(0, 2, 1, 3).flatten(2), residual)
+        out = self.device.attention(q, k, v.transpose(0, 2, 1, 3), mask)
+        return self.o_proj.added(out.transpose(0, 2, 1, 3).flatten(2), residual)
 
     def _rope(self, x: mx.array) -> mx.array:
         """(B, L, heads, head_dim) -> (B, heads, L, head_dim), turned by position."""
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=0)
 
 
-class MLP(nn.Module):
+class MLP(Placed):
     """residual + down(silu(gate(x)) * up(x)).
 
     Arranged (see TextEncoder.arrange), it has gate_up_proj in place of gate_proj and up_proj, if those are of one kind.
@@ -50,9 +50,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def arrange(self) -> None:
         """Hold both layers that read x as one, lazily."""
@@ -64,10 +64,10 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         if "gate_up_proj" in self:
-            gate, value = mx.split(linear(self["gate_up_proj"], x), 2, axis=-1)
+            gate, value = mx.split(self["gate_up_proj"](x), 2, axis=-1)
         else:
-            gate, value = linear(self.gate_proj, x), linear(self.up_proj, x)
-        return linear_added(self.down_proj, swiglu(gate, value), residual)
+            gate, value = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj.added(self.device.run(swiglu, gate, value), residual)
 
 
 class Layer(nn.Module):
@@ -85,7 +85,7 @@ class Layer(nn.Module):
         return self.mlp(self.post_attention_layernorm(x), x)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Placed):
     """Qwen3 up to its last tapped layer.
 
     taps: rising layer counts; tap k is the residual stream after k layers (transformers' hidden_states[k]).

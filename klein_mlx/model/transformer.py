@@ -15,23 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.model.layers import (
-    add_branch,
-    attention,
-    cut,
-    join,
-    linear,
-    linear_part,
-    linear_split,
-    modulated,
-    separate,
-    wide,
-)
+from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, modulated, separate, wide
 from klein_mlx.model.rope import Rope, normed_and_rotated
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
-Note = Callable[[mx.array, mx.array], None]  # is shown a block's keys and values
-RunBlock = Callable[..., Any]  # (block, its arguments) -> what the block returns
+Note = Callable[[mx.array, mx.array], Sequence[mx.array]]  # keeps what it wants of a block's keys and values
+RunBlock = Callable[..., Any]  # (block, *its arguments, note=None) -> the block's result, without keys and values
 
 
 # FLOP that one attention kernel may take: a GPU that also draws a screen is not to be held for seconds (macOS would end
@@ -61,20 +50,16 @@ class Modulations(NamedTuple):
     final: tuple[mx.array, mx.array]
 
 
-def attend(
-    q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None, note: Note | None = None
-) -> mx.array:
+def attend(device: Device, q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None) -> mx.array:
     """Full attention. q: (B, Q, heads, head_dim); k, v: (B, S, heads, head_dim); q and k are rotated already.
 
-    Returns (B, Q, heads * head_dim). extra: keys and values of more tokens that q attends to. note: is shown k and v.
+    Returns (B, Q, heads * head_dim). extra: keys and values of more tokens that q attends to.
     """
-    if note is not None:
-        note(k, v)
     if extra is not None:
         k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
-    parts = [attention(q[:, :, i : i + rows], k, v).transpose(0, 2, 1, 3) for i in range(0, q.shape[2], rows)]
+    parts = [device.attention(q[:, :, i : i + rows], k, v).transpose(0, 2, 1, 3) for i in range(0, q.shape[2], rows)]
     # Joined token by token, as Metal's attention writes them: joined head by head they would have to be copied again.
     return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).flatten(2)
 
@@ -93,20 +78,20 @@ def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(timestep.dtype)
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(Placed):
     """Timestep -> `vec`, from which all modulations are projected."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.channels = channels
-        self.linear_1 = nn.Linear(channels, hidden, bias=False)
-        self.linear_2 = nn.Linear(hidden, hidden, bias=False)
+        self.linear_1 = Linear(channels, hidden)
+        self.linear_2 = Linear(hidden, hidden)
 
     def __call__(self, timestep: mx.array) -> mx.array:
         return self.linear_2(_silu(self.linear_1(timestep_embedding(timestep, self.channels))))
 
 
-class Heads(nn.Module):
+class Heads(Placed):
     """What both kinds of blocks have: heads whose q and k are normalised by weights of their own, then turned.
 
     Arranged (see Transformer.arrange), a module has norm_qk in place of norm_q and norm_k.
@@ -160,12 +145,12 @@ class Stream(Heads):
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
         hidden, mlp = config.hidden_size, config.mlp_size
-        self.to_q = nn.Linear(hidden, hidden, bias=False)
-        self.to_k = nn.Linear(hidden, hidden, bias=False)
-        self.to_v = nn.Linear(hidden, hidden, bias=False)
-        self.to_out = nn.Linear(hidden, hidden, bias=False)
-        self.mlp_in = nn.Linear(hidden, 2 * mlp, bias=False)
-        self.mlp_out = nn.Linear(mlp, hidden, bias=False)
+        self.to_q = Linear(hidden, hidden)
+        self.to_k = Linear(hidden, hidden)
+        self.to_v = Linear(hidden, hidden)
+        self.to_out = Linear(hidden, hidden)
+        self.mlp_in = Linear(hidden, 2 * mlp)
+        self.mlp_out = Linear(mlp, hidden)
 
     def arrange(self) -> None:
         super().arrange()
@@ -179,26 +164,26 @@ class Stream(Heads):
         """Of the modulated stream: q and k, (B, S, 2, heads, head_dim), not normed yet; v, (B, S, heads, head_dim)."""
         x = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
         if "to_qk" in self:
-            qk = linear(self["to_qk"], x)
+            qk = self["to_qk"](x)
         else:
-            qk = mx.concatenate([linear(self.to_q, x), linear(self.to_k, x)], axis=-1)
-        return mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.split_heads(linear(self.to_v, x))
+            qk = mx.concatenate([self.to_q(x), self.to_k(x)], axis=-1)
+        return mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.split_heads(self.to_v(x))
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
         mod_attention, mod_mlp = mods
         x = add_branch(x, mod_attention.gate, self.to_out, attention)
-        h = linear(self.mlp_in, modulated(x, mod_mlp.shift, mod_mlp.scale, self.eps, attention.dtype))
+        h = self.mlp_in(modulated(x, mod_mlp.shift, mod_mlp.scale, self.eps, attention.dtype))
         return add_branch(x, mod_mlp.gate, self.mlp_out, None, *mx.split(h, 2, axis=-1))
 
-    def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, note: Note) -> mx.array:
+    def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope) -> tuple[mx.array, KeysValues]:
         """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
         qk, v = self.qk_and_v(x, mods[0])
-        q, k = _q_and_k(normed_and_rotated(qk, self.scale(), rope, self.eps))
-        return self.finish(x, attend(q, k, v, note=note), mods)
+        q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
+        return self.finish(x, attend(self.device, q, k, v), mods), (k, v)
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(Placed):
     """Text and image streams with weights of their own, joined in one attention over [text, image, references]."""
 
     def __init__(self, config: TransformerConfig):
@@ -219,17 +204,20 @@ class DoubleBlock(nn.Module):
         mod_img: tuple[Modulation, Modulation],
         rope: Rope,
         extra: KeysValues | None = None,
-        note: Note | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """txt: (B, L, hidden); img: (B, N, hidden). Returns both, same shapes. extra, note: as in `attend`."""
+    ) -> tuple[tuple[mx.array, mx.array], KeysValues]:
+        """txt: (B, L, hidden); img: (B, N, hidden). extra: as in `attend`.
+
+        Returns txt and img, same shapes, and the keys and values of all their tokens, (B, L + N, heads, head_dim).
+        """
         pairs = zip(self.txt.qk_and_v(txt, mod_txt[0]), self.img.qk_and_v(img, mod_img[0]), strict=True)
         qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
-        q, k = _q_and_k(normed_and_rotated(qk, self.txt.scale(), rope, self.txt.eps, self.img.scale()))
-        attention = attend(q, k, v, extra, note)
+        scales = self.txt.scale(), self.img.scale()
+        q, k = _q_and_k(normed_and_rotated(self.device, qk, scales[0], rope, self.txt.eps, scales[1]))
+        attention = attend(self.device, q, k, v, extra)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
-        return txt, img
+        return (txt, img), (k, v)
 
 
 class SingleBlock(Heads):
@@ -242,8 +230,8 @@ class SingleBlock(Heads):
         super().__init__(config)
         hidden, mlp = config.hidden_size, config.mlp_size
         self.hidden, self.mlp = hidden, mlp
-        self.linear_in = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
-        self.linear_out = nn.Linear(hidden + mlp, hidden, bias=False)
+        self.linear_in = Linear(hidden, 3 * hidden + 2 * mlp)
+        self.linear_out = Linear(hidden + mlp, hidden)
 
     def arrange(self) -> None:
         super().arrange()
@@ -255,30 +243,33 @@ class SingleBlock(Heads):
         mod: Modulation,
         rope: Rope,
         extra: KeysValues | None = None,
-        note: Note | None = None,
         wanted: tuple[int, int] | None = None,
-    ) -> mx.array:
-        """x: (B, S, hidden), the tokens [text, image, references]; extra, note: as in `attend`.
+    ) -> tuple[mx.array, KeysValues]:
+        """x: (B, S, hidden), the tokens [text, image, references]; extra: as in `attend`.
 
         wanted: the first token of which anything is read afterwards, and the one behind the last; None: all. Others
-        give keys and values only. Returns x, or the wanted tokens of it.
+        give keys and values only. Returns x, or the wanted tokens of it, and the keys and values of all tokens.
         """
         h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
         if wanted is None:
-            qk, rest = linear_split(self.linear_in, h, 2 * self.hidden)
+            qk, rest = self.linear_in.split(h, 2 * self.hidden)
             v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-            q, k = _q_and_k(normed_and_rotated(self._pairs(qk), self.scale(), rope, self.eps))
+            q, k = _q_and_k(normed_and_rotated(self.device, self._pairs(qk), self.scale(), rope, self.eps))
         else:
             x, part = x[:, slice(*wanted)], h[:, slice(*wanted)]
             q, k, v, rest = (
-                linear_part(self.linear_in, tokens, start * self.hidden, stop and stop * self.hidden)
+                self.linear_in.part(tokens, slice(start * self.hidden, stop and stop * self.hidden))
                 for tokens, start, stop in ((part, 0, 1), (h, 1, 2), (h, 2, 3), (part, 3, None))
             )
             gate, value = mx.split(rest, 2, axis=-1)
-            q = normed_and_rotated(self._pairs(q, 1), self.scale()[:1], rope.rows(*wanted), self.eps)[:, :, 0]
-            k = normed_and_rotated(self._pairs(k, 1), self.scale()[1:], rope, self.eps)[:, :, 0]
-        attention = attend(q, k, self.split_heads(v), extra, note)
-        return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
+            parts = (q, self.scale()[:1], rope.rows(*wanted)), (k, self.scale()[1:], rope)
+            q, k = (
+                normed_and_rotated(self.device, self._pairs(x, 1), scale, tables, self.eps)[:, :, 0]
+                for x, scale, tables in parts
+            )
+        v = self.split_heads(v)
+        attention = attend(self.device, q, k, v, extra)
+        return add_branch(x, mod.gate, self.linear_out, attention, gate, value), (k, v)
 
     def _pairs(self, qk: mx.array, count: int = 2) -> mx.array:
         """(B, S, count * hidden) -> (B, S, count, heads, head_dim)."""
@@ -289,27 +280,31 @@ def _q_and_k(qk: mx.array) -> tuple[mx.array, mx.array]:
     return qk[:, :, 0], qk[:, :, 1]
 
 
-def call_block(block: nn.Module, *args: Any) -> Any:
-    return block(*args)  # type: ignore[operator]
+def call_block(block: Any, *args: Any, note: Note | None = None) -> Any:
+    """The block's result. note: is shown its keys and values."""
+    out, keys_values = block(*args)
+    if note is not None:
+        note(*keys_values)
+    return out
 
 
-class Transformer(nn.Module):
+class Transformer(Placed):
     """FLUX.2 [klein]'s velocity model. Token order everywhere: text, image, references."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         hidden = config.hidden_size
         self.config = config
-        self.img_in = nn.Linear(config.in_channels, hidden, bias=False)
-        self.txt_in = nn.Linear(config.joint_attention_dim, hidden, bias=False)
+        self.img_in = Linear(config.in_channels, hidden)
+        self.txt_in = Linear(config.joint_attention_dim, hidden)
         self.time_in = TimeEmbedding(config.timestep_guidance_channels, hidden)
-        self.mod_img = nn.Linear(hidden, 6 * hidden, bias=False)
-        self.mod_txt = nn.Linear(hidden, 6 * hidden, bias=False)
-        self.mod_single = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.mod_img = Linear(hidden, 6 * hidden)
+        self.mod_txt = Linear(hidden, 6 * hidden)
+        self.mod_single = Linear(hidden, 3 * hidden)
         self.double_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
         self.single_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
-        self.final_mod = nn.Linear(hidden, 2 * hidden, bias=False)
-        self.final_out = nn.Linear(hidden, config.in_channels, bias=False)
+        self.final_mod = Linear(hidden, 2 * hidden)
+        self.final_out = Linear(hidden, config.in_channels)
 
     def arrange(self) -> None:
         """Bring the weights from the checkpoint's layout into that of a step, lazily. Call once they are loaded; names
@@ -338,7 +333,7 @@ class Transformer(nn.Module):
 
         prompt_embeds: `wide` of the layers' dtype; some are so large that float16 could not hold them.
         """
-        return linear(self.txt_in, prompt_embeds)
+        return self.txt_in(prompt_embeds)
 
     def __call__(
         self,
@@ -354,27 +349,27 @@ class Transformer(nn.Module):
         """The velocity at one noise level.
 
         tokens: (B, N, in_channels), the image's tokens, then the references'. txt: (B, L, hidden), from `embed_text`.
-        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. extras, note: for
-        every block in turn, as in `attend`. run: calls a block with its arguments; it may compile, evaluate, or stop.
+        rope: of the ids [text, image, references]. num_img: how many of the tokens are the image's. extras: for
+        every block in turn, as in `attend`. note: is shown each block's keys and values. run: calls a block with its
+        arguments; it may compile, evaluate, or stop.
         Returns (B, num_img, in_channels), in the dtype of `tokens`, which is the layers'; all else is `wide` of it.
         """
         blocks = len(self.double_blocks) + len(self.single_blocks)
         later = iter([None] * blocks if extras is None else extras)
-        told = () if note is None else (note,)
-        img = linear(self.img_in, tokens).astype(wide(tokens.dtype))
+        img = self.img_in(tokens).astype(wide(tokens.dtype))
         for block in self.double_blocks:
-            txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), *told)
+            txt, img = run(block, txt, img, modulations.txt, modulations.img, rope, next(later), note=note)
         x = mx.concatenate([txt, img], axis=1)
         # After the last block only the image's tokens are read; it needs only keys and values of the others.
         image = txt.shape[1], txt.shape[1] + num_img
         for block in self.single_blocks[:-1]:
-            x = run(block, x, modulations.single, rope, next(later), *told)
+            x = run(block, x, modulations.single, rope, next(later), note=note)
         if self.single_blocks:
-            x = run(self.single_blocks[-1], x, modulations.single, rope, next(later), note, image)
+            x = run(self.single_blocks[-1], x, modulations.single, rope, next(later), image, note=note)
         else:
             x = x[:, slice(*image)]
         shift, scale = modulations.final
-        return linear(self.final_out, modulated(x, shift, scale, self.config.eps, tokens.dtype))
+        return self.final_out(modulated(x, shift, scale, self.config.eps, tokens.dtype))
 
     def remember(
         self, tokens: mx.array, modulations: Modulations, rope: Rope, note: Note, run: RunBlock = call_block
@@ -386,11 +381,11 @@ class Transformer(nn.Module):
         Since nothing else reaches these tokens, this one pass serves all steps. Source: diffusers,
         Flux2Transformer2DModel.forward with kv_cache_mode="extract", which does the same inside the first step.
         """
-        x = linear(self.img_in, tokens).astype(wide(tokens.dtype))
+        x = self.img_in(tokens).astype(wide(tokens.dtype))
         for block in self.double_blocks:
-            x = run(block.img, x, modulations.img, rope, note)
+            x = run(block.img, x, modulations.img, rope, note=note)
         for block in self.single_blocks:
-            x = run(block, x, modulations.single, rope, None, note)
+            x = run(block, x, modulations.single, rope, note=note)
 
 
 def _modulations(txt: mx.array, img: mx.array, single: mx.array, final: mx.array) -> Modulations:

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import VAEConfig
-from klein_mlx.model.layers import attention, on_cpu
-from klein_mlx.model.vae_layers import Conv, Done, Downsample, GroupNorm, settled, upsample_rows
+from klein_mlx.model.layers import Device, Linear, Placed
+from klein_mlx.model.vae_layers import Conv, Done, Downsample, GroupNorm, Pace, settled
 
 WHOLE_PIXELS, WHOLE_PIXELS_CPU = 512 * 512, 128 * 128  # a picture up to this is done in one piece
 STRIP_PIXELS, STRIP_PIXELS_CPU = 1 << 17, 1 << 15  # in a strip of a larger one
@@ -36,7 +36,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(groups, channels_out)
         self.conv2 = Conv(channels_out, channels_out)
         if channels_in != channels_out:
-            self.shortcut = nn.Linear(channels_in, channels_out)
+            self.shortcut = Linear(channels_in, channels_out, bias=True)
 
     def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
         def residual(part: slice) -> mx.array:
@@ -53,35 +53,37 @@ def _resnets(channels_in: int, channels_out: int, layers: int, groups: int) -> l
     return [ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups) for i in range(layers)]
 
 
-def strip_rows(height: int, width: int) -> int | None:
+def strip_rows(device: Device, height: int, width: int) -> int | None:
     """Rows per strip that keep a large picture's memory low; None for a picture that is small in one piece.
 
     height, width: in pixels. On a CPU strips cost no time, so nearly every picture is taken in them.
     """
-    if on_cpu():
+    if device.widens:
         return max(8, min(height // 8, STRIP_PIXELS_CPU // width)) if height * width > WHOLE_PIXELS_CPU else None
     return max(16, STRIP_PIXELS // width) if height * width > WHOLE_PIXELS else None
 
 
-class Attention(nn.Module):
+class Attention(Placed):
     """Single-head attention over all positions of the grid."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_q = Linear(channels, channels, bias=True)
+        self.to_k = Linear(channels, channels, bias=True)
+        self.to_v = Linear(channels, channels, bias=True)
+        self.to_out = Linear(channels, channels, bias=True)
 
     def __call__(self, x: mx.array, strips: int | None = None) -> mx.array:
         """strips: not None to evaluate as it goes."""
         h = self.norm(x).flatten(1, 2)[:, None]  # (B, one head, H * W, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         rows = max(1, SCORES // k.shape[2])
-        out = []
+        out, pace = [], Pace()
         for i in range(0, q.shape[2], rows):
-            out.append(settled(attention(q[:, :, i : i + rows], k, v), strips))
+            out.append(self.device.attention(q[:, :, i : i + rows], k, v))
+            if strips:
+                pace(out[-1])
         return x + self.to_out(mx.concatenate(out, axis=2)).reshape(x.shape)
 
 
@@ -123,10 +125,7 @@ class UpBlock(nn.Module):
             self.upsample = Conv(channels_out, channels_out)
 
     def layers(self) -> list[Layer]:
-        return [*self.resnets, *([self._enlarge] if "upsample" in self else [])]
-
-    def _enlarge(self, x: mx.array, rows: int | None) -> mx.array:
-        return self.upsample.strips(x, rows, upsample=True) if rows else self.upsample(upsample_rows(x))
+        return [*self.resnets, *([self.upsample.enlarge] if "upsample" in self else [])]
 
 
 class Encoder(nn.Module):
@@ -176,7 +175,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x, activate=True))
 
 
-class VAE(nn.Module):
+class VAE(Placed):
     """AutoencoderKLFlux2. Works in the dtype of its weights; the latent statistics are float32."""
 
     def __init__(self, config: VAEConfig):
@@ -185,9 +184,9 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = nn.Linear(2 * config.latent_channels, 2 * config.latent_channels)
+            self.quant_conv = Linear(2 * config.latent_channels, 2 * config.latent_channels, bias=True)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
+            self.post_quant_conv = Linear(config.latent_channels, config.latent_channels, bias=True)
         self.latent_mean = mx.zeros((4 * config.latent_channels,))
         self.latent_var = mx.ones((4 * config.latent_channels,))
 
@@ -217,6 +216,10 @@ class VAE(nn.Module):
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
         return self.decoder(z, rows, done)
+
+    def strip_rows(self, height: int, width: int) -> int | None:
+        """The `rows` that suit a picture of this size, in pixels, on the module's device."""
+        return strip_rows(self.device, height, width)
 
     def normalize(self, latents: mx.array) -> mx.array:
         """Patchified latents (B, h, w, 4C) -> what the transformer was trained on: zero mean, unit variance."""

@@ -10,7 +10,7 @@ from klein_mlx.model.latents import References, all_ids, latents_to_tokens, toke
 from klein_mlx.model.layers import wide
 from klein_mlx.model.rope import Rope, rope_tables
 from klein_mlx.model.sampler import Predict, guide, with_cfg
-from klein_mlx.model.transformer import KeysValues, Modulations, RunBlock, Transformer, call_block
+from klein_mlx.model.transformer import KeysValues, Modulations, Note, RunBlock, Transformer, call_block
 
 Reuse = Literal["alone", "first step"]
 
@@ -37,10 +37,11 @@ class ReferenceMemory:
         self.count = count
         self.kept: list[KeysValues] = []
 
-    def note(self, k: mx.array, v: mx.array) -> None:
-        """Keep the references' part of a block's keys and values."""
+    def note(self, k: mx.array, v: mx.array) -> KeysValues:
+        """Keep the references' part of a block's keys and values, and return it."""
         # Copied, or the slices would keep all tokens' arrays alive.
         self.kept.append((mx.contiguous(k[:, -self.count :]), mx.contiguous(v[:, -self.count :])))
+        return self.kept[-1]
 
     def extras(self, batch: int) -> list[KeysValues]:
         """What was kept, for `batch` rows."""
@@ -83,12 +84,14 @@ class Tables:
 
 
 def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
-    """Calls a transformer's blocks one by one. part_done: called after each with its result; what it raises ends the
-    step there."""
+    """Calls a transformer's blocks one by one. part_done: called after each with its result, and what was kept of it;
+    what it raises ends the step there."""
 
-    def call(block: Any, *args: Any) -> Any:
-        out = blocks(block, *args)
-        part_done(out)
+    def call(block: Any, *args: Any, note: Note | None = None) -> Any:
+        out, keys_values = blocks(block, *args)
+        kept = () if note is None else note(*keys_values)
+        del keys_values  # they share memory with the block's largest arrays
+        part_done(*(out if isinstance(out, tuple) else (out,)), *kept)
         return out
 
     return call

@@ -16,7 +16,7 @@ from klein_mlx.images.reading import to_pixels
 from klein_mlx.model.latents import patchify
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.tokenizer import Tokenizer, Tokens
-from klein_mlx.model.vae import VAE, strip_rows
+from klein_mlx.model.vae import VAE
 from klein_mlx.model.vae_layers import Done
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
@@ -61,7 +61,7 @@ def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done |
 
 def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done | None = None) -> mx.array:
     """Normalised latents (1, h, w, C) of a prepared reference, evaluated. done: called after each layer."""
-    z = vae.encode(to_pixels(image).astype(dtype), strip_rows(image.height, image.width), done)
+    z = vae.encode(to_pixels(image).astype(dtype), vae.strip_rows(image.height, image.width), done)
     latents = vae.normalize(patchify(z))
     mx.eval(latents)
     if not is_finite(latents).item():

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
 from klein_mlx.errors import DoesNotFit
-from klein_mlx.model.layers import expands, on_cpu
+from klein_mlx.model.layers import Device, here
 from klein_mlx.model.transformer import LONGEST_ATTENTION
 from klein_mlx.model.vae import strip_rows
 from klein_mlx.weights.checkpoint import Source, part_bytes
@@ -182,15 +182,16 @@ def estimate(
 # ---- arrays ----
 
 
-def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
-    """Beside the encoder's weights, while a prompt runs through it."""
+def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, device: Device = None) -> int:
+    """Beside the encoder's weights, while a prompt runs through it. device: None: the default one."""
+    device = device or here()
     c, length = config.text_encoder, work.length
     hidden, mlp = length * c.hidden_size, length * c.intermediate_size
     taps = len(config.taps) * hidden
     scores = c.num_attention_heads * length**2
     matrix = 2 * c.hidden_size * c.intermediate_size  # gate and up are joined
-    if not on_cpu():
-        expanded = 2 * matrix if quantized and expands() else 0
+    if not device.widens:
+        expanded = matrix if quantized and device.is_dequantized(length) else 0
         return (6 * hidden + 3 * mlp + taps + expanded) * dtype.size + length**2
     if quantized:  # each matrix is expanded after what comes before it, so the layer runs in its written order
         return 4 * (3 * max(scores, mlp) + matrix) + dtype.size * (5 * hidden + taps) + _BESIDE
@@ -204,8 +205,10 @@ def fits_twice(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     return known.phases["steps"] + both - one <= known.machine and both <= known.machine / 4
 
 
-def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool) -> int:
-    """Beside the transformer's weights, while a single block runs: the longest moment and the fullest."""
+def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, device: Device = None) -> int:
+    """Beside the transformer's weights, while a single block runs: the longest moment and the fullest. device: None:
+    the default one."""
+    device = device or here()
     c, side = config.transformer, config.pixels_per_token
     tokens = work.length + work.height // side * (work.width // side) + work.tokens
     stream = work.rows * tokens * c.hidden_size
@@ -213,8 +216,9 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     given = (work.rows * work.length * c.joint_attention_dim + stream) * dtype.size
     blocks = c.num_layers + c.num_single_layers
     given += work.memories * blocks * 2 * work.tokens * c.hidden_size * dtype.size
-    if not on_cpu():
-        expanded = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size if quantized and expands() else 0
+    if not device.widens:
+        dequantized = quantized and device.is_dequantized(work.rows * tokens)
+        expanded = (c.hidden_size + 2 * c.mlp_size) * c.hidden_size if dequantized else 0
         return (16 * stream + expanded) * dtype.size + rope + given
     queries = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
     scores = work.rows * c.num_attention_heads * tokens * queries
@@ -222,15 +226,19 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     return 4 * (30 * stream + scores + expanded) + rope + given
 
 
-def vae_bytes(config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encodes: bool = False) -> int:
-    """Beside the VAE's weights: a resnet's input, middle and result, and what one strip of it is made of."""
+def vae_bytes(
+    config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encodes: bool = False, device: Device = None
+) -> int:
+    """Beside the VAE's weights: a resnet's input, middle and result, and what one strip of it is made of. device: None:
+    the default one."""
+    device = device or here()
     channels = config.block_out_channels
     if not encodes:
         channels = config.decoder_block_out_channels or channels
-    rows = strip_rows(height, width)
+    rows = strip_rows(device, height, width)
     share = 1.0 if rows is None else min(1.0, rows / height)
     strip = dtype.size * share
-    if on_cpu():  # in float32 whatever the dtype
+    if device.widens:  # in float32 whatever the dtype
         strip = 4 * share * (1.1 if dtype == mx.float32 else 1.4) * (1.2 if rows is None else 1.0)
     most = 0.0
     neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])

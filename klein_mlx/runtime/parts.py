@@ -14,6 +14,7 @@ import mlx.nn as nn
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.formats.lora_base import shapes_of
+from klein_mlx.model.layers import Device, here, place
 from klein_mlx.runtime.identity import Pinned
 from klein_mlx.runtime.memory import (
     KEPT,
@@ -53,6 +54,7 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.pinned = Pinned.of(source.files())
         self.weights = weight_bytes(source, dtype, quantization)
+        self.device: Device = None  # how what is loaded computes; None: as the default device does
         self.keep = keep or choose_keep(self.weights, machine_memory())
         self._chosen = keep is None
         self.loaded: dict[str, nn.Module] = {}
@@ -139,6 +141,7 @@ class Parts:
             module.embed_tokens = rows
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
         try:
+            place(module, self.device or here(at_once=True))
             module.arrange()
             if damaged := read_weights(module):
                 weights = self.source.weights(name).items()  # under the file's own names: arranged, others are there

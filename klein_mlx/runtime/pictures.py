@@ -12,7 +12,7 @@ from klein_mlx.images import reading as images
 from klein_mlx.images.masks import Canvas, make_canvas
 from klein_mlx.images.reading import LARGE_REFERENCE_AREA, REFERENCE_AREA, load_image, prepare_reference
 from klein_mlx.model.latents import to_channels_first, unpatchify
-from klein_mlx.model.vae import VAE, strip_rows
+from klein_mlx.model.vae import VAE
 from klein_mlx.model.vae_layers import Done
 from klein_mlx.request import Request, check_area, check_side
 from klein_mlx.runtime.encodings import to_numpy
@@ -100,7 +100,7 @@ def decode(
         mx.eval(z)
         return z
     side = vae.config.scale_factor
-    pixels = vae.decode(z, strip_rows(side * z.shape[1], side * z.shape[2]), done)[0]
+    pixels = vae.decode(z, vae.strip_rows(side * z.shape[1], side * z.shape[2]), done)[0]
     mx.eval(pixels)
     _check_pixels(pixels)
     if canvas is None or canvas.opacity is None:

@@ -105,6 +105,31 @@ class _Closed(BaseException):
     """Raised inside of a run that was closed while it worked."""
 
 
+class _Pace:
+    """Evaluates a phase's parts in pieces of about PIECE_SECONDS. One piece is always started before the one before it
+    is waited for: a device that is told of its work only when it has none left stands still meanwhile."""
+
+    def __init__(self) -> None:
+        self._size = 1  # parts of a piece
+        self._parts = 0  # of the piece that has not started
+        self._since = time.perf_counter()  # the last wait ended
+        self._behind: tuple[int, tuple[mx.array, ...]] | None = None  # the piece that was started last
+
+    def part_done(self, arrays: tuple[mx.array, ...]) -> None:
+        """arrays: what was computed so far, not evaluated."""
+        self._parts += 1
+        if self._parts < self._size:
+            return
+        mx.async_eval(*arrays)
+        if self._behind is not None:
+            count, behind = self._behind
+            mx.eval(*behind)
+            now = time.perf_counter()
+            self._size = max(1, int(PIECE_SECONDS * count / max(now - self._since, 1e-6)))
+            self._since = now
+        self._behind, self._parts = (self._parts, arrays), 0
+
+
 class Run:
     """A running request: iterate for its Steps and Pictures; `close()` cancels it.
 
@@ -126,7 +151,7 @@ class Run:
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
         self._working = self._closed = False
-        self._pieces, self._waiting, self._since = 1, 0, 0.0
+        self._pace = _Pace()
 
     def start(self, events: Iterator["Step | Picture"]) -> None:
         """Called once by the pipeline, with the generator that does the work."""
@@ -138,13 +163,13 @@ class Run:
     def __next__(self) -> Step | Picture:
         if self._closed:
             raise StopIteration
-        self._working, self._since, self._waiting = True, time.perf_counter(), 0
+        self._working, self._pace = True, _Pace()
         try:
             return next(self._events)
         except _Closed:
             raise StopIteration from None
         finally:
-            self._working = False
+            self._working, self._pace = False, _Pace()
 
     def close(self) -> None:
         """Stop; what the run held is freed. While the run works (this is another thread, or a callback), it stops
@@ -161,15 +186,10 @@ class Run:
     def part_done(self, *arrays: mx.array) -> None:
         """Called between the parts of a phase (layers, blocks, strips), with what was computed so far.
 
-        Evaluates about every quarter of a second, so that Ctrl-C and `close` are seen soon; where parts are short,
-        many go by at once.
+        Starts to evaluate about every quarter of a second, so that Ctrl-C and `close` are seen soon; where parts are
+        short, many go by at once.
         """
-        self._waiting += 1
-        if self._waiting >= self._pieces:
-            mx.eval(*arrays)
-            now = time.perf_counter()
-            self._pieces = max(1, int(PIECE_SECONDS * self._waiting / max(now - self._since, 1e-6)))
-            self._since, self._waiting = now, 0
+        self._pace.part_done(arrays)
         if self._closed:
             raise _Closed
 
@@ -178,9 +198,12 @@ class Run:
         """Add the time spent inside to a phase, less what `load` took meanwhile."""
         self.on_phase(phase)
         # The parts of another phase take another time: as many as went by at once in the last may now take seconds.
-        self._pieces, self._waiting, self._since = 1, 0, time.perf_counter()
+        self._pace = _Pace()
         start, loading = time.perf_counter(), self.seconds["load"]
-        with self.watch(phase):
-            yield
+        try:
+            with self.watch(phase):
+                yield
+        finally:
+            self._pace = _Pace()  # it holds arrays
         elapsed = time.perf_counter() - start
         self.seconds[phase] += elapsed - (self.seconds["load"] - loading if phase != "load" else 0.0)

@@ -164,9 +164,9 @@ class Blockwise:
 
         def call(state: list[mx.array]) -> list[mx.array]:
             if len(state) == 2:
-                return list(block(*state, modulations.txt, modulations.img, rope))  # type: ignore[call-arg]
+                return list(block(*state, modulations.txt, modulations.img, rope)[0])  # type: ignore[call-arg]
             wanted = self._image(sample) if stage == self._last_block else None
-            return [block(state[0], modulations.single, rope, None, None, wanted)]  # type: ignore[call-arg,list-item]
+            return [block(state[0], modulations.single, rope, None, wanted)[0]]  # type: ignore[call-arg,list-item]
 
         return call
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from klein_mlx.errors import RequestError
-from klein_mlx.model.layers import Cut, empty
+from klein_mlx.model.layers import Cut, Linear, empty
 from klein_mlx.model.lora_layers import Branched, KroneckerBranch
 from klein_mlx.weights.lora import Full, Kronecker, LowRank, Scaled, Weigh, gain, merge, merged_bias
 from klein_mlx.weights.rows import TokenRows
@@ -178,9 +178,8 @@ class Applied:
         if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
             layer = empty(nn.Embedding)
         elif isinstance(layer, nn.Linear | nn.QuantizedLinear | Cut):
-            layer = empty(nn.Linear)
-            if (bias := merged_bias(changes, self.dtype)) is not None:
-                layer.bias = bias  # none of klein's layers has one of its own
+            # None of klein's layers has a bias of its own.
+            return Linear.of(weight, merged_bias(changes, self.dtype), getattr(layer, "device", None))
         layer.weight = weight
         return layer
 

@@ -3,7 +3,7 @@
 The limits leave next to nothing: a change that adds a kernel to each block, or a cast to each linear layer, fails.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +12,7 @@ import pytest
 from klein_mlx.bench.cost import Cost, trace
 from klein_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.model.latents import image_ids, text_ids
-from klein_mlx.model.layers import matmul_policy
+from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
@@ -20,12 +20,6 @@ from klein_mlx.model.vae import VAE
 from klein_mlx.weights.quantize import Quantization, prepare
 
 CONFIG = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
-
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu() -> Iterator[None]:
-    with matmul_policy("direct"):
-        yield
 
 
 def modulations() -> Modulations:
@@ -39,12 +33,15 @@ def modulations() -> Modulations:
     return Modulations(pairs[0], pairs[1], modulation(), (vector(), vector()))
 
 
-def step(references: int = 0, bits: int | None = None, chains: bool = True, side: int = 64) -> Cost:
+def step(
+    references: int = 0, bits: int | None = None, chains: bool = True, side: int = 64, device: Gpu | None = None
+) -> Cost:
     """One denoising step at 1024 x 1024, or `side` tokens a side, with references of the same size."""
     model = Transformer(CONFIG)
     if bits:
         prepare(model, "transformer", Quantization(bits))
     model.set_dtype(mx.bfloat16)
+    place(model, device or Gpu())
     model.arrange()
     ids = [text_ids(512), *(image_ids(side, side, 10 * k) for k in range(references + 1))]
     rope = rope_tables(mx.concatenate(ids), CONFIG.axes_dims_rope, CONFIG.rope_theta, 512)
@@ -100,6 +97,7 @@ def test_the_step_without_fused_chains(bits: int | None, kernels: int) -> None:
 def test_the_text_encoder(chains: bool, kernels: int) -> None:
     encoder = TextEncoder(TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128), (9, 18, 27))
     encoder.set_dtype(mx.bfloat16)
+    place(encoder, Gpu())
     encoder.arrange()
     ids, mask = mx.zeros((1, 512), mx.int32), mx.ones((1, 512), mx.bool_)
     cost = trace(encoder, encoder, ids, mask, chains=chains)
@@ -167,14 +165,16 @@ def test_convolutions_and_attention_with_wide_heads() -> None:
     assert cost.traffic == 2 * 2 * 64 * 64  # the softmax reads and writes the scores
 
 
-@pytest.mark.parametrize(("what", "tera", "kernels", "giga"), [("decode", 10.48, 900, 34), ("encode", 4.89, 670, 22)])
+@pytest.mark.parametrize(("what", "tera", "kernels", "giga"), [("decode", 8.936, 996, 34), ("encode", 4.89, 670, 22)])
 def test_the_vae(what: str, tera: float, kernels: int, giga: float) -> None:
-    """1024 x 1024 in one piece. The decoder's three enlargements are written out, once each."""
+    """1024 x 1024 in one piece. Nothing is copied but what Downsample pads."""
     vae = VAE(VAEConfig((128, 256, 512, 512), 2, 32))
     vae.set_dtype(mx.bfloat16)
+    place(vae, Gpu())
     vae.arrange()
     x = mx.zeros((1, 128, 128, 32) if what == "decode" else (1, 1024, 1024, 3), mx.bfloat16)
     cost = trace(vae, getattr(vae, what), x)
-    assert cost.flops == pytest.approx(tera * 1e12, rel=0.005)
+    assert cost.flops == pytest.approx(tera * 1e12, rel=0.001)
     assert cost.total <= kernels, cost.counts
     assert cost.traffic <= giga * 1e9, cost.counts
+    assert not cost.copies

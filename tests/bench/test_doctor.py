@@ -14,7 +14,8 @@ from klein_mlx import pipeline
 from klein_mlx.bench import capacity, doctor, machine, naive, reference, shapes
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.cli.main import main
-from klein_mlx.model import layers, rope, transformer, vae_layers
+from klein_mlx.model import cpu, layers, rope, vae_layers
+from klein_mlx.model.cpu import Cpu
 from klein_mlx.runtime import memory
 
 SMALL = Setting(mx.float32, 0.5, gpu=False)  # a slow CPU: the fewest rows
@@ -67,20 +68,33 @@ def wrong_epsilon(module: Any, name: str, position: int) -> Fault:
     return lambda patch: patch.setattr(module, name, call)
 
 
-def swapped(module: Any, name: str) -> Fault:
-    """The function's first two arguments the wrong way round."""
-    original = getattr(module, name)
-    return lambda patch: patch.setattr(module, name, lambda a, b, *more, **named: original(b, a, *more, **named))
+def swapped_attention(patch: pytest.MonkeyPatch) -> None:
+    """Queries and keys the wrong way round."""
+    original = Cpu.attention
+    patch.setattr(Cpu, "attention", lambda self, q, k, v, mask=None: original(self, k, q, v, mask))
+
+
+def swapped_swiglu(patch: pytest.MonkeyPatch) -> None:
+    """Gate and value the wrong way round."""
+    original = cpu._OWN[layers.swiglu]
+    patch.setitem(cpu._OWN, layers.swiglu, lambda gate, value: original(value, gate))
+
+
+def mixed_quarters(weight: mx.array) -> list[list[mx.array]]:
+    """Upper and lower rows exchanged."""
+    return QUARTERS(weight)[::-1]
+
+
+QUARTERS = vae_layers._quarters
 
 
 def transposed(patch: pytest.MonkeyPatch) -> None:
-    original = layers.multiply
+    original = Cpu.matmul
 
-    def multiply(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
-        return original(x, weight.T if weight.shape[0] == weight.shape[1] else weight, added)
+    def matmul(self: Cpu, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        return original(self, x, weight.T if weight.shape[0] == weight.shape[1] else weight[:, ::-1], added)
 
-    patch.setattr(layers, "multiply", multiply)
-    patch.setattr("klein_mlx.model.lora_layers.multiply", lambda x, w, added=None: original(x, w[:, ::-1], added))
+    patch.setattr(Cpu, "matmul", matmul)
 
 
 def swapped_rotation(patch: pytest.MonkeyPatch) -> None:
@@ -106,7 +120,7 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         return changed
 
     patch.setattr(mx, "quantized_matmul", late(original))
-    patch.setattr(layers, "_dequantized", lambda arrays, kind: late(own)(*arrays, **kind))
+    patch.setattr(cpu, "dequantize", lambda arrays, kind: late(own)(*arrays, **kind))
 
 
 @pytest.mark.parametrize(
@@ -115,21 +129,19 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         ("matmul", transposed),
         ("lora", transposed),
         ("gated-sum", transposed),
-        ("attention", swapped(transformer, "attention")),
-        ("norm-rotation", wrong_epsilon(rope, "normed_and_rotated", 3)),
+        ("attention", swapped_attention),
+        ("norm-rotation", wrong_epsilon(rope, "normed_and_rotated", 4)),
         ("norm-rotation", swapped_rotation),
         ("layer-norm", wrong_epsilon(layers, "modulated", 3)),
-        ("swiglu", swapped(layers, "swiglu")),
+        ("swiglu", swapped_swiglu),
         ("quantized", shifted_bits),
         ("dequantized", shifted_bits),
         ("group-norm", lambda patch: patch.setattr(vae_layers, "EPS", 1e-5)),
-        ("single-block", swapped(layers, "swiglu")),
-        ("decoder-level", lambda patch: patch.setattr(vae_layers, "upsample_rows", lambda x: mx.tile(x, (1, 2, 2, 1)))),
+        ("single-block", swapped_swiglu),
+        ("decoder-level", lambda patch: patch.setattr(vae_layers, "_quarters", mixed_quarters)),
     ],
 )
 def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch, name: str, fault: Fault) -> None:
-    if name == "decoder-level":
-        monkeypatch.setattr("klein_mlx.model.vae.upsample_rows", lambda x: mx.tile(x, (1, 2, 2, 1)))
     fault(monkeypatch)
     assert fails(name)
 

@@ -17,8 +17,6 @@ from test_cli import TINY, klein, size_of
 
 from klein_mlx import KleinPipeline
 from klein_mlx.images.metadata import read_metadata
-from klein_mlx.model import layers as linear
-from klein_mlx.model.compile import compiling
 from klein_mlx.runtime.run import Picture
 
 FAST = ("--steps", "1", "--width", "64", "--height", "64")
@@ -126,28 +124,27 @@ def test_each_part_is_loaded_once(monkeypatch: pytest.MonkeyPatch, keep: str) ->
 
 @pytest.mark.parametrize("several", [False, True])
 def test_what_holds_while_runs_work(several: bool) -> None:
-    """One expanded weight at a time, MLX's limits: for several runs as for one, and never while the caller works."""
+    """MLX's limits: for several runs as for one, and never while the caller works."""
     pipe = KleinPipeline.from_pretrained("tiny")
     run = pipe.stream("a star", seed=1, width=64, height=64, num_inference_steps=2)
-    inside: list[tuple[bool, int]] = []
+    inside: list[int] = []
     run.on_phase = lambda phase: inside.append(holds())
     own = mx.set_cache_limit(1 << 60)
     try:
-        with compiling("never"):
-            for _ in pipe.together([run]) if several else run:
-                assert holds() == (False, 1 << 60)
-        assert holds() == (False, 1 << 60)
+        for _ in pipe.together([run]) if several else run:
+            assert holds() == 1 << 60
+        assert holds() == 1 << 60
     finally:
         mx.set_cache_limit(own)
     assert len(inside) > 4
-    assert all(at_once and limit < 1 << 60 for at_once, limit in inside)
+    assert all(limit < 1 << 60 for limit in inside)
 
 
-def holds() -> tuple[bool, int]:
-    """Whether weights are expanded one at a time, and MLX's limit on freed buffers."""
+def holds() -> int:
+    """MLX's limit on freed buffers."""
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
-    return linear._at_once.get(), limit
+    return limit
 
 
 def test_no_runs_make_nothing() -> None:

@@ -77,11 +77,11 @@ def transformer(port: Port, inputs: Tensors, num_img: int) -> Tensors:
     out: dict[str, mx.array] = {}
     txt, img = model.txt_in(embeds), model.img_in(tokens)
     for i, block in enumerate(model.double_blocks):
-        txt, img = block(txt, img, mods.txt, mods.img, rope)
+        (txt, img), _ = block(txt, img, mods.txt, mods.img, rope)
         out[f"double.{i}.txt"], out[f"double.{i}.img"] = txt, img
     x = mx.concatenate([txt, img], axis=1)
     for i, block in enumerate(model.single_blocks):
-        x = block(x, mods.single, rope)
+        x, _ = block(x, mods.single, rope)
         out[f"single.{i}"] = x
     out["velocity"] = model(tokens, model.embed_text(embeds), mods, rope, num_img)
     return {key: to_numpy(value) for key, value in out.items()}
@@ -94,9 +94,9 @@ def small_inputs(port: Port, inputs: Tensors) -> Tensors:
     mods = model.modulations(float(inputs["sigma"][0]), port.dtype)
     txt, img = mx.array(inputs["txt"]), mx.array(inputs["img"])
     out = dict(
-        zip(("double.txt", "double.img"), model.double_blocks[0](txt, img, mods.txt, mods.img, rope), strict=True)
+        zip(("double.txt", "double.img"), model.double_blocks[0](txt, img, mods.txt, mods.img, rope)[0], strict=True)
     )
-    out["single"] = model.single_blocks[0](mx.concatenate([txt, img], axis=1), mods.single, rope)
+    out["single"] = model.single_blocks[0](mx.concatenate([txt, img], axis=1), mods.single, rope)[0]
     bare = Transformer(replace(port.config.transformer, num_layers=0, num_single_layers=0))
     names = {name for name, _ in tree_flatten(bare.parameters())}
     bare.load_weights([(name, value) for name, value in tree_flatten(model.parameters()) if name in names])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from golden import cases, port
 from golden.files import MODEL, load
+from mlx.utils import tree_flatten
 
 IMAGE_TOKENS = cases.GRID[0] * cases.GRID[1]
 
@@ -26,8 +27,8 @@ def recorded(kind: type, kept: list[tuple[str, mx.Dtype]]) -> Iterator[None]:
 
     def call(self: Any, *args: Any) -> Any:
         result = original(self, *args)
-        for what, values in (("into", args), ("out of", result if isinstance(result, tuple) else (result,))):
-            kept.extend((f"{what} {kind.__name__}", v.dtype) for v in values if isinstance(v, mx.array))
+        for what, values in (("into", [a for a in args if isinstance(a, mx.array)]), ("out of", result)):
+            kept.extend((f"{what} {kind.__name__}", v.dtype) for _, v in tree_flatten(values))  # type: ignore[misc]
         return result
 
     kind.__call__ = call  # type: ignore[method-assign]

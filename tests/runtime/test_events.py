@@ -52,28 +52,52 @@ def test_a_run_is_closed_between_parts_of_a_step(pipe: KleinPipeline) -> None:
 
 
 def test_pieces_are_as_long_as_they_should_be(pipe: KleinPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short parts go by many at once; long ones are evaluated one by one."""
-    evaluated: list[int] = []
-    now = 0.0
-    monkeypatch.setattr("klein_mlx.runtime.run.time.perf_counter", lambda: now)
+    """Short parts go by many at once; long ones are evaluated one by one, each while the one before it is computed."""
+    now, seconds = 0.0, 0.0
+    started: list[int] = []
+    awaited: list[int] = []
 
-    def work(seconds: float, count: int) -> Callable[[Run], Iterator[Step]]:
+    def wait(array: mx.array) -> None:
+        nonlocal now
+        last = awaited[-1] if awaited else -1
+        awaited.append(int(array.item()))
+        now += (awaited[-1] - last) * seconds
+
+    monkeypatch.setattr("klein_mlx.runtime.run.time.perf_counter", lambda: now)
+    monkeypatch.setattr("klein_mlx.runtime.run.mx.async_eval", lambda array: started.append(int(array.item())))
+    monkeypatch.setattr("klein_mlx.runtime.run.mx.eval", wait)
+
+    def work(count: int) -> Callable[[Run], Iterator[Step]]:
         def run_parts(run: Run) -> Iterator[Step]:
-            nonlocal now
             for number in range(count):
-                now += seconds
-                run.part_done(mx.array(1))
-                if run._waiting == 0:
-                    evaluated.append(number)
+                run.part_done(mx.array(number))
             yield from ()
 
         return run_parts
 
-    list(working(pipe, work(PIECE_SECONDS, 3)))
-    assert evaluated == [0, 1, 2]
-    evaluated.clear()
-    list(working(pipe, work(PIECE_SECONDS / 40.5, 100)))
-    assert evaluated == [0, 40, 80]
+    seconds = PIECE_SECONDS
+    list(working(pipe, work(4)))
+    assert (started, awaited) == ([0, 1, 2, 3], [0, 1, 2])
+    started.clear()
+    awaited.clear()
+    seconds = PIECE_SECONDS / 40.5
+    list(working(pipe, work(130)))
+    assert (started, awaited) == ([0, 1, 41, 81, 121], [0, 1, 41, 81])
+
+
+def test_nothing_is_held_after_a_phase(pipe: KleinPipeline) -> None:
+    """What a phase evaluated last is let go, also where the phase fails."""
+    run = Run(check(pipe.config, prompt="a red circle"))
+    before = mx.get_active_memory()
+
+    def broken(array: mx.array) -> None:
+        run.part_done(array)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), run.timed("steps"):
+        broken(mx.zeros((1 << 20,)) + 1)
+    mx.synchronize()
+    assert mx.get_active_memory() - before < 1 << 20
 
 
 def test_two_runs_share_the_parts() -> None:

@@ -16,8 +16,8 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.describe import describe, format_description
 from klein_mlx.formats.open import open_model
-from klein_mlx.model.compile import compiling
-from klein_mlx.model.layers import linear, matmul_policy
+from klein_mlx.model.cpu import Cpu
+from klein_mlx.model.layers import Gpu, place
 from klein_mlx.weights import quantize
 from klein_mlx.weights.bits import from_options, parse, settle
 from klein_mlx.weights.checkpoint import Source, build, expected, load_part
@@ -129,10 +129,10 @@ def test_every_mode_is_written_and_loads_again_as_it_was_asked_for(source: Sourc
         if not isinstance(layer, nn.QuantizedLinear) or path not in ("mod_img", "double_blocks.0.img.mlp_in"):
             continue
         plain = whole.mod_img if path == "mod_img" else whole.double_blocks[0].img.mlp_in
-        with matmul_policy("direct"):
-            direct_out = linear(layer, x)
-        with matmul_policy("expand"):
-            expanded = linear(layer, x)
+        place(layer, Gpu())
+        direct_out = layer(x)
+        place(layer, Cpu())
+        expanded = layer(x)
         right = x @ plain.weight.T
         # float32 sums of 64 products of order 1, in another order; the export rounds to bfloat16 (2^-9).
         assert mx.allclose(direct_out, expanded, rtol=1e-4, atol=1e-4).item()
@@ -167,11 +167,11 @@ def test_searched_scales_are_closer(bits: int) -> None:
     assert searched.sum().item() < 0.87 * plain.sum().item()
 
 
-def test_the_search_is_the_same_in_kernels() -> None:
+def test_the_search_is_the_same_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = mx.random.normal((8, 128), key=mx.random.key(1))
     plain = search(weight, 64, 4)
-    with compiling("always"):
-        fused = search(weight, 64, 4)
+    monkeypatch.setattr("klein_mlx.model.compile.mx.default_device", lambda: mx.Device(mx.gpu))
+    fused = search(weight, 64, 4)
     for one, two in zip(plain[1:], fused[1:], strict=True):
         assert mx.allclose(one, two, rtol=1e-3, atol=1e-4).item()  # a kernel may multiply and add at once
 
