@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options
+from klein_mlx.cli.output import note, say
 from klein_mlx.cli.settings import read_settings
 from klein_mlx.errors import RequestError
 
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     _log_to_stderr(args.quiet)
 
     def ready(url: str) -> None:
-        print(url, flush=True)
+        say(url)
+        sys.stdout.flush()
         if args.open:
             import webbrowser
 
@@ -118,9 +120,9 @@ def obtain_here(words: str) -> None:
             from_options(*told["bits"])
         if told["vae"]:
             obtain_vae(told["vae"], **told["consent"])
-        print(obtain(told["model"], own=told["own"], **told["consent"]))
+        say(str(obtain(told["model"], own=told["own"], **told["consent"])))
     except KleinError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         raise SystemExit(2) from None
 
 

@@ -234,6 +234,7 @@ def test_what_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> mx.array:
         raise RuntimeError("[metal::load] no kernel\nof this name")
 
+    broken.plain = broken  # type: ignore[attr-defined]
     monkeypatch.setattr(layers, "swiglu", broken)
     (row,) = rows("swiglu")
     assert row.holds is False
@@ -312,7 +313,11 @@ def test_the_command_tells_what_holds(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_command_names_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(layers, "swiglu", lambda gate, value: value)
+    def wrong(gate: mx.array, value: mx.array) -> mx.array:
+        return value
+
+    wrong.plain = wrong  # type: ignore[attr-defined]
+    monkeypatch.setattr(layers, "swiglu", wrong)
     assert main(["doctor", "--only", "swiglu", "--json"]) == 2
     out, err = capsys.readouterr()
     report = json.loads(out)

@@ -138,7 +138,7 @@ def test_show(folder: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "\x1b" not in shown.stdout
     for words in (
-        "a star\ufffd[31m, 赤い 🦊",
+        "a star\\x1b[31m, 赤い 🦊",
         "tiny (tiny, fingerprint ",
         "in.png sha256 ",
         "klein_mlx 0.",

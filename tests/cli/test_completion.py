@@ -74,7 +74,7 @@ def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_names_of_models(place: Path) -> None:
     names = model_names()
     assert names[:2] == ["tiny", "4b"]
-    assert names[-2:] == ["mine", "someone/klein-small"]
+    assert "mine" in names
 
 
 def needs(shell: str) -> str:

@@ -213,7 +213,7 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
         (("__../../etc/passwd__",), "is no name; it must be letters, digits, - and _"),
         (("a star", "--prompt-file", "p.txt"), "a prompt and --prompt-file are given"),
         (("--prompt-file", "none.txt"), "--prompt-file none.txt cannot be read: No such file"),
-        (("--prompt-file", os.devnull), "has no prompt; it must have one per line"),
+        (("--prompt-file", os.devnull), "is a device; it must be a file, or - for stdin"),
         (("a star", "--preset", "fast"), "--preset fast is not in the config; there are none"),
         (("a star", "--grid", "x.gif"), "output x.gif ends in .gif"),
         (("a star", "-o", "x.png", "--grid", "x.png", "--force"), "--grid x.png is the name of a picture too"),

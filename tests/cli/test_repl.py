@@ -96,7 +96,7 @@ def test_commands(session: Any, tmp_path: Path) -> None:
     assert (tmp_path / "a-star-9.png").exists()
     for line in ("!seed random", "!size default", "!steps default", "!show off", ""):
         assert session.line(line)
-    assert session.told[-4:] == ["seed random", "size default", "steps default", "show off"]
+    assert session.told[-4:] == ["seed random", "size default", "steps 4", "show off"]
     session.line("!help")
     assert "!undo" in session.told[-1]
     assert not session.line("!quit")
@@ -228,7 +228,7 @@ def test_a_narrow_terminal(opened: Any) -> None:
     assert terminal.end() == 0
     lines = re.sub(r"\033\[[\d;]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
     assert any("\u2580" in line for line in lines)
-    assert any(line.startswith("steps") for line in lines)
+    assert any(line.startswith("step") for line in lines)
     assert max(map(len, lines)) <= 20
 
 

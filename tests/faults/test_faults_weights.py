@@ -284,7 +284,7 @@ def test_a_9b_transformer_given_to_a_4b_model(tmp_path: Path) -> None:
     path = _sparse(tmp_path / "9b.safetensors", _bfl(4096, 8, 24, 12288))
     here, big = tmp_path / "here", {"memory": 64 << 30}  # address space; a file is mapped while its header is read
     accepted("info", path, folder=here, words="of FLUX.2 [klein] 9b", **big)
-    refused("info", path, folder=here, words="cannot be mapped: it has 18.16 GB")
+    refused("info", path, folder=here, words="may take no more memory")
     words = ["these parts do not fit together", "FLUX.2 [klein] 9b"]
     options = ("--transformer", path, *TINY[2:], "-o", "x.png")
     refused("generate", "a star", "--model", "tiny", *options, folder=here, words=words, **big)
@@ -307,7 +307,7 @@ STRANGERS = {
     "a language model": ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "is a language model other than Qwen3; "),
     "a LoRA": (
         {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)},
-        "is a LoRA: give it beside a model",
+        "has lora_A (down) and no lora_B (up)",
     ),
     "FLUX.1's VAE": ({"encoder.down.0.block.0.norm1.weight": (128,)}, "without the latent statistics of FLUX.2's"),
     "none that is known": ({"a.b.c": (8,)}, "is no model that klein_mlx knows (it holds a.b.c ...)"),
@@ -335,9 +335,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
     refused("info", f"model{suffix}", folder=tmp_path, words=words)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "words"), [("F8_E4M3", "float8 without its scale"), ("F8_E5M2", "stored as F8_E5M2")]
-)
+@pytest.mark.parametrize(("dtype", "words"), [("F8_E5M2", "stored as F8_E5M2")])
 def test_a_small_type_that_says_too_little(tmp_path: Path, dtype: str, words: str) -> None:
     save(tmp_path / "x.safetensors", to_bfl(golden("transformer")))
     content = (tmp_path / "x.safetensors").read_bytes()

@@ -164,7 +164,7 @@ def test_sizes() -> None:
         (Image.new("L", (100, 80), 255), {"invert_mask": True}, "mask_image is all white: nothing would be repainted"),
         (Image.new("L", (80, 100), 255), {}, "mask_image is 80 x 100, but the init image is 100 x 80"),
         (Image.new("L", (200, 160), 255), {}, "mask_image is 200 x 160, but the init image is 100 x 80"),
-        (rectangle((100, 80), (0, 0, 2, 2)), {}, "mask_image: its white areas are too thin to repaint"),
+        (rectangle((100, 80), (0, 0, 2, 2)), {}, "mask_image has white areas that are too thin to repaint"),
         (None, {"extend": "80x100"}, "extend is 80 x 100; it must be larger than the init image, 100 x 80"),
         (None, {"extend": "100x80"}, "extend is 100 x 80; it must be larger than the init image, 100 x 80"),
         (None, {"extend": "left=2"}, "extend adds too little to be painted; add at least half a token"),
