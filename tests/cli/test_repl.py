@@ -63,7 +63,9 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
     settings: dict[str, Any] = {"seed": 7, "width": None, "height": None, "num_inference_steps": 1}
-    session = Session(KleinPipeline.from_pretrained("tiny", keep="all"), settings, told.append)
+    session = Session(
+        KleinPipeline.from_pretrained("tiny", keep="all"), settings, lambda *lines: told.append("\n".join(lines))
+    )
     session.told = told  # type: ignore[attr-defined]
     return session
 
