@@ -305,13 +305,6 @@ STRANGERS = {
     "Stable Diffusion 3": ({"joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "is Stable Diffusion 3; "),
     "T5": ({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (8, 8)}, "is a T5 encoder; "),
     "a language model": ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "is a language model other than Qwen3; "),
-    "a LoRA": (
-        {
-            "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8),
-            "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": (8, 4),
-        },
-        "is a LoRA: give it beside a model",
-    ),
     "FLUX.1's VAE": ({"encoder.down.0.block.0.norm1.weight": (128,)}, "without the latent statistics of FLUX.2's"),
     "none that is known": ({"a.b.c": (8,)}, "is no model that klein_mlx knows (it holds a.b.c ...)"),
 }
