@@ -297,7 +297,7 @@ class Options:
         "--init-reference",
         kind=bool,
         negatable=True,
-        default="with {extend} only",
+        default="with a mask or an extension, as in diffusers",
         group="editing",
     )
     generator: Any = option(

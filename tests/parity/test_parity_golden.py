@@ -22,7 +22,10 @@ def remade(reference: Any) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("name", files.FILES)
 def test_golden_files(remade: dict[str, dict[str, np.ndarray]], name: str):
-    """Integers equal; floats within 1e-5 of the largest value (bfloat16: one rounding); pixels within one."""
+    """Integers equal; floats within 5e-5 of the largest value (bfloat16: one rounding); pixels within one.
+
+    torch itself differs by 2.3e-5 from one processor to another, after eight guided steps.
+    """
     golden = files.load(name)
     assert set(remade[name]) == set(golden)
     for key, value in golden.items():
@@ -30,7 +33,7 @@ def test_golden_files(remade: dict[str, dict[str, np.ndarray]], name: str):
         assert new.dtype == value.dtype
         assert new.shape == value.shape
         if value.dtype.kind == "f":
-            tolerance = (2**-8 if name == "bfloat16" else 1e-5) * np.abs(value).max()
+            tolerance = (2**-8 if name == "bfloat16" else 5e-5) * np.abs(value).max()
             np.testing.assert_allclose(new, value, rtol=0, atol=tolerance, err_msg=key)
         else:
             worst = 1 if value.dtype == np.uint8 else 0
