@@ -81,7 +81,7 @@ def check_edit(
         padding_mask_crop=padding_mask_crop,
         margins=margins,
         extend_to=extend_to,
-        init_reference=(mask_image is not None or extend is not None) if init_reference is None else init_reference,
+        init_reference=painted_over if init_reference is None else init_reference,
     )
 
 
