@@ -19,7 +19,7 @@ ROWS = [
     {"request"},
     {"edits"},
     {"config"},
-    {"paths", "porting"},
+    {"paths", "porting", "option"},
     {"errors"},
 ]
 FILES = {

@@ -95,7 +95,7 @@ COMMANDS = {
     "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train", TRAIN_EXAMPLES),
     "doctor": Command("whether this Mac computes what it should", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
-    "info": Command("what a model is: variant, sizes, bits, licence", "klein_mlx.cli.info", INFO_EXAMPLES),
+    "info": Command("what a model is: variant, sizes, bits, license", "klein_mlx.cli.info", INFO_EXAMPLES),
     "serve": Command("the studio page and the HTTP server", "klein_mlx.cli.serve", SERVE_EXAMPLES),
     "completion": Command(
         "a script that completes options in a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES

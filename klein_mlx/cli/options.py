@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import say
 from klein_mlx.errors import KleinError, RequestError, named, nearest
-from klein_mlx.request import Option, Options, option, option_of
+from klein_mlx.option import Option, option, option_of
+from klein_mlx.request import Options
 
 if TYPE_CHECKING:
     from klein_mlx.config import ModelConfig

@@ -27,8 +27,8 @@ from typing import Any
 
 from klein_mlx.cli.options import KEYS, TABLE, RunOptions, numbers, refuse_group_size_alone
 from klein_mlx.errors import RequestError, nearest
+from klein_mlx.option import Option
 from klein_mlx.paths import config_folder
-from klein_mlx.request import Option
 
 FOLDERS = ("loras", "wildcards")
 TABLES = ("presets", "models", "folders")
