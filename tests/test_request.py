@@ -144,7 +144,7 @@ def test_defaults_of_an_edit() -> None:
     assert plain is not None
     assert masked is not None
     assert (plain.strength, plain.init_reference) == (0.6, False)
-    assert (masked.strength, masked.init_reference, masked.mask_blur) == (1.0, False, 4)
+    assert (masked.strength, masked.init_reference, masked.mask_blur) == (1.0, True, 4)
     wide = check(config(), prompt="a", init_image="in.png", extend=" left = 16 , top=32").edit
     assert wide is not None
     assert wide.margins == (16, 32, 0, 0)
