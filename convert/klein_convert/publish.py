@@ -86,7 +86,7 @@ def _own_licence() -> str | None:
         text = metadata.distribution("klein-mlx").read_text(f"licenses/{LICENCE_FILE}")
     except metadata.PackageNotFoundError:
         text = None
-    return text or _text(Path(__file__).resolve().parent.parent, LICENCE_FILE)
+    return text or _text(Path(__file__).resolve().parents[2], LICENCE_FILE)
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 
 from klein_mlx.model.torch_noise import torch_noise
 
+torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 
 

@@ -83,7 +83,12 @@ def start(
     """
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")} | pipes
     limited = ["/bin/sh", "-c", _LIMITED, str(memory >> 10), *command(*arguments)]
-    return subprocess.Popen(limited, cwd=folder, env=environment(changes), start_new_session=True, **pipes)
+    # Under nohup SIGHUP is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(limited, cwd=folder, env=environment(changes), start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def run_fault(
