@@ -18,22 +18,29 @@ from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.errors import of_device
 from klein_mlx.images.masks import Canvas
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.latents import References, from_channels_first, join_references, noise
-from klein_mlx.model.sampler import After, Predict, add_noise, euler_steps, hold_outside, make_sigmas
+from klein_mlx.model.sampler import (
+    After,
+    Predict,
+    References,
+    add_noise,
+    euler_steps,
+    from_channels_first,
+    hold_outside,
+    join_references,
+    make_sigmas,
+    noise,
+    torch_noise,
+)
 from klein_mlx.model.tokenizer import Tokenizer
-from klein_mlx.model.torch_noise import torch_noise
 from klein_mlx.model.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
 from klein_mlx.porting import answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
-from klein_mlx.runtime.limits import ReadAhead, memory_limits
-from klein_mlx.runtime.loras import Loras
-from klein_mlx.runtime.memory import Work, check_fits, machine_memory
-from klein_mlx.runtime.parts import Parts, compute_dtype
-from klein_mlx.runtime.pictures import Opened, decode, open_pictures
+from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
+from klein_mlx.runtime.parts import Loras, Parts, compute_dtype
+from klein_mlx.runtime.pictures import Opened, Sketcher, decode, open_pictures
 from klein_mlx.runtime.recipe import Recorder
 from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step
-from klein_mlx.runtime.sketch import Sketcher
 from klein_mlx.weights.bits import Quantize, parse, settle
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora
@@ -89,7 +96,7 @@ class KleinPipeline:
         self.encodings = Encodings(self.parts, prompt_cache)
         self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype, self.parts.pinned)
         self._blocks = CompiledBlocks()
-        self._loras = Loras(self.parts, self.encodings)
+        self._loras = Loras(self.parts, self.encodings.prompts.clear)
 
     @classmethod
     @with_hints
@@ -112,7 +119,7 @@ class KleinPipeline:
 
         model: a hub id, a folder (ours, or in diffusers' layout), or "tiny", the embedded checkpoint.
         quantize: bits for weights that are not quantised yet: None, 3, 4, 5, 6, 8, a word ("4-g32", "mxfp4",
-            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.weights.bits.
+            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.weights.quantize.
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
             float16 is for chips without bfloat16 of their own (M1, M2): the transformer's layers compute in it beside
             a float32 residual stream, encoder and VAE in bfloat16.
@@ -420,7 +427,7 @@ class KleinPipeline:
         return preview
 
     def sketch(self, latents: mx.array) -> Image.Image | None:
-        """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.runtime.sketch. `sketcher` draws
+        """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.runtime.pictures. `sketcher` draws
         it, by default one that keeps nothing on disk: it knows tiny's colours, and others' once it has seen a picture.
         """
         self.sketcher = self.sketcher or Sketcher(self.source, None)

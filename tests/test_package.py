@@ -35,6 +35,7 @@ def test_importing_the_package_does_not_load_mlx() -> None:
     assert "mlx" not in loaded_after("import klein_mlx")
 
 
+@pytest.mark.clock
 def test_help_is_quick() -> None:
     """Under 0.2 s; the best of a few, since other work on the machine only ever adds."""
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from klein_mlx.errors import RequestError
-from klein_mlx.images.metadata import read_metadata
-from klein_mlx.model.torch_noise import torch_noise
+from klein_mlx.images.saving import read_metadata
+from klein_mlx.model.sampler import torch_noise
 from klein_mlx.pipeline import KleinPipeline
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "output_type": "latent"}

@@ -9,13 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_convert.destination import checked_destination, publish, require_space, workspace, write_failure
-from klein_convert.publish import write_card
-from klein_convert.threads import Counter, Hashing
-from klein_convert.writer import Warn, flush, write_json, write_weights
+from klein_convert.destination import checked_destination, publish, require_space, workspace, write_card, write_failure
+from klein_convert.writer import Counter, Hashing, Warn, flush, write_json, write_weights
 from klein_mlx.config import ONE_STEP, PARTS, TIME_SHIFTS, TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.mix import with_variant
+from klein_mlx.formats.mflux import with_variant
 from klein_mlx.formats.open import open_model
 from klein_mlx.paths import version
 from klein_mlx.weights.bits import Quantize, parse, settle
@@ -90,7 +88,7 @@ def convert_checkpoint(
     """Write a model in our own format; loading the result gives the same weights, bit for bit, as loading the source.
 
     quantize: bits for the linear layers of the transformer's and the encoder's blocks, or a mapping, a preset, ... (see
-    klein_mlx.weights.bits); else dtypes are kept.
+    klein_mlx.weights.quantize); else dtypes are kept.
     force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint;
     another is what the model is, where its files do not tell.
     verify: read what was written again, and compare it with the source's weights, before it gets its name.

@@ -4,8 +4,8 @@ import json
 from itertools import product
 
 from klein_mlx import KleinPipeline
+from klein_mlx.runtime.pictures import PACKAGED, fit, vae_digest
 from klein_mlx.runtime.run import Picture
-from klein_mlx.runtime.sketch import PACKAGED, fit, vae_digest
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange")
 SHAPES = ("circle", "square", "star", "triangle", "cross")

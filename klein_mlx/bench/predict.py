@@ -14,9 +14,9 @@ from mlx.utils import tree_map
 from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import RequestError
-from klein_mlx.model.latents import image_ids, text_ids
 from klein_mlx.model.layers import Gpu, place, wide
 from klein_mlx.model.rope import rope_tables
+from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
 from klein_mlx.model.vae import VAE

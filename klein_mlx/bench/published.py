@@ -22,7 +22,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.describe import verify
 from klein_mlx.formats.open import open_model
-from klein_mlx.model.torch_noise import torch_noise
+from klein_mlx.model.sampler import torch_noise
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.weights.checkpoint import Checkpoint, Source
 from klein_mlx.weights.safetensors import digest_file

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.bench.checks import Row, Setting, error
-from klein_mlx.model import latents as grids
+from klein_mlx.model import sampler as grids
 from klein_mlx.model.layers import Device, Gpu, here, place, wide
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.pipeline import KleinPipeline

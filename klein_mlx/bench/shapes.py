@@ -18,10 +18,10 @@ from klein_mlx.bench import naive
 from klein_mlx.bench.checks import Row, Setting, compared, error
 from klein_mlx.bench.predict import klein
 from klein_mlx.config import ModelConfig
-from klein_mlx.model import latents as grids
 from klein_mlx.model import layers, rope, transformer, vae_layers
+from klein_mlx.model import sampler as grids
 from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.lora_layers import Branched
+from klein_mlx.model.layers import Branched
 from klein_mlx.model.text_encoder import Layer
 from klein_mlx.model.vae import UpBlock
 

@@ -17,7 +17,7 @@ from klein_mlx.cli.options import KEYS, TABLE, Parser, RunOptions, add_request_a
 from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
-from klein_mlx.images.metadata import read_metadata
+from klein_mlx.images.saving import read_metadata
 from klein_mlx.paths import own_models
 from klein_mlx.runtime.recipe import FORMAT, PIXELS, digest_file
 

@@ -16,8 +16,7 @@ from klein_mlx.cli.options import (
     lora_options,
     refuse_group_size_alone,
 )
-from klein_mlx.cli.output import note, say
-from klein_mlx.cli.terminal import has_bar
+from klein_mlx.cli.output import has_bar, note, say
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
@@ -53,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say; prints the destination. Returns the exit code; raises KleinError."""
     from klein_convert.checkpoint import check_variant, convert_checkpoint, plan_conversion
-    from klein_convert.export import export_diffusers
-    from klein_convert.lora_merge import merge_loras
-    from klein_convert.publish import check_upload, upload
+    from klein_convert.destination import check_upload, upload
+    from klein_convert.export import export_diffusers, merge_loras
     from klein_mlx.cli.download import obtain, obtain_vae
     from klein_mlx.formats.open import find_vae, open_model
 

@@ -14,8 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.output import ask, note
-from klein_mlx.cli.terminal import has_bar
+from klein_mlx.cli.output import ask, has_bar, note
 from klein_mlx.config import PARTS, VARIANTS
 from klein_mlx.errors import CheckpointError, Declined, RequestError, printable
 from klein_mlx.paths import cached_models, own_model, own_models, own_names

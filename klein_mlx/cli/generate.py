@@ -81,7 +81,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
     from klein_mlx.cli.download import obtain, obtain_vae
     from klein_mlx.formats.open import SMALL_DECODER
     from klein_mlx.pipeline import KleinPipeline
-    from klein_mlx.runtime.loras import described
+    from klein_mlx.runtime.parts import described
 
     if options.small_decoder and options.vae:
         raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
@@ -130,7 +130,7 @@ def _enhance(options: RunOptions, jobs: "list[Job]", pipe: "KleinPipeline") -> N
 
 def _check_outputs(options: RunOptions) -> Path | None:
     """Refuse what could not be written before a model is looked for; returns where the contact sheet goes, or None."""
-    from klein_mlx.cli.naming import check_template, is_template
+    from klein_mlx.cli.batch import check_template, is_template
     from klein_mlx.images.saving import check_output
 
     output = options.output

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what a LoRA is. Returns the exit code; raises KleinError."""
     from klein_mlx.formats.describe import describe_lora, format_lora
-    from klein_mlx.formats.lora_find import find_lora
+    from klein_mlx.formats.lora_metadata import find_lora
 
     found = describe_lora(find_lora(args.lora, folder=args.lora_folder, local_files_only=bool(args.offline)))
     if args.json:

@@ -114,3 +114,8 @@ def _point_at_nothing(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):  # a stream in memory
         pass
+
+
+def has_bar(stream: TextIO) -> bool:
+    """Whether a line can be drawn over again there: a terminal, and not a dumb one."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")

@@ -127,9 +127,8 @@ class Session:
 
     def draw(self, asked: Asked) -> None:
         """Make a picture, save it under a new name, and show it."""
-        from klein_mlx.cli.naming import free_names
-        from klein_mlx.cli.progress import pictures
-        from klein_mlx.cli.terminal import keep_sketches, view_of
+        from klein_mlx.cli.batch import free_names
+        from klein_mlx.cli.terminal import keep_sketches, pictures, view_of
         from klein_mlx.images.saving import save_image_free
 
         settings = dict(self.settings)

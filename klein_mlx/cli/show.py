@@ -7,7 +7,7 @@ from typing import Any
 from klein_mlx.cli.options import in_options
 from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.errors import RequestError
-from klein_mlx.images.metadata import Found, parse_parameters, read_metadata
+from klein_mlx.images.saving import Found, parse_parameters, read_metadata
 
 MAX_LINES, MAX_NAME, MAX_LINE, MAX_TEXT = 100, 40, 2000, 100_000  # lines; characters: of a name, a value, a prompt
 TEXTS = ("prompt", "template", "original", "negative")

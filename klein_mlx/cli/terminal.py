@@ -1,6 +1,15 @@
-"""Pictures in a terminal: which protocol it knows, told from its environment, and the bytes that it draws.
+"""A run while it works, in a terminal: a bar and notes, or one JSON object a line for programs, and its pictures.
 
-Pure functions of a picture and of environment variables; nothing is printed here but by `show`. Inside tmux and screen,
+`--progress json` prints objects on stderr, with `event` and `seconds` (since the start):
+    start    pictures, steps (of all together)
+    phase    phase: load, encode, steps, decode; seconds as above
+    step     picture (from 1), pictures, step (from 1), of, sigma
+    note     text
+    picture  picture, pictures, file (null for stdout), seed, prompt
+    failed   where (file:line), error
+    end      pictures, failed, phases (seconds of each)
+
+Which protocol a terminal knows for pictures is told from its environment. Inside tmux and screen,
 which swallow the protocols, and in terminals that know none, a picture is drawn with half blocks: two pixels a cell.
 """
 
@@ -11,19 +20,21 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TextIO
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
+import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
+from klein_mlx.cli.output import has_bar, json_line, note
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.runtime.run import Picture, Step
+from klein_mlx.runtime.run import Picture, Run, Step
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from klein_mlx.cli.options import RunOptions
-
 
 ESC = "\033"
 
@@ -65,11 +76,6 @@ def _blocks(term: str, colours: str) -> str | None:
     if colours in ("truecolor", "24bit") or term.endswith("-direct"):
         return "blocks"
     return "blocks256" if "256color" in term else None
-
-
-def has_bar(stream: TextIO) -> bool:
-    """Whether a line can be drawn over again there: a terminal, and not a dumb one."""
-    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def show(image: "Image.Image", stream: TextIO, columns: int = 48) -> bool:
@@ -243,7 +249,123 @@ def view_of(pictures: bool, steps: bool) -> View | None:
 def keep_sketches(pipe: KleinPipeline) -> None:
     """Let the model's sketches use, and keep, what earlier pictures taught."""
     from klein_mlx.paths import cache_folder
-    from klein_mlx.runtime.sketch import Sketcher
+    from klein_mlx.runtime.pictures import Sketcher
 
     folder = cache_folder()
     pipe.sketcher = Sketcher(pipe.source, folder / "sketches" if folder else None)
+
+
+PHASES = {"load": "loading", "encode": "encoding", "steps": "step", "decode": "decoding"}
+
+
+class Progress:
+    """What people see. quiet: nothing but failures."""
+
+    def __init__(self, pictures: int, steps: int, quiet: bool = False):
+        self.pictures, self.quiet, self.done, self.start = pictures, quiet, 0, time.perf_counter()
+        off = quiet or not has_bar(sys.stderr)
+        self._bar = tqdm(total=steps, desc=PHASES["load"], disable=off, leave=False)
+        self._over = threading.Event()
+        if not off:
+            threading.Thread(target=self._run_clock, daemon=True).start()
+
+    def _run_clock(self) -> None:
+        """Draw the bar's clock while no step ends: a load or a decode may take long."""
+        while not self._over.wait(0.5):
+            self._bar.refresh()
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+        self._bar.set_description(PHASES.get(name, name))
+
+    def step(self, step: Step) -> None:
+        self._bar.update()
+
+    def view(self, view: Callable[[Step | Picture], None] | None, event: Step | Picture) -> None:
+        """Draw an event, while the bar is out of the way."""
+        if view:
+            with self._bar.external_write_mode():
+                view(event)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            note(text)
+
+    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
+        self.done += 1
+
+    def failed(self, where: str, error: str) -> None:
+        note(f"error: {where}: {error}")
+
+    def end(self, failed: int, phases: Mapping[str, float]) -> None:
+        """The summary, where there is more to tell than one picture's name."""
+        self.close()
+        if self.quiet:
+            return
+        seconds = time.perf_counter() - self.start
+        made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
+        told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
+        tail = f"; {failed} failed" if failed else ""
+        peak = f"; peak memory {mx.get_peak_memory() / 1e9:.2f} GB"
+        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){peak}{tail}")
+
+    def close(self) -> None:
+        self._over.set()
+        self._bar.close()
+
+
+class JsonProgress(Progress):
+    """The same for programs."""
+
+    def __init__(self, pictures: int, steps: int, quiet: bool = False):
+        super().__init__(pictures, steps, quiet=True)
+        self._phase = ""
+        self._tell("start", pictures=pictures, steps=steps)
+
+    def _tell(self, event: str, **values: Any) -> None:
+        seconds = round(time.perf_counter() - self.start, 3)
+        note(json_line({"event": event, "seconds": seconds, **values}))
+
+    def phase(self, name: str) -> None:
+        if name != self._phase:
+            self._phase = name
+            self._tell("phase", phase=name)
+
+    def step(self, step: Step) -> None:
+        number = {"picture": self.done + 1, "pictures": self.pictures}
+        self._tell("step", **number, step=step.index, of=step.of, sigma=round(step.sigma, 6))
+
+    def note(self, text: str) -> None:
+        self._tell("note", text=text)
+
+    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
+        super().picture(file, seed, prompt)
+        self._tell("picture", picture=self.done, pictures=self.pictures, file=file, seed=seed, prompt=prompt)
+
+    def failed(self, where: str, error: str) -> None:
+        self._tell("failed", where=where, error=error)
+
+    def end(self, failed: int, phases: Mapping[str, float]) -> None:
+        self.close()
+        seconds = {phase: round(took, 3) for phase, took in phases.items()}
+        self._tell("end", pictures=self.done, failed=failed, phases=seconds)
+
+
+def pictures(run: Run, quiet: bool, view: Callable[[Step | Picture], None] | None = None) -> Iterator[Picture]:
+    """The run's pictures as they are finished, with a progress bar over all steps and the notes as they come.
+
+    view: called with every event, while the bar is out of the way.
+    """
+    total = run.request.steps * len(run.request.pictures)
+    told = 0
+    with tqdm(total=total, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False) as bar:
+        for event in run:
+            note(*run.notes[told:] if not quiet else ())
+            told = len(run.notes)
+            if view:
+                with bar.external_write_mode():
+                    view(event)
+            if isinstance(event, Picture):
+                yield event
+            else:
+                bar.update()

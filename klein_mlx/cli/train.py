@@ -120,7 +120,7 @@ class _Lines:
     def __init__(self, steps: int, quiet: bool):
         from tqdm import tqdm
 
-        from klein_mlx.cli.terminal import has_bar
+        from klein_mlx.cli.output import has_bar
 
         self._quiet, self._start = quiet, time.perf_counter()
         self._losses: deque[float] = deque(maxlen=_MEAN)

@@ -10,8 +10,7 @@ import mlx.core as mx
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.lora import LoraFile, open_lora
-from klein_mlx.formats.lora_base import tell_encoder
+from klein_mlx.formats.lora import LoraFile, open_lora, tell_encoder
 from klein_mlx.formats.lora_factors import stated_alpha
 from klein_mlx.formats.lora_metadata import told
 from klein_mlx.formats.part import PartFile

@@ -14,11 +14,9 @@ import mlx.core as mx
 
 from klein_mlx.config import MAX_SHIFT, PARTS, TIME_SHIFTS, ModelConfig, default_taps
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.layouts import their_shape, to_ours
-from klein_mlx.formats.names import SAME, diffusers_name, is_left_out
-from klein_mlx.weights.checkpoint import CONFIG_CLASSES, expected, model_config
+from klein_mlx.formats.names import SAME, diffusers_name, is_left_out, their_shape, to_ours
+from klein_mlx.weights.checkpoint import CONFIG_CLASSES, ReadRows, expected, file_rows, model_config
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.rows import ReadRows, file_rows
 from klein_mlx.weights.safetensors import WeightFiles, open_weights, read_json, require_file
 
 INDEX_FILE = "model_index.json"

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.tensors import Tensors
-from klein_mlx.weights.rows import ReadRows, read_bytes_of_rows
+from klein_mlx.formats.scaled import Tensors
+from klein_mlx.weights.checkpoint import ReadRows, read_bytes_of_rows
 from klein_mlx.weights.safetensors import Deferred, Entry, Weight, one_line
 
 _VERSIONS = (2, 3)

@@ -1,16 +1,18 @@
-"""A folder that mflux saved: three parts without configs, in its own names, quantised or not; kept at its bits."""
+"""A folder that mflux saved: three parts without configs, in its own names, quantized or not; kept at its bits. And a
+model put together: a base, and parts from files of their own in place of the base's.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import PARTS, VARIANTS, ModelConfig, default_taps, named_variant, settle_variant
-from klein_mlx.errors import CheckpointError
+from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, ModelConfig, default_taps, named_variant, settle_variant
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.part import PartFile, open_part
+from klein_mlx.weights.checkpoint import ReadRows, Source
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.rows import ReadRows
 from klein_mlx.weights.safetensors import Weight, read_json, require_file
 
 _RECORD = "mflux_model.json"
@@ -81,3 +83,99 @@ def _recorded(path: Path) -> str | None:
     names = {f"flux2-klein-{row.name}": row.name for row in VARIANTS}
     names |= {str(row.hub_id).lower(): row.name for row in VARIANTS}
     return names.get(str(key).lower())
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A Source whose parts come from several. The tokenizer and what no part states are the base's."""
+
+    base: Source
+    parts: Mapping[str, PartFile]
+    config: ModelConfig
+    quantization: Mapping[str, Quantization]
+    info: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.base.tokenizer_file
+
+    def weights(self, part: str) -> Mapping[str, Weight]:
+        return self.parts[part].weights(self.config) if part in self.parts else self.base.weights(part)
+
+    def rows(self, part: str, name: str) -> ReadRows | None:
+        return self.parts[part].rows(self.config, name) if part in self.parts else self.base.rows(part, name)
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        own = [path for part in parts if part in self.parts for path in self.parts[part].tensors.files]
+        return [*self.base.files([part for part in parts if part not in self.parts]), *own]
+
+
+def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
+    """Put parts in place of the base's.
+
+    paths: part -> a file, or a folder of such files. A part that is None or absent stays the base's.
+    Raises CheckpointError if a file is not that part of a FLUX.2 [klein], or if the parts do not fit together.
+    """
+    unknown = sorted(set(paths) - set(PARTS))
+    if unknown:
+        raise RequestError(f"part is {unknown[0]!r}; it must be one of {', '.join(PARTS)}")
+    chosen = {part: Path(os.path.expanduser(path)) for part, path in paths.items() if path is not None}
+    if not chosen:
+        return base
+    for part, path in chosen.items():
+        if not os.path.lexists(path):
+            raise CheckpointError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
+    parts = {part: open_part(path, part, getattr(base.config, part)) for part, path in chosen.items()}
+    try:
+        config = replace(base.config, **{part: file.config for part, file in parts.items()})
+    except CheckpointError as error:
+        told = ", ".join(f"{file.path}{_known(file)}" for file in parts.values())
+        raise CheckpointError(f"{told}, in {base.path} ({base.config.variant.name}): {error}") from None
+    if "transformer" in parts:
+        if parts["transformer"].names_one_step:
+            config = settle_variant(config, ONE_STEP.name)
+        elif config.variant == ONE_STEP:  # the base's
+            config = settle_variant(config, "4b")
+    notes = _doubts(parts.get("transformer"), config)
+    own = {part: file.quantization(config) for part, file in parts.items()}
+    quantization = {part: q for part, q in base.quantization.items() if part not in parts}
+    quantization |= {part: q for part, q in own.items() if q}
+    told = {part: {"name": file.path.name, "format": file.format} for part, file in parts.items()}
+    origin = {**base.info.get("source", {}), "parts": told}
+    format = "mixed" if base.info.get("format") != "klein_mlx" else "klein_mlx"
+    info = {**base.info, "format": format, "source": origin, **({"notes": notes} if notes else {})}
+    if "transformer" in parts and config.variant.licence != base.config.variant.licence:
+        info["licence"] = config.variant.licence
+    return Mixed(base, parts, config, quantization, info)
+
+
+def with_variant(source: Source, name: str) -> Source:
+    """The same model as a variant that its files do not tell. Raises CheckpointError if it has other sizes."""
+    config = settle_variant(source.config, name)
+    info = {key: value for key, value in source.info.items() if key != "notes"}
+    return replace(source, config=config, info={**info, "licence": config.variant.licence})  # type: ignore[type-var]
+
+
+def _doubts(transformer: PartFile | None, config: ModelConfig) -> list[str]:
+    """A note where a transformer's name says that it is another variant than it is taken for."""
+    said = transformer.said_variant if transformer else None
+    taken = config.variant
+    if (
+        transformer is None
+        or said is None
+        or said == taken.name
+        or said.removesuffix("-1step") not in transformer.variants
+    ):
+        return []
+    return [
+        f"{transformer.path.name} speaks of {said}, and runs as {taken.name} ({taken.steps} steps, guidance "
+        f"{taken.guidance:g}); --variant {said} or --variant {taken.name} settles it"
+    ]
+
+
+def _known(file: PartFile) -> str:
+    return f" (of FLUX.2 [klein] {' or '.join(file.variants)})" if file.variants else ""

@@ -9,8 +9,7 @@ from typing import Any
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, is_encoded, open_diffusers
-from klein_mlx.formats.mflux import open_mflux
-from klein_mlx.formats.mix import mix, with_variant
+from klein_mlx.formats.mflux import mix, open_mflux, with_variant
 from klein_mlx.formats.part import PartFile, open_part
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source, open_checkpoint

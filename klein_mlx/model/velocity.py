@@ -6,10 +6,9 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.latents import References, all_ids, latents_to_tokens, tokens_to_latents
 from klein_mlx.model.layers import wide
 from klein_mlx.model.rope import Rope, rope_tables
-from klein_mlx.model.sampler import Predict, guide, with_cfg
+from klein_mlx.model.sampler import Predict, References, all_ids, guide, latents_to_tokens, tokens_to_latents, with_cfg
 from klein_mlx.model.transformer import KeysValues, Modulations, Note, RunBlock, Transformer, call_block
 
 Reuse = Literal["alone", "first step"]

@@ -13,15 +13,14 @@ from PIL import Image
 
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.images.reading import to_pixels
-from klein_mlx.model.latents import patchify
+from klein_mlx.model.sampler import patchify
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.tokenizer import Tokenizer, Tokens
 from klein_mlx.model.vae import VAE
 from klein_mlx.model.vae_layers import Done
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
-from klein_mlx.runtime.identity import digest
-from klein_mlx.runtime.parts import Parts
+from klein_mlx.runtime.parts import Parts, digest
 from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import read_tokenizer
 from klein_mlx.weights.safetensors import is_finite, read_header, read_metadata

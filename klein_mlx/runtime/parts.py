@@ -1,8 +1,15 @@
-"""The memory plan: which part's weights are in memory, and when they leave it."""
+"""The memory plan: which part's weights are in memory, with which LoRAs, and when they leave it.
+
+A model's files are pinned while it is open, and digested for recipes and for what is kept on disk.
+"""
 
 import gc
+import hashlib
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +20,9 @@ import mlx.nn as nn
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
-from klein_mlx.formats.lora_base import shapes_of
+from klein_mlx.formats.lora import read_lora, shapes_of
+from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.model.layers import Device, here, place
-from klein_mlx.runtime.identity import Pinned
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
@@ -28,11 +35,9 @@ from klein_mlx.runtime.memory import (
     weight_bytes,
 )
 from klein_mlx.runtime.run import Run
-from klein_mlx.weights.checkpoint import Source, load_part, read_weights
-from klein_mlx.weights.lora import LoraStack
-from klein_mlx.weights.lora_apply import Applied, branch_bytes, merge_bytes
+from klein_mlx.weights.checkpoint import Source, load_part, read_weights, token_rows
+from klein_mlx.weights.lora import Applied, LoadedLora, Lora, LoraStack, branch_bytes, checked_scale, merge_bytes
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.rows import token_rows
 from klein_mlx.weights.safetensors import is_finite, load_now, require_file
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -209,3 +214,152 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
     if name not in DTYPES:
         raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+# ---- LoRAs of a pipeline ----
+
+
+class Loras:
+    """What KleinPipeline's LoRA methods do: LoRAs found, read, applied, scaled, taken off again.
+
+    forget: drops the prompts' embeddings, which an encoder with other LoRAs would not give.
+    """
+
+    def __init__(self, parts: Parts, forget: Callable[[], object]):
+        self._parts, self._forget = parts, forget
+
+    def load(
+        self,
+        path: str | Path,
+        scale: float = 1.0,
+        name: str | None = None,
+        *,
+        partial: bool = False,
+        **where: Any,
+    ) -> LoadedLora:
+        """See KleinPipeline.load_lora. where: as in find_lora."""
+        checked_scale(scale)
+        file = find_lora(path, **where)
+        if name is None:
+            name = self._free_name(file.stem)
+        lora = read_lora(file, self._parts.source.config, partial)
+        self._parts.check_idle(*lora.parts)
+        loaded = self._parts.loras.add(lora, scale, name)
+        self._log(lora, loaded)
+        try:
+            self._refresh(lora)
+        except BaseException:
+            self._parts.loras.remove(name)
+            self._refresh(lora)
+            raise
+        return loaded
+
+    def unload(self, name: str | None = None) -> None:
+        """See KleinPipeline.unload_lora."""
+        names = [name] if name is not None else [lora.name for lora in self.loaded]
+        if not names:
+            raise RequestError("no LoRA is loaded")
+        for one in names:
+            self._parts.check_idle(*self._parts.loras.get(one).parts)
+        for one in names:
+            self._refresh(self._parts.loras.remove(one))
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """See KleinPipeline.set_lora_scale."""
+        checked_scale(scale)
+        self._parts.check_idle(*self._parts.loras.get(name).parts)
+        self._refresh(self._parts.loras.set_scale(name, scale))
+
+    @property
+    def loaded(self) -> list[LoadedLora]:
+        return self._parts.loras.loaded
+
+    def _free_name(self, stem: str) -> str:
+        taken = {lora.name for lora in self.loaded}
+        names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
+        return next(name for name in names if name not in taken)
+
+    def _refresh(self, lora: Lora) -> None:
+        if "text_encoder" in lora.parts:
+            self._forget()
+        self._parts.apply_loras(*lora.parts)
+
+    def _log(self, lora: Lora, loaded: LoadedLora) -> None:
+        log = logging.getLogger("klein_mlx")
+        if lora.contradiction:
+            log.warning("LoRA %s: %s", loaded.name, lora.contradiction)
+        if lora.unused:
+            log.warning("LoRA %s: %d keys are not used (%s ...)", loaded.name, len(lora.unused), lora.unused[0])
+
+
+def described(lora: Lora, loaded: LoadedLora) -> str:
+    """One line on a LoRA that was just loaded."""
+    total = lora.modules + lora.needless
+    needless = f" ({lora.needless} of encoder layers that no picture depends on)" if lora.needless else ""
+    return (
+        f"LoRA {loaded.name}: {lora.modules} of {total} modules{needless}, {len(lora.unused)} keys unused, "
+        f"scale {loaded.scale:g}"
+    )
+
+
+# ---- files that stay what they were ----
+
+WHOLE = 1_000_000_000  # bytes: a larger file is known by samples, for reading it would take seconds
+SAMPLES, SAMPLE = 4096, 4096  # of a large file: how many, and the bytes of each
+
+Identity = tuple[int, int, int, int]  # device, inode, bytes, nanoseconds of the last change
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A model's files as they were when it was opened: a part that is read later must come from the same."""
+
+    files: Mapping[Path, Identity]
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> "Pinned":
+        """Raises CheckpointError for a file that is missing."""
+        return cls({path: identity(path) for path in paths})
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file has been changed or replaced. To be called behind whatever was read."""
+        for path, known in self.files.items():
+            if identity(path) != known:
+                raise CheckpointError(f"{path}: has changed since the model was opened; open the model again")
+
+
+def identity(path: Path) -> Identity:
+    """What tells a file from one that takes its place. Raises CheckpointError if it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_sampled(path: Path) -> bool:
+    """Whether `digest` knows a file by samples only."""
+    return identity(path)[2] > WHOLE
+
+
+def digest(paths: Sequence[Path], local: bool = False) -> str:
+    """SHA-256 of files: of all bytes of those up to WHOLE; of the size and samples all over of larger ones.
+
+    local: for this machine alone; a large file's identity counts too, so that no change between its samples is missed.
+    """
+    told = hashlib.sha256()
+    for path in paths:
+        size = identity(path)[2]
+        told.update(f"{path.name} {size}\n".encode())
+        try:
+            with path.open("rb") as file:
+                if size <= WHOLE:
+                    told.update(hashlib.file_digest(file, "sha256").digest())
+                    continue
+                for number in range(SAMPLES):
+                    told.update(os.pread(file.fileno(), SAMPLE, (size - SAMPLE) * number // (SAMPLES - 1)))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if local:
+            told.update(repr(identity(path)).encode())
+    return told.hexdigest()

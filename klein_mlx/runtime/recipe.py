@@ -1,7 +1,7 @@
 """What a picture's recipe holds: everything that decides its pixels, in the words of the command's options.
 
 A recipe is a dict of JSON values. Files are named by their names alone and known by their digests: no recipe holds a
-folder, a user's name or the time. `klein_mlx.images.metadata` puts it into a file, `klein-mlx again` reads it back.
+folder, a user's name or the time. `klein_mlx.images.saving` puts it into a file, `klein-mlx again` reads it back.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from klein_mlx.edits import SIDES, Edit
 from klein_mlx.images.reading import as_picture
 from klein_mlx.paths import TINY_FOLDER, version
 from klein_mlx.request import EDITS, USER_OPTIONS, Request
-from klein_mlx.runtime.identity import Pinned, digest, is_sampled
+from klein_mlx.runtime.parts import Pinned, digest, is_sampled
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora
 from klein_mlx.weights.quantize import Quantization

@@ -38,7 +38,7 @@ class Engine:
     """
 
     def __init__(self, pipe: "KleinPipeline", send: Send, loras: str | None = None):
-        from klein_mlx.formats.lora_find import lora_folder
+        from klein_mlx.formats.lora_metadata import lora_folder
 
         self.pipe, self.send, self.folder = pipe, send, lora_folder(loras)
         self._lock = threading.Lock()
@@ -266,7 +266,7 @@ def main(descriptor: int, settings: dict[str, Any]) -> None:
     try:
         from klein_mlx.paths import cache_folder
         from klein_mlx.pipeline import KleinPipeline
-        from klein_mlx.runtime.sketch import Sketcher
+        from klein_mlx.runtime.pictures import Sketcher
         from klein_mlx.weights.bits import from_options
 
         arguments = dict(settings["pipeline"])

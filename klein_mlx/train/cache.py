@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 
 from klein_mlx.errors import RequestError
 from klein_mlx.images.reading import load_image
-from klein_mlx.model.latents import References, join_references
+from klein_mlx.model.sampler import References, join_references
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.request import check
-from klein_mlx.runtime.identity import digest
+from klein_mlx.runtime.parts import digest
 from klein_mlx.runtime.run import Run
 from klein_mlx.train.dataset import Item, file_digest, fit_picture, fit_reference
 from klein_mlx.train.options import TrainOptions

@@ -14,8 +14,7 @@ import mlx.core as mx
 
 from klein_mlx.errors import RequestError, of_device
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.runtime.limits import memory_limits
-from klein_mlx.runtime.memory import machine_memory
+from klein_mlx.runtime.memory import machine_memory, memory_limits
 from klein_mlx.train.cache import Encoded
 from klein_mlx.train.distributed import Group, LostPeer
 from klein_mlx.train.export import lora_files, origin_of, save_checkpoint, save_lora, save_tensors

@@ -57,8 +57,10 @@ class RunFolder:
             (self.folder / STOP).unlink(missing_ok=True)
             write_text(known, options.to_toml())
         except BlockingIOError:
+            self.close()
             raise RequestError(f"{self.folder} is in use by another training; name another --run") from None
         except OSError as error:
+            self.close()
             raise RequestError(f"run folder {self.folder} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from klein_mlx.bench.cost import Cost, trace
 from klein_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from klein_mlx.model.latents import image_ids, text_ids
 from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.rope import rope_tables
+from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
 from klein_mlx.model.vae import VAE

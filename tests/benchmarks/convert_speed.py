@@ -36,9 +36,8 @@ def make(folder: Path, share: float) -> None:
 
     from klein_mlx.config import ModelConfig
     from klein_mlx.formats.diffusers import STEMS
-    from klein_mlx.formats.infer import KLEIN
-    from klein_mlx.formats.layouts import their_shape
-    from klein_mlx.formats.names import diffusers_name
+    from klein_mlx.formats.names import diffusers_name, their_shape
+    from klein_mlx.formats.part import KLEIN
     from klein_mlx.weights.checkpoint import expected
 
     rng = np.random.default_rng(0)

@@ -9,8 +9,7 @@ from PIL import Image
 from test_cli import PROMPT, TINY, klein
 
 import klein_mlx
-from klein_mlx.images.metadata import read_metadata
-from klein_mlx.images.saving import save_image
+from klein_mlx.images.saving import read_metadata, save_image
 
 STEP = ("--steps", "1", "--seed", "7", "--quiet")
 

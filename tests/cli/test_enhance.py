@@ -11,7 +11,7 @@ from test_cli import TINY, klein
 
 from klein_mlx.cli.enhance import LanguageModel, enhance, enhance_prompts, find_language_model
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.images.metadata import read_metadata
+from klein_mlx.images.saving import read_metadata
 
 TOKENIZER = Path(__file__).parents[2] / "klein_mlx" / "tiny" / "tokenizer.json"
 TEMPLATE = (

@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import TINY, klein, size_of
 
 from klein_mlx import KleinPipeline
-from klein_mlx.images.metadata import read_metadata
+from klein_mlx.images.saving import read_metadata
 from klein_mlx.runtime.run import Picture
 
 FAST = ("--steps", "1", "--width", "64", "--height", "64")

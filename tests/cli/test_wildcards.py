@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from klein_mlx.cli.naming import Named, plan_names, slug
+from klein_mlx.cli.batch import Named, plan_names, slug
 from klein_mlx.cli.options import parse_size
-from klein_mlx.cli.wildcards import expand, is_template
+from klein_mlx.cli.prompts import expand, is_template
 from klein_mlx.errors import RequestError
 
 

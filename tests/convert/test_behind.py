@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from klein_convert.threads import CHUNK, Counter, Hashing, Writing
+from klein_convert.writer import CHUNK, Counter, Hashing, Writing
 from klein_mlx.errors import CheckpointError
 
 

@@ -14,10 +14,9 @@ import pytest
 from folders import assert_equal, parameters, quantizable_model
 from quality import PLAIN_4, Reference, captions, stored_bytes
 
-from klein_convert.calibrate import calibrate
+from klein_convert.calibrate import LEVELS, calibrate, share_out
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.coding import aim, damped, feedback, round_with_feedback
-from klein_convert.ranking import LEVELS, share_out
 from klein_mlx.bench.predict import klein
 from klein_mlx.cli.convert import add_arguments, run
 from klein_mlx.cli.options import Parser
@@ -26,7 +25,7 @@ from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.bits import Quantize, parse, settle
 from klein_mlx.weights.checkpoint import expected, load_part
-from klein_mlx.weights.rounding import search
+from klein_mlx.weights.quantize import search
 
 
 def moments(inputs: int, rank: int, seed: int = 0) -> np.ndarray:

@@ -26,11 +26,21 @@ from safetensors import safe_open
 from klein_convert import writer
 from klein_convert.__main__ import main
 from klein_convert.checkpoint import convert_checkpoint
-from klein_convert.threads import Counter
+from klein_convert.writer import Counter
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.layouts import their_shape, to_ours, to_theirs
-from klein_mlx.formats.names import CONV, HALVES, POINTWISE, SAME, TABLES, diffusers_name, is_left_out
+from klein_mlx.formats.names import (
+    CONV,
+    HALVES,
+    POINTWISE,
+    SAME,
+    TABLES,
+    diffusers_name,
+    is_left_out,
+    their_shape,
+    to_ours,
+    to_theirs,
+)
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.checkpoint import expected
 

@@ -8,8 +8,8 @@ from faults import TINY, refused, run_fault
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from klein_mlx.cli.naming import Named, plan_names
-from klein_mlx.cli.wildcards import expand
+from klein_mlx.cli.batch import Named, plan_names
+from klein_mlx.cli.prompts import expand
 from klein_mlx.images.saving import save_image
 
 HUGE = "9" * 400

@@ -12,8 +12,8 @@ from foreign import read_weights, save, to_mflux
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
 from klein_mlx.config import PARTS, default_taps
-from klein_mlx.formats import infer
 from klein_mlx.formats.open import open_model
+from klein_mlx.formats.part import KLEIN
 from klein_mlx.model.sampler import empirical_mu, make_sigmas
 
 
@@ -67,7 +67,7 @@ def test_a_trimmed_pack_of_mflux_has_klein_s_taps(
     """mflux never normalizes what it taps, so 27 layers are enough; layers 27 to 35 are never read."""
     from dataclasses import replace
 
-    monkeypatch.setitem(infer.KLEIN, "vae", replace(infer.KLEIN["vae"], norm_num_groups=4))
+    monkeypatch.setitem(KLEIN, "vae", replace(KLEIN["vae"], norm_num_groups=4))
     deepen(folder, layers)
     pack = tmp_path / "pack"
     (folder / "tokenizer").rename(tmp_path / "tokenizer")

@@ -16,8 +16,8 @@ from lora_runs import difference, pipeline, velocity
 from klein_mlx import KleinPipeline
 from klein_mlx.config import ModelConfig
 from klein_mlx.errors import RequestError
-from klein_mlx.formats.infer import KLEIN
 from klein_mlx.formats.lora import read_lora
+from klein_mlx.formats.part import KLEIN
 from klein_mlx.runtime.run import Picture
 
 KLEIN_4B = ModelConfig(KLEIN["transformer"], KLEIN["text_encoder"], KLEIN["vae"], True, (9, 18, 27))

@@ -13,11 +13,11 @@ from lora_kinds import KINDS
 from lora_layouts import LAYOUTS, deltas, make_twin, merged_folder, save
 from lora_runs import difference, pipeline, velocity
 
-from klein_convert.lora_merge import merge_loras
+from klein_convert.export import merge_loras
 from klein_mlx.cli.main import main
 from klein_mlx.cli.options import split_scale
 from klein_mlx.formats.describe import describe_lora, format_lora
-from klein_mlx.formats.lora_find import find_lora, lora_folder
+from klein_mlx.formats.lora_metadata import find_lora, lora_folder
 from klein_mlx.formats.open import open_model
 
 

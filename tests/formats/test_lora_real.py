@@ -12,9 +12,9 @@ from real_loras import effects, records, vector, write
 
 from klein_mlx.config import ModelConfig
 from klein_mlx.formats.describe import describe_lora
-from klein_mlx.formats.infer import KLEIN
 from klein_mlx.formats.lora import open_lora, read_lora
 from klein_mlx.formats.names import HALVES, TRANSFORMER
+from klein_mlx.formats.part import KLEIN
 from klein_mlx.weights.lora import Change, Full, Kronecker, LowRank
 
 KLEIN_4B = ModelConfig(KLEIN["transformer"], KLEIN["text_encoder"], KLEIN["vae"], True, (9, 18, 27))

@@ -14,9 +14,9 @@ from foreign import Weights, to_mflux
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
 from klein_mlx.config import PARTS
-from klein_mlx.formats import infer
 from klein_mlx.formats.describe import describe
 from klein_mlx.formats.open import open_any, open_model
+from klein_mlx.formats.part import KLEIN
 from klein_mlx.weights.checkpoint import load_part
 from klein_mlx.weights.quantize import Quantization
 
@@ -58,7 +58,7 @@ def save_mflux(folder: Path, model: Path, bits: int | None) -> Path:
 @pytest.fixture(autouse=True)
 def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """mflux's folders state no groups of the VAE's norms: they are klein's. The golden model has fewer channels."""
-    monkeypatch.setitem(infer.KLEIN, "vae", replace(infer.KLEIN["vae"], norm_num_groups=4))
+    monkeypatch.setitem(KLEIN, "vae", replace(KLEIN["vae"], norm_num_groups=4))
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from folders import refusal
 from klein_mlx.config import KLEIN_TAPS, ModelConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.describe import describe
-from klein_mlx.formats.infer import KLEIN
 from klein_mlx.formats.open import open_any
+from klein_mlx.formats.part import KLEIN
 
 HEADERS: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "real" / "headers.json.gz").read_bytes()))
 _SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I64": 8}

@@ -15,16 +15,15 @@ from klein_convert.checkpoint import convert_checkpoint
 from klein_mlx import KleinPipeline
 from klein_mlx.config import ONE_STEP, VARIANTS, named_variant, settle_variant
 from klein_mlx.errors import RequestError
-from klein_mlx.formats import infer
 from klein_mlx.formats.describe import describe, format_description
 from klein_mlx.formats.open import open_any, open_model
-from klein_mlx.formats.part import PartFile
+from klein_mlx.formats.part import KLEIN, PartFile
 
 
 @pytest.fixture(autouse=True)
 def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in test_mflux."""
-    monkeypatch.setitem(infer.KLEIN, "vae", replace(infer.KLEIN["vae"], norm_num_groups=4))
+    monkeypatch.setitem(KLEIN, "vae", replace(KLEIN["vae"], norm_num_groups=4))
 
 
 @pytest.mark.parametrize(

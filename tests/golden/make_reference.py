@@ -25,8 +25,7 @@ from golden import cases  # noqa: E402
 from klein_convert.checkpoint import convert_checkpoint  # noqa: E402
 from klein_convert.export import export_diffusers  # noqa: E402
 from klein_mlx.bench import reference  # noqa: E402
-from klein_mlx.formats.layouts import to_theirs  # noqa: E402
-from klein_mlx.formats.names import diffusers_name  # noqa: E402
+from klein_mlx.formats.names import diffusers_name, to_theirs  # noqa: E402
 from klein_mlx.formats.open import open_model  # noqa: E402
 
 TAPS = (1, 2, 3)

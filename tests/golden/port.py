@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from klein_mlx.formats.open import open_model
-from klein_mlx.model import latents as grids
 from klein_mlx.model import sampler
+from klein_mlx.model import sampler as grids
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.transformer import Transformer
 from klein_mlx.pipeline import KleinPipeline

@@ -8,7 +8,7 @@ import pytest
 from golden import port
 from golden.files import MODEL, load
 
-from klein_mlx.model import latents as grids
+from klein_mlx.model import sampler as grids
 
 
 @pytest.fixture(scope="module")

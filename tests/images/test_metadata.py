@@ -14,8 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import klein_mlx
 from klein_mlx.errors import RequestError
-from klein_mlx.images.metadata import fits, parameters_text, parse_parameters, read_metadata
-from klein_mlx.images.saving import save_image
+from klein_mlx.images.saving import fits, parameters_text, parse_parameters, read_metadata, save_image
 
 PROMPT = '赤い狐 🦊👩‍👩‍👧 مرحبا <b>&amp; "quoted" \\ \x00\x0b\ufffe end]]>'
 RECIPE: dict[str, Any] = {

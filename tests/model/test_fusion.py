@@ -7,9 +7,8 @@ from klein_mlx import KleinPipeline
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.latents import join_references
 from klein_mlx.model.layers import Gpu, Placed, place
-from klein_mlx.model.sampler import Predict
+from klein_mlx.model.sampler import Predict, join_references
 from klein_mlx.model.transformer import RunBlock, Transformer, call_block
 from klein_mlx.model.velocity import Reuse, Tables, in_parts, velocity
 from klein_mlx.weights.quantize import Quantization, prepare

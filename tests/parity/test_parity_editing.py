@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from klein_mlx import KleinPipeline
 from klein_mlx.formats.open import open_model
 from klein_mlx.images.masks import crop_region, token_mask
-from klein_mlx.model.latents import latents_to_tokens
+from klein_mlx.model.sampler import latents_to_tokens
 from klein_mlx.request import check
 from klein_mlx.runtime.pictures import open_pictures
 from klein_mlx.runtime.run import Run, Step

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
-from klein_mlx.formats.layouts import their_shape
-from klein_mlx.formats.names import diffusers_name, is_left_out
+from klein_mlx.formats.names import diffusers_name, is_left_out, their_shape
 from klein_mlx.weights.checkpoint import expected
 
 pytestmark = pytest.mark.parity

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from klein_mlx.model.torch_noise import torch_noise
+from klein_mlx.model.sampler import torch_noise
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity

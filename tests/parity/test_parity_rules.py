@@ -12,8 +12,8 @@ from PIL import Image
 
 from klein_mlx.errors import RequestError
 from klein_mlx.images import reading as images
-from klein_mlx.model import latents as grids
 from klein_mlx.model import sampler
+from klein_mlx.model import sampler as grids
 
 pytestmark = pytest.mark.parity
 

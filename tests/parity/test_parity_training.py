@@ -10,10 +10,9 @@ import pytest
 from folders import GOLDEN
 from test_parity_lora import check
 
-from klein_mlx.formats.layouts import to_ours
-from klein_mlx.formats.names import diffusers_name
+from klein_mlx.formats.names import diffusers_name, to_ours
 from klein_mlx.formats.open import open_model
-from klein_mlx.model.latents import join_references
+from klein_mlx.model.sampler import join_references
 from klein_mlx.train.adapters import add_adapters, all_weights
 from klein_mlx.train.blockwise import Blockwise, Sample
 from klein_mlx.train.export import origin_of, save_lora

@@ -5,7 +5,7 @@ import gc
 import mlx.core as mx
 
 from klein_mlx import KleinPipeline
-from klein_mlx.model.latents import all_ids, join_references
+from klein_mlx.model.sampler import all_ids, join_references
 from klein_mlx.runtime.encodings import encode_prompt
 from klein_mlx.weights.checkpoint import load_part, part_bytes
 

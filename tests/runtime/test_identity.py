@@ -11,7 +11,7 @@ from klein_mlx import KleinPipeline
 from klein_mlx.errors import CheckpointError
 from klein_mlx.images.saving import remove_stale, save_image
 from klein_mlx.paths import TINY_FOLDER
-from klein_mlx.runtime import identity
+from klein_mlx.runtime import parts
 from klein_mlx.runtime.encodings import PromptCache
 
 ARGUMENTS = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 64}
@@ -82,23 +82,23 @@ def test_every_byte_of_a_small_file_counts_and_samples_of_a_large_one(
 ) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(100_000))
-    first = identity.digest([path])
+    first = parts.digest([path])
     with path.open("rb+") as file:
         file.seek(70_001)
         file.write(b"\1")
-    assert identity.digest([path]) != first
-    monkeypatch.setattr(identity, "WHOLE", 1000)
-    monkeypatch.setattr(identity, "SAMPLES", 3)
-    monkeypatch.setattr(identity, "SAMPLE", 10)
-    assert identity.is_sampled(path)
-    portable, local = identity.digest([path]), identity.digest([path], local=True)
+    assert parts.digest([path]) != first
+    monkeypatch.setattr(parts, "WHOLE", 1000)
+    monkeypatch.setattr(parts, "SAMPLES", 3)
+    monkeypatch.setattr(parts, "SAMPLE", 10)
+    assert parts.is_sampled(path)
+    portable, local = parts.digest([path]), parts.digest([path], local=True)
     in_place(path)
-    assert identity.digest([path]) == portable
-    assert identity.digest([path], local=True) != local
+    assert parts.digest([path]) == portable
+    assert parts.digest([path], local=True) != local
     with path.open("rb+") as file:
         file.seek(99_999)
         file.write(b"\1")
-    assert identity.digest([path]) != portable
+    assert parts.digest([path]) != portable
 
 
 def test_an_entry_of_another_prompt_is_not_taken(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from klein_mlx import KleinPipeline
-from klein_mlx.runtime.limits import CACHE_SHARE, ReadAhead, memory_limits
+from klein_mlx.runtime.memory import CACHE_SHARE, ReadAhead, memory_limits
 
 
 def cache_limit() -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from klein_mlx import KleinPipeline, RequestError, pipeline
 from klein_mlx.cli.main import main
-from klein_mlx.formats.lora_base import shapes_of
+from klein_mlx.formats.lora import shapes_of
 from klein_mlx.formats.open import open_model
 from klein_mlx.runtime import memory
 from klein_mlx.runtime.run import Step

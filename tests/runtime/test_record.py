@@ -12,7 +12,7 @@ from folders import GOLDEN, copy_model, edit_json, edit_weights, nothing_but, qu
 
 from klein_convert.__main__ import main
 from klein_convert.checkpoint import convert_checkpoint, plan_conversion
-from klein_convert.publish import model_card
+from klein_convert.destination import model_card
 from klein_mlx.formats.describe import verify
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.quantize import Quantization, quantize_weights

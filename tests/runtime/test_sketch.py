@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from klein_mlx import KleinPipeline
-from klein_mlx.model.latents import patchify
+from klein_mlx.model.sampler import patchify
+from klein_mlx.runtime.pictures import PACKAGED, Sketcher, draw, find_map, fit, keep_map, vae_digest
 from klein_mlx.runtime.run import Picture, Step
-from klein_mlx.runtime.sketch import PACKAGED, Sketcher, draw, find_map, fit, keep_map, vae_digest
 
 PROMPT = "a red circle left of a blue square"
 
@@ -74,7 +74,7 @@ def test_a_linear_vae_is_drawn_exactly() -> None:
 def test_the_first_picture_teaches_a_model_whose_colours_are_unknown(
     events: list[Step | Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("klein_mlx.runtime.sketch.PACKAGED", tmp_path / "none")
+    monkeypatch.setattr("klein_mlx.runtime.pictures.PACKAGED", tmp_path / "none")
     pipe = KleinPipeline.from_pretrained("tiny")
     pipe.sketcher = Sketcher(pipe.source, tmp_path / "maps")
     sketches, image = [], None

@@ -356,7 +356,7 @@ def test_status_models_estimate_and_uploads(http: httpx.Client, server: Backgrou
 
 
 def test_the_gallery_holds_finished_pictures_only(tmp_path) -> None:
-    from klein_mlx.images.metadata import read_metadata
+    from klein_mlx.images.saving import read_metadata
 
     (tmp_path / "secret.png").write_bytes(b"x")
     with running(save=tmp_path) as server, client(server) as http:

@@ -7,8 +7,8 @@ import numpy as np
 from folders import GOLDEN
 
 from klein_mlx import KleinPipeline
-from klein_mlx.model.latents import image_ids, text_ids
 from klein_mlx.model.rope import rope_tables
+from klein_mlx.model.sampler import image_ids, text_ids
 
 TEXT, SIDE = 6, 4
 

@@ -231,8 +231,7 @@ def _read_lora(path: Path) -> None:
 
     from klein_mlx.errors import KleinError
     from klein_mlx.formats.describe import describe_lora, format_lora
-    from klein_mlx.formats.lora import read_lora
-    from klein_mlx.formats.lora_base import shapes_of
+    from klein_mlx.formats.lora import read_lora, shapes_of
     from klein_mlx.formats.open import open_model
     from klein_mlx.weights.lora import merge, merged_bias
 

@@ -21,8 +21,7 @@ from klein_mlx.model.layers import Gpu, place
 from klein_mlx.weights import quantize
 from klein_mlx.weights.bits import from_options, parse, settle
 from klein_mlx.weights.checkpoint import Source, build, expected, load_part
-from klein_mlx.weights.quantize import Quantization, is_quantized_path, quantize_weights
-from klein_mlx.weights.rounding import pack, search
+from klein_mlx.weights.quantize import Quantization, is_quantized_path, pack, quantize_weights, search
 from klein_mlx.weights.safetensors import load_now
 
 

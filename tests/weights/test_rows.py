@@ -26,12 +26,11 @@ from test_mflux import quantise
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
 from klein_mlx import KleinPipeline
-from klein_mlx.formats.mix import mix
+from klein_mlx.formats.mflux import mix
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.bits import Asked, parse, settle
-from klein_mlx.weights.checkpoint import Source, load_part
+from klein_mlx.weights.checkpoint import Source, TokenRows, load_part, token_rows
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.rows import TokenRows, token_rows
 
 IDS = mx.array([[5, 0, 7, 7, 511], [1, 2, 3, 5, 5]])
 

@@ -1,1 +1,0 @@
-"""The embedded checkpoint: klein.json and its weights, as package data."""
