@@ -14,9 +14,9 @@ import secrets
 import xml.etree.ElementTree as xml
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
-from html import escape
 
 from PIL import Image
 from PIL.ExifTags import Base
