@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import xml.etree.ElementTree as xml
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -77,20 +78,34 @@ def save_image(
     """
     path = Path(path)
     check_output(path, overwrite)
+    with _refusals(path):
+        data = encode_image(image, path.suffix.lower(), recipe)
+    save_bytes(data, path, overwrite)
+
+
+def save_bytes(data: bytes, path: Path, overwrite: bool = False) -> None:
+    """The second half of `save_image`, for a picture that is encoded already."""
     beside = _beside(path)
     try:
-        with _held(beside) as file:
+        with _refusals(path), _held(beside) as file:
             # Not straight into the file: Pillow takes a write that a full disk cut short for a whole one.
-            file.write(encode_image(image, path.suffix.lower(), recipe))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
             _put(beside, path, overwrite)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """What the disk refuses, as RequestError."""
+    try:
+        yield
     except FileExistsError:
         raise RequestError(f"output {path} exists; choose another name, or overwrite it with --force") from None
     except OSError as error:
         raise RequestError(f"output {path} cannot be written: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def save_image_free(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:

@@ -17,10 +17,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from klein_mlx.server import native
+from klein_mlx.server.errors import ApiError, printable
 from klein_mlx.server.guard import Guard
 from klein_mlx.server.jobs import Job, Jobs, QueueFull
 from klein_mlx.server.process import Worker, WorkerError
-from klein_mlx.server.replies import ApiError, printable
 from klein_mlx.server.settings import Settings
 
 log = logging.getLogger(__name__)

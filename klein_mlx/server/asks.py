@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import klein_mlx.request
 from klein_mlx.errors import RequestError
+from klein_mlx.server.errors import ApiError
 from klein_mlx.server.jobs import Job
 from klein_mlx.server.pictures import decode_base64, picture_size
-from klein_mlx.server.replies import ApiError
 from klein_mlx.server.settings import MAX_IMAGES, MAX_PROMPT, MAX_REFERENCES
 
 TEXTS = ("negative_prompt", "extend")

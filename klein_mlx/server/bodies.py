@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from klein_mlx.server.replies import ApiError
+from klein_mlx.server.errors import ApiError
 
 MAX_DEPTH, MAX_PARTS, MAX_FIELD = 20, 20, 1024 * 1024
 IN_MEMORY = 1024 * 1024

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from klein_mlx.server.replies import ApiError
+from klein_mlx.server.errors import ApiError
 from klein_mlx.server.settings import MAX_BODY, Settings
 
 COOKIE = "klein_mlx"

@@ -14,9 +14,10 @@ from starlette.routing import Route
 
 from klein_mlx.server.asks import FORMATS, LONG, MEDIA, arguments_of, checked, loras_of, make_job, picture, prompt_of
 from klein_mlx.server.bodies import content_type, read_form, read_json
+from klein_mlx.server.errors import ApiError
 from klein_mlx.server.jobs import Job
 from klein_mlx.server.pictures import picture_size
-from klein_mlx.server.replies import ApiError, Lines, compact, read_events
+from klein_mlx.server.replies import Lines, compact, read_events
 
 MAX_UPLOADS = 64
 MAX_UPLOAD_BYTES = 512 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Replies: errors in OpenAI's shape, streams that end when the client leaves, log lines that no client can forge."""
+"""Replies: a job's error as ours, streams that end when the client leaves."""
 
 import asyncio
 import json
@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from klein_mlx.server.errors import ApiError
 from klein_mlx.server.jobs import Job
 
 STATUS = {
@@ -22,37 +23,6 @@ STATUS = {
     "shutting_down": 503,
     "internal_error": 500,
 }
-
-
-class ApiError(Exception):
-    """What a client did wrong or cannot have. status: HTTP's. param: the field. code: one word."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str = "invalid_value",
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON object of the reply."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        error = {"message": printable(self.message), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
-
-    def response(self) -> JSONResponse:
-        headers = self.headers
-        if self.status >= 500 or self.status == 409:
-            headers = {"x-should-retry": "false", **headers}  # OpenAI's clients would run it three times
-        return JSONResponse(self.body, self.status, headers)
 
 
 def job_error(event: Mapping[str, Any], names: Mapping[str, str] | None = None) -> ApiError:
@@ -111,8 +81,3 @@ class Lines(Response):
 
 def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-def printable(text: str) -> str:
-    """One line in which nothing obeys a terminal or forges another line."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)[:2000]
