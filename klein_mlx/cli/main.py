@@ -80,6 +80,10 @@ SERVE_EXAMPLES = """examples:
   klein-mlx serve --model 4b -q 4
   klein-mlx serve --host 0.0.0.0 --token --save pictures
 """
+MCP_EXAMPLES = """examples:
+  klein-mlx mcp --model tiny
+  klein-mlx mcp --model 4b -q 4 --root ~/Pictures
+"""
 TRAIN_EXAMPLES = """examples:
   klein-mlx train pictures -o style.safetensors --trigger "xyz style" --dry-run
   klein-mlx train pictures -o style.safetensors --model base-4b --rank 16 --steps 800
@@ -97,6 +101,7 @@ COMMANDS = {
     "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
     "info": Command("what a model is: variant, sizes, bits, license", "klein_mlx.cli.info", INFO_EXAMPLES),
     "serve": Command("the studio page and the HTTP server", "klein_mlx.cli.serve", SERVE_EXAMPLES),
+    "mcp": Command("tools for agents: MCP over stdin and stdout", "klein_mlx.cli.mcp", MCP_EXAMPLES),
     "completion": Command(
         "a script that completes options in a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES
     ),

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         idle_seconds=60 * args.idle_unload,
         any_model=args.any_model,
         log_prompts=args.log_prompts,
-        loras=_lora_folder(args),
+        loras=lora_folder(args),
     )
     _log_to_stderr(args.quiet)
 
@@ -147,7 +147,7 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "local_files_only": True}
 
 
-def _lora_folder(args: argparse.Namespace) -> str | None:
+def lora_folder(args: argparse.Namespace) -> str | None:
     """Where LoRAs are looked up: as typed, or the config's; None for the usual place."""
     folder = args.lora_folder or read_settings().folders.get("loras")
     return None if folder is None else str(folder)
