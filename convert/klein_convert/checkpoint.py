@@ -174,7 +174,7 @@ def _weights(
 
 def _told_name(path: Path, folder: Path) -> str:
     """A source file's name for the record: inside its folder, or alone."""
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+    return str(path.relative_to(folder)) if path != folder and path.is_relative_to(folder) else path.name
 
 
 def _settings(

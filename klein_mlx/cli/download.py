@@ -135,14 +135,22 @@ def obtain(
     offline: bool = False,
     yes: bool = False,
     quiet: bool = False,
+    tokenizer: bool = True,
 ) -> str:
     """See to it that a model is on disk, as far as it is on the Hub; returns what `open_model` is to be given.
 
     parts: those whose weights are needed. own: short names of the user's; None: the config's. yes: do not ask.
-    quiet: print nothing, no bar.
+    quiet: print nothing, no bar. tokenizer: whether a model that is one file needs one.
     Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
     """
-    from klein_mlx.formats.open import hub_id_of, open_cached
+    from klein_mlx.formats.open import (
+        TOKENIZER_REPOSITORY,
+        held_parts,
+        hub_id_of,
+        open_cached,
+        single_file,
+        tokenizer_beside,
+    )
     from klein_mlx.weights.hub import wanted
 
     name = model
@@ -151,6 +159,10 @@ def obtain(
         if folder := own_model(name):
             return str(folder)
     hub_id = hub_id_of(name)
+    file = single_file(name) if tokenizer and not offline else None
+    if file and set(parts) <= set(held_parts(file)) and tokenizer_beside(file) is None:
+        told = f"put Qwen3's tokenizer.json beside {file}"
+        bring(TOKENIZER_REPOSITORY, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
     if hub_id is None or offline:
         return hub_id or name
     try:
@@ -175,10 +187,12 @@ def bring(
     *,
     revision: str | None = None,
     short: str | None = None,
+    instead: str | None = None,
     yes: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Say what a download would bring, ask, and fetch it. short: what the user called the model."""
+    """Say what a download would bring, ask, and fetch it. short: what the user called the model; instead: what to do
+    where it is not to be downloaded, if that is not to pull the model first."""
     from klein_mlx.weights.hub import is_offline, plan_download
 
     if is_offline():
@@ -192,9 +206,9 @@ def bring(
     plan.check_disk()
     asked = sys.stdin.isatty() and sys.stderr.isatty()
     if not yes and not asked:
+        instead = instead or f"first: klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         raise RequestError(
-            f"{hub_id} is not on this machine: {_gb(plan.bytes)} from {_host()}; add --yes to download it, or first: "
-            f"klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
+            f"{hub_id} is not on this machine: {_gb(plan.bytes)} from {_host()}; add --yes to download it, or {instead}"
         )
     if not quiet or not yes:
         note(*facts(plan))

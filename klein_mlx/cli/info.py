@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     typed_options(args)
     if (code := _other(args)) is not None:
         return code
-    source = open_any(obtain(args.model, yes=args.yes))
+    source = open_any(obtain(args.model, yes=args.yes, tokenizer=False))
     description = describe(source)
     if args.size is not None:
         description["memory"] = _memory(source, args)

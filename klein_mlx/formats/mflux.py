@@ -1,5 +1,5 @@
-"""A folder that mflux saved: three parts without configs, in its own names, quantized or not; kept at its bits. And a
-model put together: a base, and parts from files of their own in place of the base's.
+"""Models put together: of three parts that state no common config, as mflux saves them, kept at their bits; and of a
+base, with parts from files of their own in place of the base's.
 """
 
 import os
@@ -8,24 +8,39 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, ModelConfig, default_taps, named_variant, settle_variant
+from klein_mlx.config import (
+    ONE_STEP,
+    PARTS,
+    TIME_SHIFTS,
+    VARIANTS,
+    ModelConfig,
+    default_taps,
+    named_variant,
+    settle_variant,
+)
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.formats.diffusers import SCHEDULER_FILE, read_time_shift
 from klein_mlx.formats.part import PartFile, open_part
 from klein_mlx.weights.checkpoint import ReadRows, Source
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import Weight, read_json, require_file
 
 _RECORD = "mflux_model.json"
-_TOKENIZER_FILE = "tokenizer/tokenizer.json"
+TOKENIZER_FILES = ("tokenizer/tokenizer.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
-class MfluxFolder:
-    """What mflux-save writes, as a Source. Without its record, which names the model, it is taken to be distilled."""
+class Assembly:
+    """Three parts that are files or folders of their own and state no common config, as one Source: what mflux saves,
+    PrismML's folders, a single file that holds all three. Taken to be distilled unless something says otherwise.
+
+    tokenizer: None where there is none yet, as when a file is only described.
+    """
 
     path: Path
     parts: Mapping[str, PartFile]
     config: ModelConfig
+    tokenizer: Path | None
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -35,7 +50,9 @@ class MfluxFolder:
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.path / _TOKENIZER_FILE
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.path}: has no tokenizer; put Qwen3's tokenizer.json beside it")
+        return self.tokenizer
 
     def weights(self, part: str) -> dict[str, Weight]:
         return self.parts[part].weights(self.config)
@@ -44,34 +61,69 @@ class MfluxFolder:
         return self.parts[part].rows(self.config, name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        return [self.tokenizer_file, *(path for part in parts for path in self.parts[part].tensors.files)]
+        weights = dict.fromkeys(path for part in parts for path in self.parts[part].tensors.files)
+        return [self.tokenizer_file, *weights]
 
 
-def open_mflux(folder: Path, name: str | None = None, revision: str | None = None) -> MfluxFolder:
-    """Open a folder with transformer/, text_encoder/, vae/ and tokenizer/, and no configs.
+def part_folders(folder: Path) -> dict[str, Path] | None:
+    """The folders of a model's three parts, if it has them: `transformer`, or the only `transformer-...`."""
+    found = {}
+    for part in PARTS:
+        named = [folder / part] if (folder / part).is_dir() else sorted(folder.glob(f"{part}-*/"))
+        if len(named) != 1:
+            return None
+        found[part] = named[0]
+    return found
 
-    name, revision: where it comes from, for the record; the folder's own name by default.
+
+def open_mflux(folder: Path, parts: Mapping[str, Path], name: str | None, revision: str | None) -> Assembly:
+    """Open a folder of parts without a model_index.json. name, revision: as in `assemble`."""
+    tokenizer = next((folder / file for file in TOKENIZER_FILES if os.path.lexists(folder / file)), None)
+    require_file(tokenizer or folder / TOKENIZER_FILES[0])
+    return assemble(folder, parts, tokenizer, format="mflux", name=name, revision=revision)
+
+
+def assemble(
+    path: Path,
+    paths: Mapping[str, Path],
+    tokenizer: Path | None,
+    *,
+    format: str,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Assembly:
+    """A model of parts: part -> the file or folder that holds it.
+
+    path: what the user named. name, revision: where it comes from, for the record; the path's own name by default.
+    Raises CheckpointError if a part is not there, or the parts do not fit together.
     """
-    parts = {part: open_part(folder / part, part) for part in PARTS}
-    require_file(folder / _TOKENIZER_FILE)
+    parts = {part: open_part(paths[part], part) for part in PARTS}
     configs = {part: file.config for part, file in parts.items()}
     taps = default_taps(configs["text_encoder"].num_hidden_layers)
-    notes: list[str] = []
+    shift = read_time_shift(path / SCHEDULER_FILE) if path.is_dir() else TIME_SHIFTS[0]
     try:
-        config = ModelConfig(**configs, is_distilled=True, taps=taps)
+        config = ModelConfig(**configs, is_distilled=True, taps=taps, time_shift=shift)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    if named := _recorded(folder / _RECORD):
+        raise CheckpointError(f"{path}: {error}") from None
+    notes: list[str] = []
+    if path.is_dir() and (named := _recorded(path / _RECORD)):
         config = settle_variant(config, named)
-    elif (said := named_variant(name or folder.resolve().name)) and said != config.variant.name:
-        notes.append(f"{folder.name} speaks of {said}, and runs as {config.variant.name}; --variant {said} settles it")
+    elif parts["transformer"].names_one_step:
+        config = settle_variant(config, ONE_STEP.name)
+    elif path.is_file():
+        notes = _doubts(parts["transformer"], config)
+    elif (said := named_variant(name or path.resolve().name)) and said != config.variant.name:
+        notes = [f"{path.name} speaks of {said}, and runs as {config.variant.name}; --variant {said} settles it"]
     version = next(
         (f.tensors.metadata["mflux_version"] for f in parts.values() if "mflux_version" in f.tensors.metadata), None
     )
     made = {"made_by": f"mflux {version}"} if version else {}
-    origin = {"name": name or folder.resolve().name, "format": "mflux", **({"revision": revision} if revision else {})}
-    info = {"format": "mflux", "source": origin, "licence": config.variant.licence, **made}
-    return MfluxFolder(folder, parts, config, {**info, **({"notes": notes} if notes else {})})
+    others = {part: file for part, file in parts.items() if path.is_file() and file.path != path}
+    told = {"parts": {part: {"name": file.path.name, "format": file.format} for part, file in others.items()}}
+    commit = {"revision": revision} if revision else {}
+    origin = {"name": name or path.resolve().name, "format": format, **commit, **(told if others else {})}
+    info = {"format": format, "source": origin, "licence": config.variant.licence, **made}
+    return Assembly(path, parts, config, tokenizer, {**info, **({"notes": notes} if notes else {})})
 
 
 def _recorded(path: Path) -> str | None:

@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, is_encoded, open_diffusers
-from klein_mlx.formats.mflux import mix, open_mflux, with_variant
-from klein_mlx.formats.part import PartFile, open_part
+from klein_mlx.formats.mflux import TOKENIZER_FILES, assemble, mix, open_mflux, part_folders, with_variant
+from klein_mlx.formats.names import find_parts
+from klein_mlx.formats.part import PartFile, open_part, open_tensors
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source, open_checkpoint
 from klein_mlx.weights.hub import download, resolve, suggestion, wanted
@@ -88,17 +90,80 @@ def open_model(
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
     given = {part: path for part, path in (parts or {}).items() if path is not None}
-    base = _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given})
-    source = mix(base, given)
+    if file := single_file(model):
+        source: Source = _open_file(file, given, lambda: find_tokenizer(file, token, local_files_only))
+    else:
+        base = _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given})
+        source = mix(base, given)
     return with_variant(source, variant) if variant else source
 
 
 def open_any(model: str | Path, **options: Any) -> Source | PartFile:
-    """As `open_model`; a single file, or a folder that holds one part, is opened as that part."""
+    """As `open_model`; a file or folder that holds one part is opened as that part, and no tokenizer is needed."""
     path = Path(os.path.expanduser(model))
+    if (file := single_file(model)) and len(held_parts(file)) > 1:
+        source = _open_file(file, {}, lambda: tokenizer_beside(file))
+        return with_variant(source, variant) if (variant := options.get("variant")) else source
     if str(model) != "tiny" and _exists(path) and (path.is_file() or _is_part(path)):
         return open_part(path)
     return open_model(model, **options)
+
+
+def single_file(model: str | Path) -> Path | None:
+    """The file that a model argument names: itself, or the only one of its folder if it holds more than one part."""
+    path = Path(os.path.expanduser(model))
+    if str(model) == "tiny" or not _exists(path):
+        return None
+    if not path.is_dir():
+        return path
+    loose = [file for file in path.glob("*.safetensors") if not file.name.startswith("._")]
+    return loose[0] if len(loose) == 1 and _is_part(path) and len(held_parts(loose[0])) > 1 else None
+
+
+def held_parts(file: Path) -> list[str]:
+    """The parts that a file holds, told from the names in its header."""
+    return [found.part for found in find_parts(open_tensors(file).entries)]
+
+
+def _open_file(path: Path, given: Mapping[str, str | Path], tokenizer: Callable[[], Path | None]) -> Source:
+    """A model that is one file, and perhaps parts in place of its own. Raises CheckpointError for what it lacks."""
+    held = held_parts(path)
+    others = {part: Path(os.path.expanduser(other)) for part, other in given.items()}
+    missing = [part for part in PARTS if part not in held and part not in others]
+    options = ["--" + part.replace("_", "-") for part in PARTS]
+    if missing and len(held) == 1:
+        alone = options[PARTS.index(open_part(path).part)]  # or what it is instead
+        raise CheckpointError(f"{path}: is a {alone[2:]} alone; give a whole model, and this file as {alone}")
+    if not held:
+        open_part(path)  # tells what it is
+    if missing:
+        lacking = " and ".join(options[PARTS.index(part)] for part in missing)
+        raise CheckpointError(f"{path}: holds {' and '.join(held)}, and no {' and no '.join(missing)}; add {lacking}")
+    return assemble(path, {part: path for part in held} | others, tokenizer(), format="single file")
+
+
+TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.2-klein-4B"  # Qwen3's, of all sizes; its license asks for nothing
+
+
+def tokenizer_beside(file: Path) -> Path | None:
+    """The tokenizer of a model that is one file: beside it, or, from a repository that has it, in the local cache."""
+    folders = [file.parent]
+    with suppress(CheckpointError):
+        folders.append(download(TOKENIZER_REPOSITORY, local_files_only=True, patterns=TOKENIZER_FILES[:1]))
+    return next((path for folder in folders for name in TOKENIZER_FILES if (path := folder / name).is_file()), None)
+
+
+def find_tokenizer(file: Path, token: str | None = None, local_files_only: bool = False) -> Path:
+    """As `tokenizer_beside`, fetched if need be. Raises CheckpointError if it cannot be had."""
+    if found := tokenizer_beside(file):
+        return found
+    try:
+        folder = download(
+            TOKENIZER_REPOSITORY, token=token, local_files_only=local_files_only, patterns=TOKENIZER_FILES
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: has no tokenizer; put Qwen3's tokenizer.json beside it ({error})") from None
+    return folder / TOKENIZER_FILES[0]
 
 
 def _is_part(folder: Path) -> bool:
@@ -133,21 +198,18 @@ def _exists(path: Path) -> bool:
 
 def _open_folder(path: Path, name: str | None = None) -> Source:
     """name: the Hub id whose snapshot this is, for the record."""
-    if path.is_file():
-        part = open_part(path)  # or what it is instead
-        option = part.part.replace("_", "-")
-        raise CheckpointError(f"{path}: is a {option} alone; give a whole model, and this file as --{option}")
     if path.name.endswith(UNFINISHED):
         raise CheckpointError(f"{path}: is what a conversion that was stopped has left; convert again")
     if (path / CONFIG_FILE).exists():
         return open_checkpoint(path)
-    if (path / INDEX_FILE).exists():
+    parts = part_folders(path)
+    if (path / INDEX_FILE).exists() and (parts is None or all(parts[part].name == part for part in PARTS)):
         source = open_diffusers(path, name, revision=path.name if name else None)
         return mix(source, {part: path / part for part in PARTS if is_encoded(path, part)})
     if path.name in ("transformer", "text_encoder", "vae") and (path.parent / INDEX_FILE).exists():
         raise CheckpointError(f"{path}: is one part of a model; give {path.parent}")
-    if all((path / part).is_dir() for part in PARTS):
-        return open_mflux(path, name, revision=path.name if name else None)
+    if parts:
+        return open_mflux(path, parts, name, revision=path.name if name else None)
     if _is_part(path):
         part = open_part(path).part
         raise CheckpointError(

@@ -212,7 +212,8 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
     found = _choose(tensors, find_parts(tensors.entries), part)
     known = path / "config.json"
     if path.is_dir() and known.exists() and found.dialect != MFLUX:
-        like = CONFIG_CLASSES[found.part].from_dict(read_json(known), str(known))
+        stated = {**KLEIN[found.part].to_dict(), **read_json(known)}  # what it does not state is klein's
+        like = CONFIG_CLASSES[found.part].from_dict(stated, str(known))
     mine = {canonical(n.removeprefix(found.prefix)): n for n in tensors.entries if n.startswith(found.prefix)}
     if found.prefix == "":  # what stands behind another part's prefix is that part's
         mine = {new: old for new, old in mine.items() if new != old or not _is_prefixed(old)}

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,8 +194,9 @@ def plan_download(
     except Exception as error:  # as above
         raise CheckpointError(f"{hub_id}: {reason(error, revision)}") from error
     found = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    names = list(filter_repo_objects(found, allow_patterns=list(patterns or wanted())))
-    if not any(name.endswith(".safetensors") for name in names):
+    patterns = list(patterns or wanted())
+    names = list(filter_repo_objects(found, allow_patterns=patterns))
+    if _has_weights(patterns) and not _has_weights(names):
         raise CheckpointError(
             f"{hub_id}: has no weights in diffusers' layout or ours; download the file that you want, and give it as "
             "--transformer, --text-encoder or --vae"
@@ -207,6 +208,10 @@ def plan_download(
     folder = cache_folder()
     sizes = {name: found[name] for name in names}
     return Plan(hub_id, revision, sizes, missing, folder, _free(folder), str(licence) if licence else None)
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(name.endswith(".safetensors") for name in names)
 
 
 def _free(folder: Path) -> int:

@@ -22,7 +22,7 @@ from klein_mlx.model.compile import fused
 from klein_mlx.weights.safetensors import Deferred, Weight, is_finite
 
 # What files may hold: whatever MLX runs.
-_AFFINE_BITS, _GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+_AFFINE_BITS, _GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes, each with one shape
 
 # The last components of the quantised linear layers, per part, and the lists that they stand in.
@@ -130,9 +130,20 @@ def find_settings(inputs: int, packed: int, groups: int, has_biases: bool) -> Qu
         return None
     bits, group_size = packed * 32 // inputs, inputs // groups
     if has_biases:
-        return Quantization(bits, group_size) if bits in _AFFINE_BITS and group_size in _GROUP_SIZES else None
+        if bits not in _AFFINE_BITS or group_size not in _GROUP_SIZES:
+            return None
+        if bits == 1:
+            _require_one_bit()
+        return Quantization(bits, group_size)
     mode = next((mode for mode, shape in FLOAT_MODES.items() if shape == (bits, group_size)), None)
     return Quantization(bits, group_size, mode) if mode else None
+
+
+def _require_one_bit() -> None:
+    try:
+        mx.quantize(mx.zeros((1, 32)), 32, 1)
+    except ValueError:
+        raise CheckpointError("1-bit weights need mlx 0.32.4 or newer: pip install -U mlx") from None
 
 
 def is_quantized_path(part: str, name: str) -> bool:

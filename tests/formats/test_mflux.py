@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from folders import assert_equal, loaded, parameters, quantizable_model, read_weights, refusal, weight_file
-from foreign import Weights, to_mflux
+from folders import assert_equal, edit_json, loaded, parameters, quantizable_model, read_weights, refusal, weight_file
+from foreign import Weights, save, to_mflux
 
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
@@ -185,3 +185,43 @@ def dequantized(folder: Path) -> Weights:
                 own["weight"] = weight.astype(mx.bfloat16).astype(mx.float32)
             whole |= {f"{part}.{path}.{name}".replace("..", "."): array for name, array in own.items()}
     return whole
+
+
+@pytest.mark.parametrize(("bits", "indexed"), [(1, False), (2, False), (2, True)])
+def test_prismml_s_folder_is_a_model(tmp_path: Path, model: Path, bits: int, indexed: bool) -> None:
+    """Bonsai: the transformer's blocks in 1 or 2 bits under diffusers' names, the rest of it whole; mlx-lm's Qwen3 in
+    4 bits; diffusers' VAE; a constant shift in the scheduler.
+    """
+    plain = tmp_path / "plain"
+    shutil.copytree(model, plain)
+    for part, width, quantized in (("transformer", bits, "_blocks"), ("text_encoder", 4, "")):
+        path = weight_file(model, part)
+        weights = read_weights(path)
+        packed = quantise({name: array for name, array in weights.items() if quantized in name}, width)
+        save(path, {name: array for name, array in weights.items() if name not in packed} | packed)
+        for layer in (name.removesuffix("scales") for name in packed if name.endswith("scales")):
+            scales, biases = (packed[layer + kind].astype(mx.float32) for kind in ("scales", "biases"))
+            whole = mx.dequantize(packed[f"{layer}weight"], scales, biases, 64, width)
+            weights[f"{layer}weight"] = whole.astype(mx.bfloat16)
+        save(weight_file(plain, part), weights)
+    if not indexed:
+        (model / "model_index.json").unlink()
+    (model / "transformer" / "quantization_config.json").write_text(json.dumps({"bits": bits, "group_size": 64}))
+    edit_json(model / "transformer" / "config.json", lambda stated: stated.pop("timestep_guidance_channels"))
+    edit_json(model / "scheduler" / "scheduler_config.json", lambda stated: stated.update(use_dynamic_shifting=False))
+    (model / "transformer").rename(model / "transformer-packed-mflux")
+    (model / "text_encoder").rename(model / "text_encoder-mlx-4bit")
+    source = open_model(model)
+    assert source.config.time_shift == 3
+    kinds = {part: quantization.told() for part, quantization in source.quantization.items()}
+    assert kinds == {
+        "transformer": f"{bits}-bit in groups of 64",
+        "text_encoder": "4-bit in groups of 64",
+    }
+    assert_equal(dequantized(model), loaded(plain, mx.float32))
+    told, right = describe(source)["parts"], describe(open_model(plain))["parts"]
+    assert [told[part]["parameters"] for part in PARTS] == [right[part]["parameters"] for part in PARTS]
+    assert describe(open_any(model / "transformer-packed-mflux"))["quantized_layers"] == 16
+    if indexed:
+        convert_checkpoint(source, tmp_path / "ours", verify=True)
+        assert open_model(tmp_path / "ours").quantization == source.quantization

@@ -1,19 +1,28 @@
 """Parts from files of their own: Black Forest Labs' single file, ComfyUI's three, in any mix; and what is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from folders import GOLDEN, assert_equal, copy_model, loaded, quantizable_model, refusal, weight_file
-from foreign import comfy_files, golden, opened, save, to_bfl, to_ldm
+from foreign import WRITERS, comfy_files, golden, opened, save, to_bfl, to_ldm
 
 from klein_convert.__main__ import main
 from klein_convert.checkpoint import convert_checkpoint
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
-from klein_mlx.formats.open import open_model
-from klein_mlx.formats.part import open_part
+from klein_mlx.formats.describe import describe
+from klein_mlx.formats.open import open_any, open_model
+from klein_mlx.formats.part import KLEIN, open_part
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file states no groups of the VAE's norms: they are klein's. The golden model has fewer channels."""
+    monkeypatch.setitem(KLEIN, "vae", replace(KLEIN["vae"], norm_num_groups=4))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
@@ -74,14 +83,79 @@ def test_one_part_changes_and_the_others_stay(tmp_path: Path) -> None:
     assert mx.array_equal(ours, 2 * whole.weights("transformer")["img_in.weight"])  # type: ignore[arg-type]
 
 
+PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.qwen3_4b.transformer.",
+    "vae": "vae.",
+}
+
+
+def all_in_one(path: Path, *parts: str) -> Path:
+    """A ComfyUI checkpoint, with the scalar that it saves beside an encoder."""
+    weights = {"text_encoders.qwen3_4b.logit_scale": mx.array([4.6])}
+    for part in parts or PARTS:
+        weights |= {PREFIXES[part] + name: array for name, array in WRITERS[part](golden(part)).items()}
+    return save(path, weights)
+
+
 def test_one_file_may_hold_all_three(tmp_path: Path) -> None:
-    weights = to_bfl(golden("transformer"), "model.diffusion_model.")
-    weights |= {f"text_encoders.qwen3_4b.transformer.{n}": a for n, a in golden("text_encoder").items()}
-    weights |= {f"vae.{n}": a for n, a in to_ldm(golden("vae")).items()}
-    path = save(tmp_path / "all.safetensors", weights)
+    path = all_in_one(tmp_path / "all.safetensors")
     for part in PARTS:
         assert_equal(opened(part, path), open_model(GOLDEN).weights(part))  # type: ignore[arg-type]
     assert "holds transformer, text_encoder, vae; say which" in refusal(lambda: open_part(path))
+
+
+@pytest.mark.parametrize("lone_in_folder", [False, True])
+def test_one_file_is_a_model(tmp_path: Path, lone_in_folder: bool, small_groups: None) -> None:
+    file = all_in_one(tmp_path / "model" / "all.safetensors")
+    shutil.copy(GOLDEN / "tokenizer" / "tokenizer.json", file.parent)
+    source, whole = open_model(file.parent if lone_in_folder else file), open_model(GOLDEN)
+    for part in PARTS:
+        assert_equal(source.weights(part), whole.weights(part))  # type: ignore[arg-type]
+    assert source.files() == [file.parent / "tokenizer.json", file]
+    assert (source.info["format"], source.config.taps) == ("single file", whole.config.taps)
+    told, right = describe(open_any(file)), describe(whole)
+    assert {name: part["parameters"] for name, part in told["parts"].items()} == {
+        name: part["parameters"] for name, part in right["parts"].items()
+    }
+    other = save(tmp_path / "x.safetensors", {name: a * 2 for name, a in to_bfl(golden("transformer")).items()})
+    mixed = open_model(file, parts={"transformer": other})
+    assert mx.array_equal(
+        mixed.weights("transformer")["img_in.weight"], 2 * whole.weights("transformer")["img_in.weight"]
+    )
+    assert mixed.info["source"]["parts"] == {
+        "transformer": {"name": "x.safetensors", "format": "BFL names, safetensors"}
+    }
+
+
+def test_one_file_converts(tmp_path: Path, small_groups: None, capsys: pytest.CaptureFixture[str]) -> None:
+    file = all_in_one(tmp_path / "model" / "all.safetensors")
+    shutil.copy(GOLDEN / "tokenizer" / "tokenizer.json", file.parent)
+    assert main([str(file), str(tmp_path / "ours"), "--verify"]) == 0
+    for part in PARTS:
+        assert_equal(open_model(tmp_path / "ours").weights(part), open_model(GOLDEN).weights(part))  # type: ignore[arg-type]
+    told = open_model(tmp_path / "ours").info["source"]
+    assert (told["name"], sorted(told["sha256"])) == ("all.safetensors", ["all.safetensors", "tokenizer.json"])
+
+
+def test_what_one_file_lacks_is_named(tmp_path: Path, small_groups: None) -> None:
+    two = all_in_one(tmp_path / "two.safetensors", "transformer", "vae")
+    told = f"{two}: holds transformer and vae, and no text_encoder; add --text-encoder"
+    assert refusal(lambda: open_model(two)) == refusal(lambda: open_any(two)) == told
+    encoder = comfy_files(tmp_path)["text_encoder"]
+    told = refusal(lambda: open_model(two, parts={"text_encoder": encoder}, local_files_only=True))
+    assert told.startswith(f"{two}: has no tokenizer; put Qwen3's tokenizer.json beside it (black-forest-labs/")
+    shutil.copy(GOLDEN / "tokenizer" / "tokenizer.json", tmp_path)
+    source = open_model(two, parts={"text_encoder": encoder})
+    assert_equal(source.weights("text_encoder"), open_model(GOLDEN).weights("text_encoder"))  # type: ignore[arg-type]
+
+
+def test_three_files_are_a_model_without_a_base(tmp_path: Path, small_groups: None) -> None:
+    files = comfy_files(tmp_path)
+    shutil.copy(GOLDEN / "tokenizer" / "tokenizer.json", tmp_path)
+    source = open_model(files.pop("transformer"), parts=files)
+    for part in PARTS:
+        assert_equal(source.weights(part), open_model(GOLDEN).weights(part))  # type: ignore[arg-type]
 
 
 def test_a_file_given_as_a_model_is_told_what_to_do(tmp_path: Path) -> None:
