@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote
 from PIL import Image
 
 PROMPT = "a red circle left of a blue square"
@@ -20,9 +21,9 @@ TINY = ("generate", "--model", "tiny")
 
 
 def klein(*arguments: str | Path, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "klein_mlx", *map(str, arguments)]
     environment = {**os.environ, "PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
+    done = zygote.run(arguments, cwd=cwd, env=environment, timeout=timeout)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def size_of(path: Path) -> tuple[int, int]:

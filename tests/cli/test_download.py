@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote
 from hub_server import COMMIT, Hub, hub
 from huggingface_hub import constants
 
@@ -52,8 +53,11 @@ def served(tmp_path: Path) -> Any:
 def klein(
     server: Hub, tmp_path: Path, *arguments: str, code: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(["-c", code] if code else ["-m", "klein_mlx"]), *arguments]
     kept = {**server.environment(tmp_path / "home"), **environment}
+    if not code:
+        done = zygote.run(arguments, cwd=tmp_path, env=kept)
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=kept, stdin=subprocess.DEVNULL
     )

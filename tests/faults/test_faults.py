@@ -1,10 +1,12 @@
 """The runner of faults itself: it sees what a command prints, leaves, breaks and takes."""
 
+import sys
 from pathlib import Path
 
 import faults
 import pytest
-from faults import ROOT, TINY, accepted, command, refused, run_fault
+import zygote
+from faults import ROOT, TINY, accepted, refused, run_fault
 
 
 def test_a_refusal_is_one_line_that_leaves_nothing(tmp_path: Path) -> None:
@@ -28,7 +30,8 @@ def test_a_success_leaves_just_what_was_asked_for(tmp_path: Path) -> None:
 
 def program(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command be this program of Python's."""
-    monkeypatch.setattr(faults, "command", lambda *arguments: [*command()[:1], "-c", text])
+    words = [sys.executable, "-c", text]
+    monkeypatch.setattr(zygote, "run", lambda arguments, **where: zygote.spawn(words, **where))
 
 
 def test_changes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

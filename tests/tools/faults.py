@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import zygote
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 20.0  # a command that refuses takes 0.3 s; two cores may be busy with eight of them
 MEMORY = 2 << 30  # bytes of address space; the embedded checkpoint paints with less than 1 GB
@@ -104,16 +106,16 @@ def run_fault(
     memory: bytes of address space that it may have. changes: to the environment.
     """
     before, begin = snapshot(folder), time.perf_counter()
-    with start(*arguments, folder=folder, memory=memory, changes=changes) as process:
-        try:
-            stdout, stderr = process.communicate(stdin, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            _, stderr = process.communicate()
-            raise AssertionError(f"{arguments} hangs after {seconds:g} s; it said {stderr[-500:]!r}") from None
+
+    try:
+        done = zygote.run(arguments, cwd=folder, env=environment(changes), stdin=stdin, timeout=seconds, memory=memory)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(
+            f"{arguments} hangs after {seconds:g} s; it said {(error.stderr or b'')[-500:]!r}"
+        ) from None
     taken = time.perf_counter() - begin
-    texts = (stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
-    return Outcome(process.returncode, *texts, taken, difference(before, snapshot(folder)))
+    texts = (done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+    return Outcome(done.returncode, *texts, taken, difference(before, snapshot(folder)))
 
 
 def refused(*arguments: object, folder: Path, words: str | Sequence[str], **options: object) -> Outcome:
