@@ -65,6 +65,7 @@ def test_every_phase_of_a_warm_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["mode"] == "warm"
 
 
+@pytest.mark.slow
 def test_a_cold_run_loads_for_every_picture(capsys: pytest.CaptureFixture[str]) -> None:
     _, report = bench(capsys, "--model", "tiny", "--runs", "2", "--steps", "1", "--cold")
     assert list(report["seconds"]) == ["import", "load", "encode", "step 1", "decode", "save", "total"]

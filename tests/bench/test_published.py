@@ -123,6 +123,7 @@ def test_configs_are_compared_field_by_field() -> None:
     assert row.text == "transformer.rope_theta is 10000.0, not 2000.0"
 
 
+@pytest.mark.slow
 def test_bits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its own decibels, 8 bits over 4; a picture of something else fails."""
     found = [*published._bits(open_model("tiny"), SETTING)]

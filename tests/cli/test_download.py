@@ -199,6 +199,7 @@ def test_a_wrong_environment(served: Hub, tmp_path: Path, environment: dict[str,
     assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_in_the_middle_of_a_file(served: Hub, tmp_path: Path) -> None:
     """The library tries again; what never comes whole is told, and what came whole stays."""
     served.faults.append(("GET /owner/name/resolve/" + COMMIT + "/vae", "drop", {}))

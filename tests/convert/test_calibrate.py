@@ -82,6 +82,7 @@ def tiny() -> Reference:
     return Reference(open_model("tiny"), prompts, seed=5000)
 
 
+@pytest.mark.slow
 def test_mixed_4_keeps_the_velocity(tiny: Reference) -> None:
     """Measured over more prompts (tests/quality.py): plain 4 bits 0.179, mixed-4 0.079, calibrated 0.028."""
     plain = tiny.errors(tiny.source, PLAIN_4)["velocity"]

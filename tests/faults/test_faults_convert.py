@@ -194,6 +194,7 @@ def test_a_source_that_goes_away_meanwhile(tmp_path: Path, how: str) -> None:
 # ---- signals and races ----
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path, ours: Path) -> None:
     """The real command, killed eight times from its start on: the name is absent or whole; the next run clears up."""
     whole = {name: (ours / name).read_bytes() for name in FILES}

@@ -89,6 +89,7 @@ def test_paths_that_are_refused(tmp_path: Path, make: Callable[[Path], None] | N
     refused("generate", "a star", *where, *TINY, folder=tmp_path, words=words)
 
 
+@pytest.mark.slow
 def test_the_same_twice_twenty_at_once_and_odd_scales(tmp_path: Path) -> None:
     """All work: scale 0 is no LoRA to the byte, since its recipe is left out as well."""
     given = os.fspath(SILHOUETTES)

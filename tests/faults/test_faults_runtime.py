@@ -44,6 +44,7 @@ def check_whole(folder: Path) -> int:
     return len(names)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_every_picture_is_whole(tmp_path: Path) -> None:
     """From the first import to the third picture; nothing is swept up between the kills."""
     moments, endings = random.Random(0), set()

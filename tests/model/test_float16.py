@@ -101,6 +101,7 @@ def test_large_embeddings_of_the_text() -> None:
     assert mx.linalg.norm(out[0] - out[1]) <= 2 * TOLERANCE * mx.linalg.norm(out[1])
 
 
+@pytest.mark.slow
 def test_tiny_in_float16() -> None:
     """Pictures and edits are float32's but for a rounding of pixels here and there, and show what was asked for."""
     narrow, exact = (KleinPipeline.from_pretrained("tiny", dtype=dtype, keep="all") for dtype in ("float16", "float32"))

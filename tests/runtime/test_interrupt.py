@@ -28,6 +28,7 @@ def computed(pid: int) -> float:
         return 60 * int(minutes) + float(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["encode", "steps", "decode"])
 def test_ctrl_c_inside_a_long_phase(tmp_path: Path, model: Path, phase: str) -> None:
     """Sent as the phase begins. A step of 180 million parameters at this size takes over 5 s on a core; what is

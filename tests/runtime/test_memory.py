@@ -21,6 +21,7 @@ from klein_mlx.runtime import memory
 from klein_mlx.runtime.run import Step
 
 PROMPT = "a red circle"
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,16 @@ def measure(pipe: KleinPipeline, **arguments: Any) -> tuple[dict[str, int], dict
     ("options", "arguments"),
     [
         ({"dtype": "float32", "keep": "nothing"}, {"width": 128, "height": 192}),
-        ({"dtype": "float32", "keep": "all", "quantize": 4}, {"image": Image.new("RGB", (96, 96))}),
-        ({"dtype": "bfloat16", "keep": "transformer", "quantize": 8}, {"width": 128, "height": 192}),
-        (
+        pytest.param(
+            {"dtype": "float32", "keep": "all", "quantize": 4}, {"image": Image.new("RGB", (96, 96))}, marks=SLOW
+        ),
+        pytest.param(
+            {"dtype": "bfloat16", "keep": "transformer", "quantize": 8}, {"width": 128, "height": 192}, marks=SLOW
+        ),
+        pytest.param(
             {"dtype": "float32", "keep": "nothing"},
             {"image": Image.new("RGB", (256, 256)), "width": 64, "height": 64, "reuse_references": True},
+            marks=SLOW,
         ),
     ],
 )
@@ -102,6 +108,7 @@ def adapter(path: Path, kind: str, part: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "part", "options"),
     [
@@ -124,6 +131,7 @@ def test_what_a_lora_takes_is_estimated(kind: str, part: str, options: Any, mode
         assert abs(run.expected[phase] - peak) < 0.15 * peak, (phase, run.expected, peaks.bytes)
 
 
+@pytest.mark.slow
 def test_guidance_is_estimated_as_it_is_then_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one pass where memory allows it, one after the other where it does not: decided once, before the estimate."""
     pipe = KleinPipeline.from_pretrained("tiny", keep="nothing")
@@ -152,6 +160,7 @@ def test_guidance_is_estimated_as_it_is_then_run(monkeypatch: pytest.MonkeyPatch
     assert steps() == apart
 
 
+@pytest.mark.slow
 def test_each_phase_leaves_nothing_behind(model: Path) -> None:
     """With nothing kept: the encoder's weights are gone before the transformer's come, and those before the VAE's; the
     peak of the run is that of its largest phase."""
