@@ -84,6 +84,7 @@ def whole_parser(file: Any) -> Parser:
 
 def _mark(parser: Parser, file: Any) -> None:
     """Say what each value may be: one of some words, a path, a model."""
+    parser.explain()
     for action in parser._actions:
         shown, known = str(action.metavar or action.dest).upper(), TABLE.get(action.dest)
         if known and known.choices:

@@ -355,12 +355,21 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         return self.all_help() if not self.rare else self.common_help()
 
+    def explain(self) -> None:
+        """Give options their ranges and defaults, which only a help shows."""
+        for action in self._actions:
+            own = TABLE.get(action.dest)
+            if own and action.help == own.help:
+                action.help = explained(own)
+
     def all_help(self) -> str:
         """Every option."""
+        self.explain()
         return super().format_help()
 
     def common_help(self) -> str:
         """The common options explained, the others by their names."""
+        self.explain()
         groups, self._action_groups = self._action_groups, [g for g in self._action_groups if g not in self.rare]
         epilog, self.epilog = self.epilog, None
         try:
@@ -408,7 +417,7 @@ def add_options(parser: Any, names: Iterable[str], **help: str) -> None:
             kind |= {"nargs": "?", "const": own.bare}
         unset = False if own.kind is bool and not own.negatable else None
         shared: dict[str, Any] = {"dest": name, "default": unset, **kind}
-        parser.add_argument(*own.short, own.flag, help=help.get(name) or explained(own), **shared)
+        parser.add_argument(*own.short, own.flag, help=help.get(name) or own.help, **shared)
         if others := [flag for flag in (f"--{name.replace('_', '-')}", *own.aliases) if flag != own.flag]:
             parser.add_argument(*others, help=argparse.SUPPRESS, **shared)
 

@@ -35,6 +35,11 @@ class Cpu:
     def run(self, chain: Chain[...], *args: Any) -> mx.array:
         return _OWN.get(chain, chain.plain)(*args)
 
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        if x.dtype == mx.float32:
+            return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
+        return self.settled(self.matmul(x, self.weight(weight, x), added), made=True)
+
     def matmul(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         if x.dtype == mx.float32:
             return x @ weight.T if added is None else mx.addmm(added, x, weight.T)

@@ -10,7 +10,7 @@ beside a layer reads the same input and is added.
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Self
 
 import mlx.core as mx
@@ -56,8 +56,12 @@ class Gpu:
         """Elementwise operations, as one kernel where they are compiled."""
         return (chain if self.compiles else chain.plain)(*args)
 
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        """A plain layer: x @ weight.T, on top of `added`, in x's dtype."""
+        return self.matmul(x, weight, added)
+
     def matmul(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
-        """x @ weight.T, on top of `added`, in x's dtype."""
+        """The same of a weight that was made for this, or is small."""
         if self.rows is not None and x.size // x.shape[-1] >= 2 * self.rows:
             return self._by_rows(x, weight, added)
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
@@ -127,9 +131,15 @@ Device = Any  # a Gpu, or a Cpu, which has the same methods
 
 def here(at_once: bool = False) -> Device:
     """How the default device computes, as far as its kind tells (see `gpu`). at_once: see `klein_mlx.model.cpu.Cpu`."""
+    return device_of(mx.default_device().type, at_once)
+
+
+@cache
+def device_of(kind: mx.DeviceType, at_once: bool = False) -> Device:
+    """How devices of a kind compute here."""
     from klein_mlx.model.cpu import Cpu
 
-    if mx.default_device().type != mx.DeviceType.gpu:
+    if kind != mx.DeviceType.gpu:
         return Cpu(at_once)
     return gpu(str(mx.device_info().get("architecture", "")))
 
@@ -139,7 +149,7 @@ class Placed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device: Device = here()
+        self.device: Device = device_of(mx.default_device().type)
 
     @property
     def signature(self) -> Hashable:
@@ -163,7 +173,9 @@ class Layer(Placed):
     A kind of its own has `__call__`; the other methods may be replaced by ones that save work, or copies.
     """
 
-    has_bias = False
+    @property
+    def has_bias(self) -> bool:
+        return "bias" in self
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.part(x, ALL)
@@ -202,7 +214,7 @@ class Linear(Layer, nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         nn.Linear.__init__(self, inputs, outputs, bias)
-        self.device = here()
+        self.device = device_of(mx.default_device().type)
 
     @classmethod
     def of(cls, weight: mx.array, bias: mx.array | None = None, device: Device = None) -> Self:
@@ -213,25 +225,16 @@ class Linear(Layer, nn.Linear):
             layer.bias = bias
         return layer
 
-    @property
-    def has_bias(self) -> bool:  # type: ignore[override]
-        return "bias" in self
-
     def __call__(self, x: mx.array) -> mx.array:
-        return self.part(x, ALL)
+        return self.device.linear(x, self.weight, self.get("bias"))
 
     def part(self, x: mx.array, channels: slice) -> mx.array:
-        bias = self.get("bias")
-        return self._on_top(x, channels, None if bias is None else bias[channels])
+        bias = self.get("bias")  # rows of a weight are whole in memory: nothing is copied
+        return self.device.linear(x, self.weight[channels], None if bias is None else bias[channels])
 
     def added(self, x: mx.array, residual: mx.array) -> mx.array:
-        return self._on_top(x, ALL, residual if (bias := self.get("bias")) is None else residual + bias)
-
-    def _on_top(self, x: mx.array, channels: slice, below: mx.array | None) -> mx.array:
-        # Rows of a weight are whole in memory: nothing is copied.
-        own = self.weight if channels == ALL else self.weight[channels]
-        weight = self.device.weight(own, x)
-        return self.device.settled(self.device.matmul(x, weight, below), weight is not own)
+        bias = self.get("bias")
+        return self.device.linear(x, self.weight, residual if bias is None else residual + bias)
 
     def plain(self, x: mx.array) -> mx.array | None:
         """The weight as x is to be multiplied with it; None where it is multiplied as it is packed."""
@@ -247,7 +250,7 @@ class QuantizedLinear(Layer, nn.QuantizedLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         nn.QuantizedLinear.__init__(self, *args, **kwargs)
-        self.device = here()
+        self.device = device_of(mx.default_device().type)
 
     @classmethod
     def of(cls, arrays: dict[str, mx.array], group_size: int, bits: int, mode: str, device: Device = None) -> Self:
@@ -257,13 +260,6 @@ class QuantizedLinear(Layer, nn.QuantizedLinear):
         for name, array in arrays.items():
             layer[name] = array
         return layer
-
-    @property
-    def has_bias(self) -> bool:  # type: ignore[override]
-        return "bias" in self
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.part(x, ALL)
 
     def part(self, x: mx.array, channels: slice) -> mx.array:
         packed, bias = self.packed(channels), self.get("bias")
@@ -410,10 +406,11 @@ def add_branch(
 ) -> mx.array:
     """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
     inputs = []
+    small = layer.shrinks(mlp_gate if attention is None else attention)  # type: ignore[arg-type]
     if attention is not None:
-        inputs.append(attention * SHRINK if layer.shrinks(attention) else attention)
+        inputs.append(attention * SHRINK if small else attention)
     if mlp_gate is not None and mlp_value is not None:
-        inputs.append(layer.device.run(small_swiglu if layer.shrinks(mlp_gate) else swiglu, mlp_gate, mlp_value))
+        inputs.append(layer.device.run(small_swiglu if small else swiglu, mlp_gate, mlp_value))
     return layer.add_to(x, gate, *inputs)
 
 
@@ -506,7 +503,7 @@ class Branched(Layer):
         return out if self.bias is None else out + self.bias
 
     @property
-    def has_bias(self) -> bool:  # type: ignore[override]
+    def has_bias(self) -> bool:
         return self.bias is not None
 
     def split(self, x: mx.array, at: int) -> tuple[mx.array, mx.array]:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.model.compile import Chain
-from klein_mlx.model.layers import Placed, here
+from klein_mlx.model.layers import Placed, device_of
 
 # Called with what was computed so far, between parts: it may evaluate it, or raise to stop.
 Done = Callable[[mx.array], None]
@@ -156,7 +156,7 @@ class Conv(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
         self.turned = False
-        self.device = here()
+        self.device = device_of(mx.default_device().type)
 
     def arrange(self) -> None:
         """Store kernels of 16 bits turned round, lazily."""

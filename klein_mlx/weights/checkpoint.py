@@ -51,7 +51,6 @@ from klein_mlx.weights.safetensors import (
     Weight,
     WeightFiles,
     is_finite,
-    load_now,
     one_line,
     open_weights,
     read_json,
@@ -142,7 +141,7 @@ class TokenRows:
 
         indices, inverse = np.unique(np.array(input_ids), return_inverse=True)
         rows = {kind: read(indices.tolist()) for kind, read in self._readers.items()}
-        if not all(is_finite(array).item() for array in rows.values()):
+        if not is_finite(*rows.values()).item():
             raise CheckpointError("the text_encoder's embed_tokens holds NaN or infinity: get it again")
         own = self._quantization
         if own and "scales" not in rows:
@@ -405,7 +404,7 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
     weights = {}
     for name in list(found):
         weight = found.pop(name)  # what was read for it is not needed by the others
-        array = load_now(weight)
+        array = weight if isinstance(weight, mx.array) else weight.load()
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(mx.float32 if name in _ALWAYS_FLOAT32 else dtype)
         if array is not weight and not isinstance(weight, mx.array):
@@ -424,7 +423,7 @@ def read_weights(module: nn.Module) -> str | None:
     or infinity, if there is one.
     """
     arrays: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    groups = [(group, mx.stack([is_finite(array) for _, array in group]).all()) for group in _groups(arrays)]
+    groups = [(group, is_finite(*(array for _, array in group))) for group in _groups(arrays)]
     for index, (group, sound) in enumerate(groups):
         for ahead, promise in groups[index : index + 2]:
             mx.async_eval([array for _, array in ahead], promise)
@@ -433,17 +432,16 @@ def read_weights(module: nn.Module) -> str | None:
     return None
 
 
-def _groups(arrays: Sequence[tuple[str, mx.array]]) -> Iterator[Sequence[tuple[str, mx.array]]]:
+def _groups(arrays: Sequence[tuple[str, mx.array]]) -> list[Sequence[tuple[str, mx.array]]]:
     """Neighbours of together not much over a sixteenth of all bytes, nor over 256 MB or 64 arrays."""
     limit = min(_GROUP_BYTES, sum(array.nbytes for _, array in arrays) // _GROUPS)
-    start, size = 0, 0
+    groups, start, size = [], 0, 0
     for index, (_, array) in enumerate(arrays):
         if index > start and (size + array.nbytes > limit or index - start == _GROUP_ARRAYS):
-            yield arrays[start:index]
+            groups.append(arrays[start:index])
             start, size = index, 0
         size += array.nbytes
-    if arrays:
-        yield arrays[start:]
+    return [*groups, arrays[start:]] if arrays else []
 
 
 UNFINISHED = ".converting"  # the hidden folder's ending

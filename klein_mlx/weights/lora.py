@@ -380,7 +380,7 @@ class Applied:
         setattr(parent, name, layer)
         arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
         mx.eval(arrays)
-        if changes and not all(is_finite(array).item() for array in arrays.values()):
+        if changes and not is_finite(*arrays.values()).item():
             raise RequestError(
                 f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
                 " scale, or dtype bfloat16"

@@ -74,9 +74,14 @@ def condition(array: mx.array) -> mx.array:
     return (largest > 0).astype(mx.int32) + 2 * (largest == exponent).astype(mx.int32)
 
 
-def is_finite(array: mx.array) -> mx.array:
-    """Whether no number is NaN or infinite, as a lazy bool; True for integers."""
-    return condition(array) != BROKEN
+def is_finite(*arrays: mx.array) -> mx.array:
+    """Whether no number in these is NaN or infinite, as a lazy bool; True for integers."""
+    found = [mx.array(True)]
+    for array in arrays:
+        if array.dtype in _EXPONENTS and array.size:
+            bits, exponent = _EXPONENTS[array.dtype]
+            found.append((mx.contiguous(array).view(bits) & exponent).max() != exponent)
+    return mx.stack(found).all()
 
 
 @dataclass(frozen=True)
