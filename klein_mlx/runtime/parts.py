@@ -38,7 +38,7 @@ from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import Source, load_part, read_weights, token_rows
 from klein_mlx.weights.lora import Applied, LoadedLora, Lora, LoraStack, branch_bytes, checked_scale, merge_bytes
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.safetensors import is_finite, load_now, require_file
+from klein_mlx.weights.safetensors import Identity, identity, is_finite, load_now, require_file
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -307,8 +307,6 @@ def described(lora: Lora, loaded: LoadedLora) -> str:
 WHOLE = 1_000_000_000  # bytes: a larger file is known by samples, for reading it would take seconds
 SAMPLES, SAMPLE = 4096, 4096  # of a large file: how many, and the bytes of each
 
-Identity = tuple[int, int, int, int]  # device, inode, bytes, nanoseconds of the last change
-
 
 @dataclass(frozen=True)
 class Pinned:
@@ -326,15 +324,6 @@ class Pinned:
         for path, known in self.files.items():
             if identity(path) != known:
                 raise CheckpointError(f"{path}: has changed since the model was opened; open the model again")
-
-
-def identity(path: Path) -> Identity:
-    """What tells a file from one that takes its place. Raises CheckpointError if it cannot be looked at."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_sampled(path: Path) -> bool:

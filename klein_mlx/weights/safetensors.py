@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+Identity = tuple[int, int, int, int]  # device, inode, bytes, nanoseconds of the last change
+
+
+def identity(path: Path) -> Identity:
+    """What tells a file from one that takes its place. Raises CheckpointError if it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_header(path: Path) -> dict[str, Entry]:
-    """A safetensors file's tensors. The safetensors library checks the header: MLX would accept a damaged one."""
+    """A safetensors file's tensors; the same file is read once. The safetensors library checks the header: MLX would
+    accept a damaged one."""
+    require_file(path)
+    return dict(_header(path, identity(path)))
+
+
+@lru_cache(64)
+def _header(path: Path, known: Identity) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
-    _check_count(path, require_file(path))
+    _check_count(path, known[2])
     try:
         with safe_open(path, framework="mlx") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
