@@ -6,9 +6,12 @@ session remembers: `~/.local/state/klein-mlx` (`$XDG_STATE_HOME`). What can be m
 (`$XDG_CACHE_HOME`). None of them where there is no home.
 """
 
+import json
 import os
 import tomllib
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 TINY_FOLDER = Path(__file__).resolve().parent / "tiny"
 
@@ -55,6 +58,25 @@ def config_folder() -> Path | None:
 def cache_folder() -> Path | None:
     """For what is only kept because it takes time to make."""
     return _place("XDG_CACHE_HOME", ".cache")
+
+
+def keep_json(path: Path, values: Any) -> bool:
+    """Write values beside their place, then put them there. Returns whether the folder could be written to."""
+    import secrets
+
+    beside = path.parent / f".{secrets.token_hex(8)}.part"
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w") as file:
+                json.dump(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            return True
+        finally:
+            beside.unlink(missing_ok=True)
+    return False
 
 
 def _place(variable: str, default: str) -> Path | None:

@@ -222,7 +222,7 @@ class KleinPipeline:
         run.batched = work.rows == 2
         self.parts.make_room(work)
         known = self.parts.estimate(work)
-        check_fits(self.source, work, self.dtype, self.parts.quantization, known)
+        check_fits(self.source, work, self.dtype, self.parts.quantization, known, self.parts.device)
         run.expected = dict(known.phases)
         events = (event for _, event in self.together([run]))
         run.start(_with_bar(run, events) if options.progress else events)

@@ -17,6 +17,7 @@ from klein_mlx.bench.checks import Row, Setting
 from klein_mlx.bench.measure import device_name
 from klein_mlx.paths import cache_folder, cached_models, own_models, version
 from klein_mlx.runtime.memory import gigabytes, machine_memory
+from klein_mlx.runtime.parts import choices_told, chosen_device
 from klein_mlx.weights.hub import cache_folder as hub_cache
 
 NAME = "environment"
@@ -57,6 +58,7 @@ def check_environment(setting: Setting) -> Iterator[Row]:
     yield from _versions(setting)
     yield from _disk()
     yield _config()
+    yield _row(f"computes with {choices_told(chosen_device())}")
 
 
 def _row(text: str, holds: bool | None = None, remedy: str = "") -> Row:

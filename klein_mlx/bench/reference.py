@@ -90,7 +90,7 @@ def stages(dtype: mx.Dtype, bits: int | None, device: Device = None) -> dict[str
     tensors = _tensors()
     kind = "4-bit" if bits else "whole"
     pipe = KleinPipeline.from_pretrained("tiny", quantize=bits, dtype=dtype, keep="all")
-    pipe.parts.device = device
+    pipe.parts.device = device or pipe.parts.device
     ours = {name: make(pipe, tensors, kind) for name, make in _STAGES.items()}
     return {name: error(value, tensors[f"{kind}.{name}"]) for name, value in ours.items()}
 
@@ -109,7 +109,7 @@ def _part(pipe: KleinPipeline, name: str) -> tuple[Any, mx.Dtype]:
     dtype = mx.bfloat16 if pipe.dtype == mx.float16 and name != "transformer" else pipe.dtype
     bits = 4 if pipe.parts.quantization else None
     module: Any = load_part(name, pipe.source, dtype, settle(parse(bits), pipe.source).get(name))
-    place(module, pipe.parts.device or here())
+    place(module, pipe.parts.device)
     module.arrange()
     return module, dtype
 

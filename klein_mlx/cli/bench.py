@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHIP",
         help='what a picture takes on "M3 Max", or on every chip from M1 to M5: predicted; nothing is run',
     )
+    about = "time the ways in which this GPU may compute, all equal to rounding, and keep the fastest of each"
+    add("--tune", action="store_true", help=about)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.runs <= MAX_RUNS:
         raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
     refuse_group_size_alone(vars(args), vars(args))
+    if args.tune:
+        return _tune(args)
     if args.predict is not None:
         return _predict(args)
     return _measure(args, _import_seconds())
@@ -129,6 +133,7 @@ def _report(
     from klein_mlx.bench.measure import device_name, limit
     from klein_mlx.bench.predict import picture_cost
     from klein_mlx.paths import version as own_version
+    from klein_mlx.runtime.parts import choices_told
 
     config, steps = pipe.config, runs[0].steps
     phases = list(runs[0].seconds)
@@ -151,6 +156,7 @@ def _report(
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "keep": pipe.parts.keep,
         "device": device_name(),
+        "choices": choices_told(pipe.parts.device),
         "versions": {"klein_mlx": own_version(), "mlx": version("mlx")},
         "mode": "cold" if args.cold else "warm",
         "runs": len(runs),
@@ -170,6 +176,32 @@ def _report(
     }
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from klein_mlx.bench.measure import device_name, tune
+    from klein_mlx.model.layers import Gpu, here
+    from klein_mlx.paths import version
+    from klein_mlx.runtime.parts import choices_told, keep_choices, with_choices
+
+    device = here()
+    if not isinstance(device, Gpu):
+        raise RequestError("--tune is for a GPU; how a CPU computes is not open")
+    _progress("timing the ways in which this GPU may compute")
+    tuned = tune(device)
+    kept = keep_choices(tuned.choices)
+    chosen = choices_told(with_choices(device, tuned.choices))
+    if args.json:
+        seconds = {name: round(value, 6) for name, value in tuned.seconds.items()}
+        versions = {"mlx": version("mlx")}
+        say_json(
+            {"device": device_name(), "versions": versions, "choices": tuned.choices, "seconds": seconds, "kept": kept}
+        )
+        return 0
+    say(f"{device_name()}, mlx {version('mlx')}")
+    say(*(f"{name:<34}{value * 1e3:>10.2f} ms" for name, value in tuned.seconds.items()))
+    say(f"chosen: {chosen}" + ("" if kept else " (could not be kept: the cache folder cannot be written to)"))
+    return 0
+
+
 def _measured_table(report: dict[str, Any]) -> str:
     """The report, for a person."""
     bits = _bits(report["bits"])
@@ -178,6 +210,7 @@ def _measured_table(report: dict[str, Any]) -> str:
         f"{report['steps']} steps, {report['dtype']}, keep {report['keep']}",
         f"{report['device']}, mlx {report['versions']['mlx']}; {report['runs']} {report['mode']} pictures, "
         f"{report['tokens']['text']} text and {report['tokens']['image']} image tokens",
+        f"computes with {report['choices']}",
         "",
         f"{'phase':<12}{'median s':>10}{'min':>10}{'max':>10}{'MLX peak':>12}{'RSS peak':>12}",
     ]

@@ -76,7 +76,7 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     from klein_mlx.formats.part import PartFile
     from klein_mlx.request import check_area, check_side
     from klein_mlx.runtime.memory import Work, estimate
-    from klein_mlx.runtime.parts import compute_dtype
+    from klein_mlx.runtime.parts import chosen_device, compute_dtype
     from klein_mlx.weights.bits import settle
 
     if isinstance(source, PartFile):
@@ -97,7 +97,7 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
         memories=int(source.config.caches_references),
     )
     dtype = compute_dtype(args.dtype)
-    found = estimate(source, work, dtype, settle(asked_bits(args), source), args.keep)
+    found = estimate(source, work, dtype, settle(asked_bits(args), source), args.keep, device=chosen_device())
     return {
         "width": width,
         "height": height,

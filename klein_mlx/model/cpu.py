@@ -31,6 +31,7 @@ class Cpu:
     compiles = False
     widens = True
     conv = "rows"
+    dtype = mx.float32
 
     def run(self, chain: Chain[...], *args: Any) -> mx.array:
         return _OWN.get(chain, chain.plain)(*args)
@@ -76,7 +77,7 @@ class Cpu:
             return convolve(x, weight, bias, edges, turned)
         return _convolve_by_rows(x, weight[:, ::-1, ::-1] if turned else weight, bias, edges)
 
-    def is_dequantized(self, tokens: int) -> bool:
+    def is_dequantized(self, tokens: int, bits: int | None = None) -> bool:
         return True
 
 

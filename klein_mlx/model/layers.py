@@ -41,13 +41,16 @@ class Gpu:
     """How a GPU computes. The choices are equal to rounding; which is faster depends on the chip.
 
     dense_from: how many tokens a quantized layer must have for its weight to be dequantized first; None: never.
-    rows: how many rows one matmul has at most; None: all of them. conv: "direct" for MLX's convolutions, "matmul" for
-    one matmul over overlapping rows.
+    by_bits: the same for weights of some bits. rows: about how many rows one matmul has at most; None: all of them.
+    conv: "direct" for MLX's convolutions, "matmul" for one matmul over overlapping rows. dtype: of the computation,
+    where nobody asks for another.
     """
 
     dense_from: int | None = None
+    by_bits: tuple[tuple[int, int | None], ...] = ()
     rows: int | None = None
     conv: str = "direct"
+    dtype: mx.Dtype = mx.bfloat16
     compiles: bool = True  # blocks and chains
 
     widens = False  # matmuls of 16 bits go through float32
@@ -88,7 +91,7 @@ class Gpu:
 
     def dequantized(self, packed: "Packed", x: mx.array) -> mx.array | None:
         """A quantized layer's weight as x is to be multiplied with it, once x is there; None: multiply as it is."""
-        if self.dense_from is None or x.size // x.shape[-1] < self.dense_from:
+        if not self.is_dequantized(x.size // x.shape[-1], packed.kind["bits"]):
             return None
         return mx.stop_gradient(mx.dequantize(*packed.after(x), **packed.kind).astype(x.dtype))
 
@@ -110,9 +113,14 @@ class Gpu:
         by_matmul = self.conv == "matmul" and weight.shape[-1] >= FEW
         return (convolve_by_matmul if by_matmul else convolve)(x, weight, bias, edges, turned)
 
-    def is_dequantized(self, tokens: int) -> bool:
-        """Whether quantized layers of so many tokens have a plain weight beside them while they are computed."""
-        return self.dense_from is not None and tokens >= self.dense_from
+    def is_dequantized(self, tokens: int, bits: int | None = None) -> bool:
+        """Whether quantized layers of so many tokens have a plain weight beside them while they are computed.
+
+        bits: of the weights; None: whether any may have one.
+        """
+        own = dict(self.by_bits)
+        known = [*own.values(), self.dense_from] if bits is None else [own.get(bits, self.dense_from)]
+        return any(least is not None and tokens >= least for least in known)
 
 
 # The GPUs' kinds in Apple's words begin so. M1 and M2 multiply packed weights far slower than plain ones; later chips

@@ -145,28 +145,30 @@ def estimate(
     machine: int | None = None,
     weights: Mapping[str, int] | None = None,
     loras: LoraBytes | None = None,
+    device: Device = None,
 ) -> Estimate:
     """Bytes per phase of one picture.
 
     quantization: of parts that are quantised while loading. keep: None to choose: what suits the machine, or less where
     only that fits. loaded: parts that are in memory already; those that are not kept leave before. machine: bytes that
     there are; None: this machine's. weights: from `weight_bytes`, where that is known already. loras: None for none.
+    device: None: the default one.
     """
     weights = weights or weight_bytes(source, dtype, quantization)
     machine = machine_memory() if machine is None else machine
     loras = loras or LoraBytes()
     if keep is None:
         kept = [*KEPT][[*KEPT].index(choose_keep(weights, machine)) :]
-        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights, loras) for k in kept]
+        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights, loras, device) for k in kept]
         return next((one for one in found if one.fits), found[-1])
     quantized = {part: part in quantization or part in source.quantization for part in PARTS}
     config = source.config
-    pictures = [vae_bytes(config.vae, *size, dtype, encodes=True) for size in work.references]
+    pictures = [vae_bytes(config.vae, *size, dtype, True, device) for size in work.references]
     arrays = {
         "references": max(pictures, default=0),
-        "encode": encoder_bytes(config, work, dtype, quantized["text_encoder"]) if work.encodes else 0,
-        "steps": step_bytes(config, work, dtype, quantized["transformer"]),
-        "decode": vae_bytes(config.vae, work.height, work.width, dtype),
+        "encode": encoder_bytes(config, work, dtype, quantized["text_encoder"], device) if work.encodes else 0,
+        "steps": step_bytes(config, work, dtype, quantized["transformer"], device),
+        "decode": vae_bytes(config.vae, work.height, work.width, dtype, False, device),
     }
     needed = {"references": "vae", "encode": "text_encoder", "steps": "transformer", "decode": "vae"}
     there, phases = {part for part in loaded if part in KEPT[keep]}, {}
@@ -200,10 +202,12 @@ def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: b
     return 4 * (6 * hidden + 3 * mlp + taps + 3 * scores) + _BESIDE
 
 
-def fits_twice(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, known: Estimate) -> bool:
+def fits_twice(
+    config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool, known: Estimate, device: Device = None
+) -> bool:
     """Whether guidance's two branches may run in one pass: it fits beside the weights, and its arrays in a quarter of
     the machine's memory. work, known: of one branch at a time."""
-    one, both = (step_bytes(config, replace(work, rows=rows), dtype, quantized) for rows in (1, 2))
+    one, both = (step_bytes(config, replace(work, rows=rows), dtype, quantized, device) for rows in (1, 2))
     return known.phases["steps"] + both - one <= known.machine and both <= known.machine / 4
 
 
@@ -255,13 +259,19 @@ def vae_bytes(
 
 
 def check_fits(
-    source: Source, work: Work, dtype: mx.Dtype, quantization: Mapping[str, Quantization], own: Estimate
+    source: Source,
+    work: Work,
+    dtype: mx.Dtype,
+    quantization: Mapping[str, Quantization],
+    own: Estimate,
+    device: Device = None,
 ) -> None:
-    """Raise a RequestError with a plan that would fit, unless the request does. own: its estimate, as it stands."""
+    """Raise a RequestError with a plan that would fit, unless the request does. own: its estimate, as it stands.
+    device: as in `estimate`."""
     if own.fits:
         return
     plans = _plans(source, work, quantization)
-    given = {"machine": own.machine, "loras": own.loras}
+    given = {"machine": own.machine, "loras": own.loras, "device": device}
     estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", **given)) for p in plans]
     told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
     plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])

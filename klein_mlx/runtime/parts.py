@@ -5,11 +5,12 @@ A model's files are pinned while it is open, and digested for recipes and for wh
 
 import gc
 import hashlib
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError, of_device
 from klein_mlx.formats.lora import read_lora, shapes_of
 from klein_mlx.formats.lora_metadata import find_lora
-from klein_mlx.model.layers import Device, here, place
+from klein_mlx.model.layers import Device, Gpu, here, place
+from klein_mlx.paths import cache_folder, keep_json, version
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
@@ -59,7 +61,7 @@ class Parts:
         self.source, self.dtype, self.quantization = source, dtype, quantization
         self.pinned = Pinned.of(source.files())
         self.weights = weight_bytes(source, dtype, quantization)
-        self.device: Device = None  # how what is loaded computes; None: as the default device does
+        self.device: Device = chosen_device()  # how what is loaded computes
         self.keep = keep or choose_keep(self.weights, machine_memory())
         self._chosen = keep is None
         self.loaded: dict[str, nn.Module] = {}
@@ -84,7 +86,15 @@ class Parts:
         weights = {part: self.weights[part] + size for part, size in zip(PARTS, added, strict=True)}
         loras = LoraBytes(self.loras.nbytes, dict(zip(PARTS, merging, strict=True)))
         return estimate(
-            self.source, work, self.dtype, self.quantization, keep, [*self.loaded], weights=weights, loras=loras
+            self.source,
+            work,
+            self.dtype,
+            self.quantization,
+            keep,
+            [*self.loaded],
+            weights=weights,
+            loras=loras,
+            device=self.device,
         )
 
     def _lora_bytes(self, part: str) -> tuple[int, int]:
@@ -114,7 +124,7 @@ class Parts:
     def fits_twice(self, work: Work) -> bool:
         """Whether memory allows both branches of guidance in one pass."""
         quantized = "transformer" in self.quantization or "transformer" in self.source.quantization
-        return fits_twice(self.source.config, work, self.dtype, quantized, self.estimate(work))
+        return fits_twice(self.source.config, work, self.dtype, quantized, self.estimate(work), self.device)
 
     def files_ahead(self, encoding: int) -> list[Path]:
         """What can be read while the prompt is encoded: the transformer's files, unless it is loaded, or they would
@@ -146,7 +156,7 @@ class Parts:
             module.embed_tokens = rows
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
         try:
-            place(module, self.device or here(at_once=True))
+            place(module, self.device)
             module.arrange()
             if damaged := read_weights(module):
                 weights = self.source.weights(name).items()  # under the file's own names: arranged, others are there
@@ -207,13 +217,115 @@ class Parts:
 
 
 def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
-    """A dtype or its name; None: bfloat16 on a GPU, float32 on a CPU. Raises RequestError for any other."""
+    """A dtype or its name; None: the device's, bfloat16 on a GPU unless another was measured to be faster, float32 on a
+    CPU. Raises RequestError for any other."""
     if dtype is None:
-        return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
+        return chosen_device().dtype
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.")
     if name not in DTYPES:
         raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+# ---- what was measured on this device ----
+
+CHOICES = "KLEIN_MLX_CHOICES"  # choices as JSON, or "default" for those of the chip's kind
+_MOST = 1 << 20  # tokens, rows
+
+
+def chosen_device() -> Device:
+    """How the default device computes: as its kind does, or as was measured on it (`klein-mlx bench --tune`), or as
+    the environment says. Raises RequestError for what is no choice there."""
+    device = here(at_once=True)
+    if not isinstance(device, Gpu):
+        return device
+    said = os.environ.get(CHOICES, "")
+    try:
+        return with_choices(device, json.loads(said)) if said not in ("", "default") else measured(device, said == "")
+    except (ValueError, RecursionError):
+        rule = 'it must be "default", or JSON such as {"conv": "matmul", "rows": 4096, "dense": {"4": 1024}}'
+        raise RequestError(f"${CHOICES}", said, rule) from None
+
+
+def measured(device: Gpu, wanted: bool = True) -> Gpu:
+    """A device with what was kept of measuring it, with this MLX; itself where nothing was, or nothing is wanted."""
+    path = choices_file()
+    try:
+        if not wanted or path is None or path.stat().st_size > _MOST:
+            return device
+        return with_choices(device, json.loads(path.read_text())[device_key()])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return device  # nothing was measured here, or the file is damaged
+
+
+def with_choices(device: Gpu, choices: Any) -> Gpu:
+    """A device that computes so. choices: any of "conv", "rows", "dtype", and "dense": for bits of weights, from how
+    many tokens on they are dequantized first, or None. Raises ValueError for anything else."""
+    known = {"conv": device.conv, "rows": device.rows, "dtype": "", "dense": {}}
+    if not isinstance(choices, dict) or choices.keys() - known:
+        raise ValueError("no choices")
+    values = known | choices
+    dense, numbers = values["dense"], [values["rows"]]
+    if not isinstance(dense, dict) or not all(bits in ("2", "3", "4", "5", "6", "8") for bits in dense):
+        raise ValueError("no bits")
+    for number in (*numbers, *dense.values()):
+        if number is not None and (type(number) is not int or not 0 <= number <= _MOST):
+            raise ValueError("no number of tokens")
+    if (
+        values["rows"] == 0
+        or values["conv"] not in ("direct", "matmul")
+        or values["dtype"] not in ("", "bfloat16", "float16")
+    ):
+        raise ValueError("no way to compute")
+    return replace(
+        device,
+        by_bits=tuple(sorted((int(bits), tokens) for bits, tokens in dense.items())) or device.by_bits,
+        rows=values["rows"],
+        conv=values["conv"],
+        dtype=DTYPES.get(values["dtype"], device.dtype),
+    )
+
+
+def choices_told(device: Device) -> str:
+    """How a device computes, as a line for people: of its own, or as it was measured or chosen."""
+    if not isinstance(device, Gpu):
+        return "a CPU's ways"
+    least = {**{f"{bits}-bit": tokens for bits, tokens in device.by_bits}, "packed": device.dense_from}
+    if device.by_bits:
+        del least["packed"]
+    dense = (
+        f"{kind} weights {'as they are' if n is None else f'dequantized from {n} tokens on'}"
+        for kind, n in least.items()
+    )
+    rows = "matmuls whole" if device.rows is None else f"matmuls of {device.rows} rows"
+    usual = replace(here(), compiles=device.compiles) if isinstance(here(), Gpu) else device
+    grounds = "this chip's defaults" if device == usual else "measured here" if not os.environ.get(CHOICES) else CHOICES
+    dtype = str(device.dtype).rpartition(".")[2]
+    return f"convolutions {device.conv}, {rows}, {', '.join(dense)}, {dtype} ({grounds})"
+
+
+def keep_choices(choices: Mapping[str, Any]) -> bool:
+    """Keep what was measured, in place of what this chip and this MLX had. Returns whether it could be written."""
+    path = choices_file()
+    if path is None:
+        return False
+    try:
+        known = json.loads(path.read_text()) if path.stat().st_size <= _MOST else {}
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    return keep_json(path, {**(known if isinstance(known, dict) else {}), device_key(): dict(choices)})
+
+
+def choices_file() -> Path | None:
+    """Where choices are kept, by `device_key`."""
+    folder = cache_folder()
+    return folder / "choices.json" if folder else None
+
+
+def device_key() -> str:
+    """Of which chip and which MLX measured choices are."""
+    told = mx.device_info()
+    return f"{told.get('device_name', '')} ({told.get('architecture', '')}), mlx {version('mlx')}"
 
 
 # ---- LoRAs of a pipeline ----

@@ -8,10 +8,7 @@ squares to decoded pictures; a pixel for each of the VAE's latents. The embedded
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,7 @@ from klein_mlx.images.reading import LARGE_REFERENCE_AREA, REFERENCE_AREA, load_
 from klein_mlx.model.sampler import to_channels_first, unpatchify
 from klein_mlx.model.vae import VAE
 from klein_mlx.model.vae_layers import Done
+from klein_mlx.paths import keep_json
 from klein_mlx.request import Request, check_area, check_side
 from klein_mlx.runtime.encodings import to_numpy
 from klein_mlx.weights.checkpoint import Source
@@ -206,15 +204,8 @@ def find_map(digest: str, folder: Path | None) -> Map | None:
 
 
 def keep_map(digest: str, colours: Map, folder: Path) -> None:
-    """Write a map beside its place, then put it there; a folder that cannot be written to is no error."""
-    beside = folder / f".{secrets.token_hex(8)}.part"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(json.dumps({"vae": digest, "colours": colours}))
-            os.replace(beside, folder / f"{digest}.json")
-        finally:
-            beside.unlink(missing_ok=True)
+    """Keep a map; a folder that cannot be written to is no error."""
+    keep_json(folder / f"{digest}.json", {"vae": digest, "colours": colours})
 
 
 class Sketcher:
