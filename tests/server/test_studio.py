@@ -1,13 +1,18 @@
 """The studio page: its files, and, in a headless Chromium, that what is typed becomes a picture of the whole text."""
 
+import base64
+import os
 import re
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_tools import picture_bytes, running, until
+from serving_tools import opened, picture_bytes, running, until
 
 from klein_mlx.server.app import STUDIO, STUDIO_TYPES
 from klein_mlx.server.serving import Background
@@ -82,7 +87,7 @@ def test_every_element_that_the_modules_use_is_in_the_page(tags: Tags) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Background]:
-    with running() as server:
+    with running(hosts=("studio.test",)) as server:
         yield server
 
 
@@ -93,7 +98,9 @@ def chromium() -> Iterator[Any]:
     if browser is None:
         pytest.skip("no Chromium is installed")
     with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(
+            executable_path=browser, args=["--no-sandbox", "--host-resolver-rules=MAP studio.test 127.0.0.1"]
+        )
         yield chromium
         chromium.close()
 
@@ -242,3 +249,199 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
     page.get_by_label("Describe a picture").fill("a red circle")
     wait_for_results(page, 1)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def give(page: Any, how: str, *files: bytes) -> None:
+    """Drop or paste pictures, as a browser hands them to the page."""
+    page.evaluate(
+        """([how, files]) => {
+            const data = new DataTransfer();
+            files.forEach((text, index) => {
+                const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+                data.items.add(new File([bytes], `${index}.png`, { type: "image/png" }));
+            });
+            const same = { bubbles: true, cancelable: true };
+            if (how === "drop") document.body.dispatchEvent(new DragEvent("dragover", { ...same, dataTransfer: data }));
+            window.over = document.body.className;
+            const event = how === "drop"
+                ? new DragEvent("drop", { ...same, dataTransfer: data })
+                : new ClipboardEvent("paste", { ...same, clipboardData: data });
+            document.body.dispatchEvent(event);
+        }""",
+        [how, [base64.b64encode(data).decode() for data in files]],
+    )
+
+
+def pixel(page: Any, x: float, y: float) -> tuple[int, ...]:
+    """A pixel of what is seen of the picture, at a part of its width and height."""
+    frame = page.locator("#picture")
+    with opened(base64.b64encode(frame.screenshot()).decode()) as image:
+        return image.convert("RGB").getpixel((int(x * image.width), int(y * image.height)))
+
+
+def test_pictures_are_dropped_and_pasted_up_to_four(page: Any) -> None:
+    page.get_by_label("make it while I type").evaluate("box => { box.checked = false; }")
+    give(page, "drop", picture_bytes("blue"), picture_bytes("red"))
+    assert page.evaluate("over") == "dropping"
+    page.get_by_role("img", name="Picture 2").wait_for()
+    assert page.evaluate("document.body.className") == ""
+    give(page, "paste", picture_bytes("green"))
+    page.get_by_role("img", name="Picture 3").wait_for()
+    give(page, "drop", picture_bytes("black"), picture_bytes("white"))
+    page.locator("#status.bad", has_text="4 pictures are the most").wait_for()
+    assert page.locator("#tray img").count() == 4
+    page.get_by_role("button", name="Remove picture 2").click()
+    give(page, "paste", b"no picture")
+    page.locator("#status.bad", has_text="0.png is not a picture").wait_for()
+    assert page.locator("#tray img").count() == 3
+
+
+def white(page: Any) -> int:
+    """Pixels of the mask's board in the left half, which the cursor's ring does not reach."""
+    return page.evaluate(
+        """() => {
+            const board = document.getElementById("brush"), half = board.width / 2;
+            const { data } = board.getContext("2d").getImageData(0, 0, half, board.height);
+            return data.filter((value, index) => index % 4 === 3 && value === 255).length;
+        }"""
+    )
+
+
+def test_strokes_of_the_mask_are_taken_back_one_by_one(page: Any) -> None:
+    page.get_by_label("make it while I type").evaluate("box => { box.checked = false; }")
+    give(page, "drop", picture_bytes("blue"))
+    page.get_by_role("button", name="Mask: Brush a mask").click()
+    box = page.locator("#brush").bounding_box()
+    counts = [white(page)]
+    for y in (0.2, 0.5, 0.8):
+        page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + y * box["height"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.35 * box["width"], box["y"] + y * box["height"], steps=3)
+        page.mouse.up()
+        counts.append(white(page))
+    assert counts == sorted(set(counts)), "every stroke adds to the mask"
+    page.get_by_role("button", name="Undo").click()
+    page.locator("#brush").focus()
+    page.keyboard.press("Control+z")
+    assert white(page) < counts[2]
+    page.get_by_role("button", name="Clear", exact=True).click()
+    page.get_by_role("button", name="Done").click()
+    assert page.locator("#tray button").first.text_content() == "Mask"
+
+
+def test_the_slider_shows_the_picture_before(page: Any) -> None:
+    give(page, "drop", picture_bytes("blue"))
+    page.get_by_label("Describe a picture").fill("a yellow square")
+    wait_for_results(page, 1)
+    slider = page.get_by_label("How much of the picture before")
+    after = pixel(page, 0.25, 0.5)
+    slider.fill("50")
+    assert pixel(page, 0.25, 0.5) == (0, 0, 255)
+    right = pixel(page, 0.75, 0.5)
+    slider.fill("0")
+    assert pixel(page, 0.25, 0.5) == after
+    assert pixel(page, 0.75, 0.5) == right
+
+
+def test_a_result_is_copied_saved_and_used_as_a_reference(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_label("Describe a picture").fill("a green star")
+    wait_for_results(page, 1)
+    page.get_by_role("button", name="Copy").click()
+    page.locator("#status", has_text="Copied.").wait_for()
+    kinds = page.evaluate("navigator.clipboard.read().then((items) => items.flatMap((item) => item.types))")
+    assert kinds == ["image/png"]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save PNG").click()
+    with opened(base64.b64encode(Path(download.value.path()).read_bytes()).decode()) as image:
+        assert "a green star" in image.text["klein_mlx"]  # type: ignore[attr-defined]
+    with page.expect_request(lambda one: one.url.endswith("/api/generate")) as asked:
+        page.get_by_role("button", name="Use as reference").click()
+    assert len(asked.value.post_data_json["references"]) == 1
+    page.get_by_role("img", name="Picture 1").wait_for()
+
+
+def test_a_page_of_another_machine_does_not_say_that_nothing_leaves(server: Background, chromium: Any) -> None:
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(server.url)
+    assert page.locator("#status").text_content() == "Nothing leaves this machine."
+    page.goto(server.url.replace("127.0.0.1", "studio.test"))
+    assert page.locator("#status").text_content() == "Pictures are made on the machine that serves this page."
+    page.get_by_label("Describe a picture").fill("a red circle")
+    wait_for_results(page, 1)
+    page.get_by_role("button", name="Copy").click()  # a page without TLS has no clipboard
+    page.locator("#status.bad", has_text="use Save PNG").wait_for()
+    context.close()
+
+
+def test_a_worker_that_stays_down_is_told_in_the_banner(page: Any) -> None:
+    status = page.evaluate("fetch('/api/status').then((reply) => reply.json())")
+    down = {**status, "worker": "down", "reason": "the worker died 3 times"}
+    page.route("**/api/status", lambda route: route.fulfill(json=down))
+    page.reload()
+    page.get_by_role("alert").filter(has_text="the worker died 3 times").wait_for()
+    assert "stopped" in page.locator("#worker").text_content()
+    page.unroute("**/api/status")
+    page.get_by_role("alert").wait_for(state="hidden")
+
+
+@pytest.mark.slow
+def test_the_worker_dies_and_the_newest_request_is_made_once_more(page: Any, server: Background) -> None:
+    bodies: list[str] = []
+    page.on("request", lambda one: bodies.append(one.post_data) if one.url.endswith("/api/generate") else None)
+    page.get_by_label("make it while I type").evaluate("box => { box.checked = false; }")
+    page.locator("#steps").evaluate("box => { box.value = 90; }")
+    page.get_by_label("Describe a picture").fill("a red circle")
+    page.keyboard.press("Control+Enter")
+    page.locator("#status", has_text="Step").wait_for()
+    assert server.shared.worker.pid
+    os.kill(server.shared.worker.pid, signal.SIGKILL)
+    page.get_by_role("alert").filter(has_text="The model's process died").wait_for()
+    wait_for_results(page, 1)
+    page.get_by_role("alert").wait_for(state="hidden")
+    assert len(bodies) == 2
+    assert bodies[0] == bodies[1]
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core, as npm has it."""
+    folder = tmp_path_factory.mktemp("axe")
+    words = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4"]
+    try:
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("axe-core cannot be had: npm is not here, or has no network")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_nothing_keeps_anybody_out(page: Any, axe: str, colors: str) -> None:
+    """Every state of the page by the rules of axe-core: contrast, names, roles, order."""
+    page.emulate_media(color_scheme=colors, reduced_motion="reduce")
+    page.evaluate(axe)
+    states = {}
+
+    def check(state: str) -> None:
+        found = page.evaluate("axe.run()")["violations"]
+        states[state] = [one["id"] for one in found if one["impact"] in ("serious", "critical")]
+
+    check("empty")
+    give(page, "drop", picture_bytes("blue"))
+    page.get_by_label("Describe a picture").fill("make it red")
+    wait_for_results(page, 1)
+    for summary in page.locator("summary").all():
+        summary.click()
+    check("a result")
+    page.get_by_role("button", name="Mask: Brush a mask").click()
+    check("the mask")
+    page.keyboard.press("Escape")
+    page.evaluate(
+        "document.getElementById('banner').hidden = false; document.getElementById('banner').textContent = 'x'"
+    )
+    page.evaluate("document.getElementById('status').className = 'bad'")
+    page.set_viewport_size({"width": 360, "height": 740})
+    check("a banner on a phone")
+    assert states == dict.fromkeys(states, [])

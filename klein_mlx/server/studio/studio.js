@@ -300,4 +300,6 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
     if (kind === "drop" && event.dataTransfer.files.length) pictures.add([...event.dataTransfer.files]);
   });
 }
+const here = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+tell(here ? "Nothing leaves this machine." : "Pictures are made on the machine that serves this page.");
 poll();
