@@ -8,6 +8,7 @@ session remembers: `~/.local/state/klein-mlx` (`$XDG_STATE_HOME`). What can be m
 
 import json
 import os
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -121,3 +122,12 @@ def cached_models() -> list[str]:
         return []
     names = sorted(path.name for path in folder.iterdir() if path.name.startswith("models--"))
     return [name.removeprefix("models--").replace("--", "/", 1) for name in names if "klein" in name.lower()]
+
+
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8")  # that diffusers and transformers put into a file's name: their `variant`
+
+
+def precision_of(name: str) -> str | None:
+    """The precision that a file's name states: "fp16" of model.fp16.safetensors, of its shards and of its index."""
+    found = re.search(rf"\.({'|'.join(PRECISIONS)})(?:-\d+-of-\d+)?\.(?:safetensors|json)\b", name)
+    return found[1] if found else None

@@ -125,19 +125,17 @@ class KleinPipeline:
             a float32 residual stream, encoder and VAE in bfloat16.
         keep: what stays in memory between calls: "all", "transformer" or "nothing"; by default as the machine allows.
         revision, token, local_files_only: as in huggingface_hub.
-        vae: a file, folder or hub id that takes the place of the model's own; "black-forest-labs/FLUX.2-small-decoder"
-            decodes faster.
-        transformer, text_encoder: likewise, files or folders: a single file of BFL's or ComfyUI's, FP8, GGUF, mlx-lm's.
+        transformer, text_encoder, vae: a file (BFL's, ComfyUI's, FP8, GGUF), a folder or a hub id (a file of it:
+            owner/name/file.gguf) that takes the place of the model's own; the VAE of
+            "black-forest-labs/FLUX.2-small-decoder" decodes faster.
         variant: which variant of these sizes it is ("4b", "base-4b", ...), where files do not tell, or tell it wrongly.
         prompt_cache: a folder in which prompts' embeddings are kept, so that a prompt that comes again loads no
             encoder, in later processes too; True: the usual place. By default only the newest few are kept, in memory.
         Raises CheckpointError if there is no such model or its files are not whole.
         """
-        from klein_mlx.formats.open import find_vae, open_model
+        from klein_mlx.formats.open import open_model
 
-        parts = {"transformer": transformer, "text_encoder": text_encoder}
-        if vae is not None:
-            parts["vae"] = find_vae(vae, token=token, local_files_only=local_files_only)
+        parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         source = open_model(
             model, revision=revision, token=token, local_files_only=local_files_only, parts=parts, variant=variant
         )

@@ -1,5 +1,6 @@
 """What a model argument may be: "tiny", a folder, or a repository of the Hub."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from folders import GOLDEN, copy_model, refusal, weight_file
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
+from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
-from klein_mlx.formats.open import open_model
-from klein_mlx.weights.hub import wanted
+from klein_mlx.formats.diffusers import STEMS
+from klein_mlx.formats.open import choose_part, hub_part, open_model
+from klein_mlx.weights.hub import wanted, wanted_files
 
 # ---- what a model argument may be ----
 
@@ -79,6 +82,88 @@ def test_only_the_tree_of_a_repository_is_fetched() -> None:
     fewer = wanted(["vae"])
     assert "transformer.safetensors" not in filter_repo_objects(files, allow_patterns=fewer)
     assert "text_encoder/model.safetensors.index.json" in filter_repo_objects(files, allow_patterns=fewer)
+
+
+def test_what_would_come_twice_is_left_out() -> None:
+    plain = [f"{part}/{STEMS[part]}.safetensors" for part in PARTS]
+    shards = ["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"]
+    halves = [f"transformer/{STEMS['transformer']}.fp16.safetensors", *(f"text_encoder/{name}" for name in shards)]
+    assert wanted_files([*halves, *plain]) == plain
+    assert wanted_files(halves) == halves
+    packed = [
+        "transformer-packed-mflux/quantization_config.json",
+        f"transformer-packed-mflux/{STEMS['vae']}.safetensors",
+    ]
+    assert wanted_files(packed) == packed
+    assert wanted_files([*packed, *plain]) == plain
+
+
+WHOLE = ["model_index.json", "README.md", "transformer/config.json", "transformer/a.safetensors", "vae/a.safetensors"]
+GGUFS = ["x-Q4_0.gguf", "x-Q8_0-00001-of-00002.gguf", "x-Q8_0-00002-of-00002.gguf", "README.md"]
+QWEN = ["config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors", "tokenizer.json"]
+PACKED = ["transformer-q/a.safetensors", "b.safetensors"]
+OURS = ["klein.json", "tokenizer.json", "vae.safetensors"]
+COMFY = ["split_files/vae/flux2-vae.safetensors", "split_files/diffusion_models/a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "file", "chosen", "opened"),
+    [
+        ("transformer", WHOLE, None, WHOLE[2:4], "transformer"),
+        ("transformer", PACKED, None, PACKED[:1], "transformer-q"),
+        ("text_encoder", QWEN, None, QWEN[:3], ""),
+        ("vae", [*OURS, "x.safetensors"], None, OURS, ""),
+        ("transformer", ["flux.safetensors", "README.md"], None, ["flux.safetensors"], "flux.safetensors"),
+        ("transformer", GGUFS, "x-Q4_0.gguf", GGUFS[:1], GGUFS[0]),
+        ("transformer", GGUFS, "x-Q8_0-00002-of-00002.gguf", GGUFS[1:3], GGUFS[2]),
+        ("text_encoder", GGUFS[1:], None, GGUFS[1:3], GGUFS[1]),
+        ("vae", COMFY, "flux2-vae.safetensors", COMFY[:1], COMFY[0]),
+    ],
+)
+def test_a_part_is_found_in_a_repository(
+    part: str, names: list[str], file: str | None, chosen: list[str], opened: str
+) -> None:
+    assert choose_part(part, names, "owner/name", file) == (chosen, opened)
+
+
+def test_several_files_are_listed_and_absent_ones_told() -> None:
+    told = refusal(lambda: choose_part("transformer", GGUFS, "owner/name"))
+    assert told.startswith(
+        "owner/name: holds 3 files of weights; name the transformer among them: owner/name/x-Q4_0.gguf,"
+    )
+    told = refusal(lambda: choose_part("transformer", GGUFS, "owner/name", "y.gguf"))
+    assert told.startswith("owner/name: has no files 'y.gguf'; it holds owner/name/x-Q4_0.gguf, ")
+    assert "holds no weights" in refusal(lambda: choose_part("vae", ["README.md"], "owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("4b", ("black-forest-labs/FLUX.2-klein-4B", None)),
+        ("owner/name", ("owner/name", None)),
+        ("owner/name/a/b.gguf", ("owner/name", "a/b.gguf")),
+        ("models/missing.safetensors", None),
+        ("./owner/name", None),
+        ("owner/name/folder", None),
+        ("missing", None),
+    ],
+)
+def test_what_is_a_part_on_the_hub(value: str, found: tuple[str, str | None] | None) -> None:
+    assert hub_part(value) == found
+
+
+def test_a_part_by_name(monkeypatch: Any, tmp_path: Path) -> None:
+    """ "tiny", and a file of a repository, which is fetched alone."""
+    tiny = open_model("tiny")
+    assert open_model("tiny", parts={"transformer": "tiny"}).config == tiny.config
+    served = tmp_path / "a" / "x.safetensors"
+    served.parent.mkdir()
+    shutil.copy(weight_file(GOLDEN, "vae"), served)
+    hub = FakeHub(hub_errors.LocalEntryNotFoundError("not there"), tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr(detect, "list_files", lambda hub_id, token: ["a/x.safetensors", "b.safetensors"])
+    source = open_model(GOLDEN, parts={"vae": "owner/name/x.safetensors"})
+    assert (source.files(["vae"])[-1], hub.calls[-1]["allow_patterns"]) == (served, ["a/x.safetensors"])
 
 
 class FakeHub:

@@ -243,25 +243,28 @@ def test_a_vae_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_small_decoder_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In diffusers' files, else in the single one."""
+    """In diffusers' files, else in the single one; what the cache holds needs no network."""
     import huggingface_hub
 
-    from klein_mlx.formats.open import SMALL_DECODER, find_vae
+    from klein_mlx.formats import open as formats
+    from klein_mlx.formats.open import SMALL_DECODER, find_part
+    from klein_mlx.weights.hub import cache_folder
 
-    asked: list[list[str]] = []
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "full_encoder_small_decoder.safetensors"]
+    listed, asked = [files, files[2:]], []
 
-    def fetch(hub_id: str, allow_patterns: list[str], **kwargs: Any) -> str:
-        assert hub_id == SMALL_DECODER
-        asked.append(allow_patterns)
+    def fetch(hub_id: str, allow_patterns: list[str], local_files_only: bool, **kwargs: Any) -> str:
+        if not local_files_only:
+            asked.append(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match="FLUX.2-small-decoder: holds no diffusion_pytorch_model.safetensors"):
-        find_vae(SMALL_DECODER)
-    assert len(asked) == 4  # both layouts, in the cache and then over the network
-    single = tmp_path / "full_encoder_small_decoder.safetensors"
-    single.touch()
-    assert find_vae(SMALL_DECODER) == single
-    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
-    assert find_vae(SMALL_DECODER) == tmp_path
-    assert find_vae("./black-forest-labs/x") == Path("black-forest-labs/x")
+    monkeypatch.setattr(formats, "list_files", lambda hub_id, token: listed.pop(0))
+    assert find_part("vae", SMALL_DECODER) == tmp_path
+    assert find_part("vae", SMALL_DECODER) == tmp_path / files[2]
+    assert asked == [files[:2], files[2:]]
+    told = folders.refusal(lambda: find_part("vae", SMALL_DECODER, local_files_only=True))
+    assert f"{SMALL_DECODER}: its vae is not whole in {cache_folder()}, and the network is not to be used" in told
+    mx.save_safetensors(str(tmp_path / files[2]), {"x": mx.zeros(1)})
+    assert find_part("vae", SMALL_DECODER, local_files_only=True) == tmp_path / files[2]
+    assert find_part("vae", "./black-forest-labs/x") == Path("black-forest-labs/x")

@@ -7,13 +7,13 @@ model's folder is executed, and torch is never needed.
 
 from klein_convert.checkpoint import convert_checkpoint
 from klein_mlx.formats.describe import describe, format_description
-from klein_mlx.formats.open import SMALL_DECODER, find_vae, open_any, open_model
+from klein_mlx.formats.open import SMALL_DECODER, find_part, open_any, open_model
 
 __all__ = [
     "SMALL_DECODER",
     "convert_checkpoint",
     "describe",
-    "find_vae",
+    "find_part",
     "format_description",
     "open_any",
     "open_model",

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
-        add(f"--{option}", metavar="FILE", help=f"take the {name} from this file or folder instead")
+        add(f"--{option}", metavar="FILE", help=f"take the {name} from this file, folder or hub id instead")
     add_options(
         parser, LORAS, lora="merge a LoRA into the weights at strength SCALE (1), before quantizing; repeat for more"
     )
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from klein_convert.checkpoint import check_variant, convert_checkpoint, plan_conversion
     from klein_convert.destination import check_upload, upload
     from klein_convert.export import export_diffusers, merge_loras
-    from klein_mlx.cli.download import obtain, obtain_vae
-    from klein_mlx.formats.open import find_vae, open_model
+    from klein_mlx.cli.download import obtain, obtain_part
+    from klein_mlx.formats.open import open_model
 
     refuse_group_size_alone(vars(args), vars(args))
     asked = asked_bits(args)  # before a download, which may take long
@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> int:
     check_variant(args.variant)
     if args.upload:
         check_upload(args.upload, token=not args.dry_run)
-    parts = {part: getattr(args, part) for part in PARTS}
     consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
-    if args.vae:
-        parts["vae"] = find_vae(obtain_vae(args.vae, **consent), local_files_only=args.offline)
+    parts = {p: obtain_part(p, value, **consent) if (value := getattr(args, p)) else None for p in PARTS}
     needed = {part for part in PARTS if parts[part] is None}
     model = obtain(args.source, revision=args.revision, parts=needed, **consent)
     source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)

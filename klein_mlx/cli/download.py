@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from klein_mlx.paths import cached_models, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
 
 if TYPE_CHECKING:
-    from klein_mlx.weights.hub import Plan
+    from klein_mlx.weights.hub import Choice, Plan
 
 
 _INTERVAL = 0.1  # seconds between two reports of progress
@@ -151,7 +153,7 @@ def obtain(
         single_file,
         tokenizer_beside,
     )
-    from klein_mlx.weights.hub import wanted
+    from klein_mlx.weights.hub import wanted_files
 
     name = model
     if not os.path.lexists(model):
@@ -168,22 +170,39 @@ def obtain(
     try:
         open_cached(hub_id, revision, needed=parts)
     except CheckpointError:
-        bring(hub_id, wanted(parts), revision=revision, short=model, yes=yes, quiet=quiet)
+        choice = partial(wanted_files, parts=parts)
+        bring(hub_id, choice, revision=revision, short=model, yes=yes, quiet=quiet)
     return hub_id
 
 
-def obtain_vae(vae: str, *, offline: bool = False, yes: bool = False, quiet: bool = False) -> str:
-    """The same for a VAE from a repository of its own; anything else comes back as it is."""
-    from klein_mlx.formats.open import VAE_FILES, cached_vae, is_hub_vae
+def obtain_part(
+    part: str,
+    value: str,
+    *,
+    own: Mapping[str, str] | None = None,
+    offline: bool = False,
+    yes: bool = False,
+    quiet: bool = False,
+) -> str:
+    """The same for a part from a place of its own; returns what `find_part` is to be given."""
+    from klein_mlx.formats.open import cached_part, choose_part, hub_part
 
-    if is_hub_vae(vae) and not offline and cached_vae(vae) is None:
-        bring(vae, [name for names in VAE_FILES[:1] for name in names], short=vae, yes=yes, quiet=quiet)
-    return vae
+    if os.path.lexists(value):
+        return value
+    value = resolve(value, own_names() if own is None else own)
+    if folder := own_model(value):
+        return str(folder)
+    hub = hub_part(value)
+    if hub is None or offline or cached_part(part, *hub):
+        return value
+    hub_id, file = hub
+    bring(hub_id, lambda names: choose_part(part, names, hub_id, file)[0], short=value, yes=yes, quiet=quiet)
+    return value
 
 
 def bring(
     hub_id: str,
-    patterns: Sequence[str],
+    choice: "Choice",
     *,
     revision: str | None = None,
     short: str | None = None,
@@ -200,7 +219,7 @@ def bring(
             f"{hub_id}: is not complete on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
             "copy the model here from a machine that has it"
         )
-    plan = plan_download(hub_id, revision=revision, patterns=patterns)
+    plan = plan_download(hub_id, revision=revision, choice=choice)
     if not plan.missing:
         return
     plan.check_disk()
@@ -214,7 +233,7 @@ def bring(
         note(*facts(plan))
     if not yes and not _agreed("Download it? [Y/n]"):
         raise Declined(f"{hub_id} was not downloaded; nothing else was done")
-    with_bar(plan, quiet, lambda show: fetch(plan, patterns=patterns, show=show))
+    with_bar(plan, quiet, lambda show: fetch(plan, patterns=[escape(name) for name in plan.sizes], show=show))
 
 
 def facts(plan: "Plan") -> list[str]:

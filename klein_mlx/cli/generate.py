@@ -78,7 +78,7 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
 
 def open_pipeline(options: RunOptions) -> "KleinPipeline":
     """The model that the options name, opened, and downloaded first if the user agrees. Raises KleinError."""
-    from klein_mlx.cli.download import obtain, obtain_vae
+    from klein_mlx.cli.download import obtain, obtain_part
     from klein_mlx.formats.open import SMALL_DECODER
     from klein_mlx.pipeline import KleinPipeline
     from klein_mlx.runtime.parts import described
@@ -90,7 +90,10 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
     given = {part for part in PARTS if getattr(options, part) or (part == "vae" and options.small_decoder)}
     consent = {"offline": options.offline, "yes": options.yes, "quiet": options.quiet}
     model = obtain(options.model, revision=options.revision, parts=set(PARTS) - given, own=options.models, **consent)
-    vae = SMALL_DECODER if options.small_decoder else options.vae
+    parts = {part: getattr(options, part) for part in PARTS}
+    parts["vae"] = SMALL_DECODER if options.small_decoder else options.vae
+    for part, value in parts.items():
+        parts[part] = obtain_part(part, value, own=options.models, **consent) if value else None
     pipe = KleinPipeline.from_pretrained(
         model,
         quantize=asked_bits(options),
@@ -99,9 +102,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
         prompt_cache=options.prompt_cache,
         revision=options.revision,
         local_files_only=options.offline,
-        vae=obtain_vae(vae, **consent) if vae else None,
-        transformer=options.transformer,
-        text_encoder=options.text_encoder,
+        **parts,
         variant=options.variant,
     )
     for path, scale in asked_loras(options.lora):

@@ -193,13 +193,13 @@ def _hub_id(name: str) -> str:
 def _pull(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from klein_mlx.cli.download import bring
     from klein_mlx.formats.open import open_cached
-    from klein_mlx.weights.hub import wanted
+    from klein_mlx.weights.hub import wanted_files
 
     hub_id = _hub_id(name)
     try:
         source = open_cached(hub_id, args.revision)
     except CheckpointError:
-        bring(hub_id, wanted(), revision=args.revision, short=name, yes=True, quiet=args.quiet)
+        bring(hub_id, wanted_files, revision=args.revision, short=name, yes=True, quiet=args.quiet)
         source = open_cached(hub_id, args.revision)
     return {"name": hub_id, "path": str(source.path)}
 

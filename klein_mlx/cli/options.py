@@ -161,7 +161,7 @@ class RunOptions(Options):
         group="model",
     )
     transformer: str | None = _run_option(
-        "file or folder in place of the model's own (BFL's, ComfyUI's, GGUF, ...)",
+        "file, folder or Hub id in place of the model's own (BFL's, ComfyUI's, GGUF, ...)",
         "--transformer",
         metavar="FILE",
         group="model",

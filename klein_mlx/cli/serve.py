@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options
-from klein_mlx.cli.output import note, say
+from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import read_settings
+from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
 EXTRA = "the server needs three packages: pip install 'klein-mlx[server]'"
@@ -87,30 +88,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def obtained(args: argparse.Namespace) -> tuple[str, str]:
-    """(folder or hub id, name) of the model, downloaded first if the user agrees.
+    """(folder or hub id, name) of the model, downloaded first if the user agrees, as are parts from elsewhere; these
+    stand in `args` as what they mean then.
 
     In a process of its own: looking for a model loads MLX, which the server must not.
     """
     config = read_settings()
     name = args.model or config.values.get("model") or DEFAULT_MODEL
     bits = _bits(args)
-    if name == "tiny" and not bits and not args.vae:
+    parts = {part: value for part in PARTS if (value := getattr(args, part))}
+    if name == "tiny" and not bits and not parts:
         return name, name
     import json
 
     consent = {"offline": args.offline, "yes": args.yes}
-    words = json.dumps({"model": name, "vae": args.vae, "bits": bits, "own": dict(config.models), "consent": consent})
+    words = json.dumps({"model": name, "parts": parts, "bits": bits, "own": dict(config.models), "consent": consent})
     done = subprocess.run([sys.executable, "-P", "-c", _OBTAIN, words, *sys.path], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return done.stdout.strip(), name
+    model, meant = json.loads(done.stdout)
+    vars(args).update(meant)
+    return model, name
 
 
 def obtain_here(words: str) -> None:
-    """The process of `obtained`: print where the model is."""
+    """The process of `obtained`: print where the model and its parts are."""
     import json
 
-    from klein_mlx.cli.download import obtain, obtain_vae
+    from klein_mlx.cli.download import obtain, obtain_part
     from klein_mlx.errors import KleinError
     from klein_mlx.weights.bits import from_options
 
@@ -118,9 +123,10 @@ def obtain_here(words: str) -> None:
     try:
         if told["bits"]:
             from_options(*told["bits"])
-        if told["vae"]:
-            obtain_vae(told["vae"], **told["consent"])
-        say(str(obtain(told["model"], own=told["own"], **told["consent"])))
+        options = {"own": told["own"], **told["consent"]}
+        parts = {part: obtain_part(part, value, **options) for part, value in told["parts"].items()}
+        model = obtain(told["model"], parts=[part for part in PARTS if part not in parts], **options)
+        say_json([str(model), parts])
     except KleinError as error:
         note(f"error: {error}")
         raise SystemExit(2) from None

@@ -9,6 +9,7 @@ Source: the GGUF specification, version 3 (ggml, docs/gguf.md); block sizes from
 
 import math
 import mmap
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -185,15 +186,55 @@ def _claim(walk: _Walk) -> tuple[str, Type, tuple[int, ...], int, int]:
     return name, kind, shape, offset, math.prod(shape) // kind.block * kind.size
 
 
-def open_gguf(path: Path) -> Tensors:
-    """A GGUF file's tensors; blocks become bfloat16 when they are asked for, one tensor at a time."""
+_PIECE = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)  # as llama-gguf-split names the pieces of a model
+_MAX_PIECES = 1000
+
+
+def pieces_of(name: str) -> list[str]:
+    """The names of all pieces of a model that one of them belongs to, in order; of any other file its own."""
+    found = _PIECE.fullmatch(name)
+    if found is None or not 0 < int(found[3]) <= _MAX_PIECES:
+        return [name]
+    return [f"{found[1]}{number:05}-of-{found[3]}{found[4]}" for number in range(1, int(found[3]) + 1)]
+
+
+def _read_pieces(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Path, Block]]]:
+    """The keys of a file, and its tensors; of a model in pieces the first one's keys, and the tensors of all.
+
+    Raises CheckpointError, with what to do, for a piece without the others.
+    """
     values, blocks = read_gguf(path)
     count = values.get("split.count", 1)
-    if type(count) is int and count > 1:
+    if type(count) is not int or count < 2:
+        return values, {name: (path, block) for name, block in blocks.items()}
+    paths = [path.with_name(name) for name in pieces_of(path.name)]
+    if len(paths) != count:
         raise CheckpointError(
-            f"{path}: is one of {count} pieces of a model; join them first, as by llama-gguf-split --merge {path.name} "
-            "whole.gguf"
+            f"{path}: is one of {count} pieces of a model; give it the name that it came with (it ends in "
+            f"-00001-of-{count:05}.gguf), with the others beside it"
         )
+    if lacking := [piece.name for piece in paths if not piece.exists()]:
+        raise CheckpointError(
+            f"{path}: is one of {count} pieces of a model, and {lacking[0]} is not beside it; get all of them"
+        )
+    found: dict[str, tuple[Path, Block]] = {}
+    for number, piece in enumerate(paths):
+        own, blocks = read_gguf(piece)
+        if (own.get("split.no"), own.get("split.count")) != (number, count) or found.keys() & blocks.keys():
+            raise CheckpointError(f"{piece}: is not piece {number + 1} of {count} of this model; get them all again")
+        found |= {name: (piece, block) for name, block in blocks.items()}
+        values = own if number == 0 else values
+    if (total := values.get("split.tensors.count", len(found))) != len(found):
+        raise CheckpointError(f"{path}: its pieces hold {len(found)} tensors, not {total}; get them all again")
+    return values, found
+
+
+def open_gguf(path: Path) -> Tensors:
+    """A GGUF file's tensors; blocks become bfloat16 when they are asked for, one tensor at a time. Of a model in pieces
+    any of them may be named.
+    """
+    values, placed = _read_pieces(path)
+    blocks = {name: block for name, (_, block) in placed.items()}
     shapes = {name: _shape(path, name, block, values) for name, block in blocks.items()}
     entries = {n: Entry(b.type.name if b.type.name in _PLAIN else "BF16", shapes[n]) for n, b in blocks.items()}
     counts = Counter(block.type.name for block in blocks.values())
@@ -203,13 +244,14 @@ def open_gguf(path: Path) -> Tensors:
     def arrays() -> dict[str, Weight]:
         if any(block.type.name not in _PLAIN for block in blocks.values()):
             _library(path)
-        return {name: _deferred(path, block, shapes[name]) for name, block in blocks.items()}
+        return {name: _deferred(*placed[name], shapes[name]) for name in placed}
 
     def rows(name: str) -> ReadRows | None:
         block = blocks.get(name)
-        return _rows(path, block) if block and len(block.shape) == 2 and block.shape == shapes[name] else None
+        return _rows(*placed[name]) if block and len(block.shape) == 2 and block.shape == shapes[name] else None
 
-    return Tensors(path, f"GGUF: {told}", (path,), entries, arrays, metadata, rows)
+    files = tuple(dict.fromkeys(piece for piece, _ in placed.values())) or (path,)
+    return Tensors(path, f"GGUF: {told}", files, entries, arrays, metadata, rows)
 
 
 def _rows(path: Path, block: Block) -> ReadRows:

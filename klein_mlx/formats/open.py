@@ -2,66 +2,113 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.diffusers import INDEX_FILE, is_encoded, open_diffusers
+from klein_mlx.formats.diffusers import INDEX_FILE, STEMS, is_encoded, open_diffusers
+from klein_mlx.formats.gguf import pieces_of
 from klein_mlx.formats.mflux import TOKENIZER_FILES, assemble, mix, open_mflux, part_folders, with_variant
 from klein_mlx.formats.names import find_parts
 from klein_mlx.formats.part import PartFile, open_part, open_tensors
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source, open_checkpoint
-from klein_mlx.weights.hub import download, resolve, suggestion, wanted
+from klein_mlx.weights.hub import (
+    NO_NETWORK,
+    WEIGHTS,
+    cache_folder,
+    download,
+    list_files,
+    resolve,
+    suggestion,
+    wanted,
+    without_copies,
+)
 
 SMALL_DECODER = "black-forest-labs/FLUX.2-small-decoder"  # Apache-2.0: the full encoder, a decoder of fewer channels
+_FULL_DECODER = "full_encoder_small_decoder.safetensors"  # of its files the one that is a whole VAE
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?", re.ASCII)
 
 
-_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
+def hub_part(value: str | Path) -> tuple[str, str | None] | None:
+    """(Hub id, name of a file in it) if this names a part of a model on the Hub; None: it is a path."""
+    text = str(value)
+    if isinstance(value, Path) or _exists(Path(os.path.expanduser(text))) or text.startswith((".", "/", "~")):
+        return None
+    found = _HUB_FILE.fullmatch(resolve(text))
+    if found is None or found[1].endswith(WEIGHTS) or (found[2] and not found[2].endswith(WEIGHTS)):
+        return None  # a file or folder that is not there
+    return found[1], found[2]
 
 
-VAE_FILES = (_DIFFUSERS, ("full_encoder_small_decoder.safetensors",))  # the layouts of a VAE's repository, best first
+def choose_part(part: str, names: Sequence[str], hub_id: str, file: str | None = None) -> tuple[list[str], str]:
+    """Of a repository's files: those that hold a part, and the file or folder ("" for the root) to open it from.
 
-
-def find_vae(vae: str | Path, *, token: str | None = None, local_files_only: bool = False) -> Path:
-    """The path of a VAE's file or folder; a Hub id that is no path is fetched first, unless it is in the cache.
-
-    Raises CheckpointError if the Hub has no such repository, or no VAE in it.
+    file: its name, or its end, where the repository holds several. Raises CheckpointError, with names to choose from.
     """
-    if not is_hub_vae(vae):
-        return Path(os.path.expanduser(vae))
-    if found := cached_vae(str(vae)):
+    names = [name for name in names if not Path(name).name.startswith(".")]
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    shown = ", ".join(f"{hub_id}/{name}" for name in weights[:5]) + (" ..." if len(weights) > 5 else "")
+    if file is not None:
+        found = [name for name in names if name == file] or [name for name in weights if name.endswith(f"/{file}")]
+        if len(found) != 1 or ".." in Path(file).parts:
+            held = f"it holds {shown}" if weights else "it holds no weights"
+            raise CheckpointError(f"{hub_id}: has {len(found) or 'no'} files {file[:200]!r}; {held}")
+        return pieces_of(found[0]), found[0]
+    for folder in (part, *sorted({name.partition("/")[0] for name in names if name.startswith(f"{part}-")})):
+        inside = [name for name in names if re.fullmatch(rf"{re.escape(folder)}/[^/]*\.(safetensors|json)", name)]
+        if any(name in weights for name in inside):
+            return without_copies(inside), folder
+    ours = [name for name in names if re.fullmatch(rf"{part}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
+    if CONFIG_FILE in names and ours:
+        return [CONFIG_FILE, "tokenizer.json", *ours], ""
+    for stem in dict.fromkeys((STEMS[part], *STEMS.values())):
+        root = [name for name in names if re.fullmatch(rf"{stem}[.-][^/]*(safetensors|\.json)", name)]
+        if any(name in weights for name in root):
+            return without_copies([*(["config.json"] if "config.json" in names else []), *root]), ""
+    if part == "vae" and _FULL_DECODER in names:
+        return [_FULL_DECODER], _FULL_DECODER
+    if weights and set(weights) == set(pieces_of(weights[0])):
+        return weights, weights[0]
+    if not weights:
+        raise CheckpointError(f"{hub_id}: holds no weights; give a repository, or a file of one, that is a {part}")
+    raise CheckpointError(f"{hub_id}: holds {len(weights)} files of weights; name the {part} among them: {shown}")
+
+
+def cached_part(part: str, hub_id: str, file: str | None = None) -> Path | None:
+    """A part from the local cache, if it is whole there; no network call is made."""
+    try:
+        folder = download(hub_id, local_files_only=True, patterns=["//"])  # whatever there is of it
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        path = folder / choose_part(part, names, hub_id, file)[1]
+        open_tensors(path, part if path.is_dir() and (path / CONFIG_FILE).exists() else None)
+    except CheckpointError:
+        return None
+    return path
+
+
+def find_part(part: str, value: str | Path, *, token: str | None = None, local_files_only: bool = False) -> Path:
+    """The file or folder that a part's argument means; what is on the Hub is fetched, unless it is in the cache.
+
+    value: a path, "tiny", a Hub id, a short name of one, or a Hub id with a file behind it (owner/name/file.gguf).
+    Raises CheckpointError if the Hub has no such repository or file, or the part is not in it.
+    """
+    if str(value) == "tiny" and not _exists(Path(value)):
+        return TINY_FOLDER
+    hub = hub_part(value)
+    if hub is None:
+        return Path(os.path.expanduser(value))
+    if found := cached_part(part, *hub):
         return found
-    for patterns in VAE_FILES:
-        folder = download(str(vae), token=token, local_files_only=local_files_only, patterns=patterns)
-        if (folder / patterns[-1]).exists():
-            return _found(folder, patterns)
-    raise CheckpointError(f"{vae}: holds no {_DIFFUSERS[-1]}; give a repository that is a VAE, as {SMALL_DECODER}")
-
-
-def is_hub_vae(vae: str | Path) -> bool:
-    """Whether this names a repository of the Hub, and no path."""
-    text, path = str(vae), Path(os.path.expanduser(vae))
-    return not (isinstance(vae, Path) or path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1)
-
-
-def cached_vae(hub_id: str) -> Path | None:
-    """A repository's VAE, if it is whole in the local cache; no network call is made."""
-    for patterns in VAE_FILES:
-        try:
-            folder = download(hub_id, local_files_only=True, patterns=patterns)
-        except CheckpointError:
-            continue
-        if (folder / patterns[-1]).exists():
-            return _found(folder, patterns)
-    return None
-
-
-def _found(folder: Path, patterns: tuple[str, ...]) -> Path:
-    return folder if patterns == _DIFFUSERS else folder / patterns[-1]
+    hub_id, file = hub
+    if local_files_only:
+        raise CheckpointError(f"{hub_id}: its {part} is not whole in {cache_folder()}, and {NO_NETWORK}")
+    files, opened = choose_part(part, list_files(hub_id, token=token), hub_id, file)
+    return download(hub_id, token=token, patterns=[escape(name) for name in files]) / opened
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -85,11 +132,15 @@ def open_model(
     a short name of one (klein_mlx.weights.hub). A Hub id is looked up in the local cache first, and fetched only if
     something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
-    parts: "transformer", "text_encoder" or "vae" -> a file or folder that takes the place of the model's own.
+    parts: "transformer", "text_encoder" or "vae" -> what takes the place of the model's own: see `find_part`.
     variant: which of the variants of these sizes it is, where the files do not tell, or tell it wrongly.
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
-    given = {part: path for part, path in (parts or {}).items() if path is not None}
+    given = {
+        part: find_part(part, path, token=token, local_files_only=local_files_only)
+        for part, path in (parts or {}).items()
+        if path is not None
+    }
     if file := single_file(model):
         source: Source = _open_file(file, given, lambda: find_tokenizer(file, token, local_files_only))
     else:

@@ -72,7 +72,7 @@ def open_tensors(path: Path, stem: str | None = None) -> Tensors:
 
 
 def _open_folder(folder: Path, stem: str | None) -> Tensors:
-    stem = stem or next((s for s in _STEMS if any(folder.glob(f"{s}.safetensors*"))), None)
+    stem = stem or next((s for s in _STEMS if any(folder.glob(f"{s}.*safetensors*"))), None)
     if stem is None:
         loose = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("._")]
         if len(loose) == 1:

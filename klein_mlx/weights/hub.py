@@ -11,13 +11,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from klein_mlx.config import PARTS, VARIANTS, gated_notice
 from klein_mlx.errors import CheckpointError, nearest
+from klein_mlx.paths import precision_of
+
+WEIGHTS = (".safetensors", ".gguf")
 
 
 class Alias(NamedTuple):
@@ -61,7 +64,12 @@ def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:
 MARGIN = 256 << 20  # bytes that stay free on the disk: for the file system, and for what else is written meanwhile
 
 
-_OFFLINE = "drop --offline (or HF_HUB_OFFLINE), or copy it here from a machine that has it"
+NO_NETWORK = (
+    "the network is not to be used: drop --offline (or HF_HUB_OFFLINE), or copy it here from a machine that has it"
+)
+
+
+Choice = Sequence[str] | Callable[[Sequence[str]], Sequence[str]]  # patterns, or a function of all names to some
 
 
 def wanted(parts: Collection[str] = PARTS) -> list[str]:
@@ -69,10 +77,26 @@ def wanted(parts: Collection[str] = PARTS) -> list[str]:
 
     Anchored to the tree: a second copy of the weights in a single file at the root stays where it is.
     """
-    weights = [f"{part}/*.safetensors" for part in PARTS if part in parts]
+    weights = [f"{part}{end}/*.safetensors" for part in PARTS if part in parts for end in ("", "-*")]
     ours = [f"{part}{end}" for part in PARTS if part in parts for end in (".safetensors*", "-*-of-*.safetensors")]
-    configs = [f"{folder}/*.json" for folder in ("scheduler", "tokenizer", *PARTS)]
+    configs = [f"{folder}/*.json" for folder in ("scheduler", "tokenizer", *PARTS, *(f"{part}-*" for part in PARTS))]
     return ["model_index.json", "LICENSE*", "NOTICE*", *configs, *weights, "klein.json", "tokenizer.json", *ours]
+
+
+def wanted_files(names: Sequence[str], parts: Collection[str] = PARTS) -> list[str]:
+    """Of a repository's files those that a model is read from: as `wanted`, without what would come twice."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    found = list(filter_repo_objects(names, allow_patterns=wanted(parts)))
+    whole = [part for part in PARTS if any(name.startswith(f"{part}/") for name in found)]
+    found = [name for name in found if not ("/" in name and name.startswith(tuple(f"{part}-" for part in whole)))]
+    return without_copies(found)
+
+
+def without_copies(names: Sequence[str]) -> list[str]:
+    """Without the files that state their precision (`variant="fp16"`) in folders that have the plain ones as well."""
+    plain = {Path(name).parent for name in names if name.endswith(".safetensors") and not precision_of(name)}
+    return [name for name in names if not (precision_of(name) and Path(name).parent in plain)]
 
 
 def cache_folder() -> Path:
@@ -180,9 +204,11 @@ class Plan:
 
 
 def plan_download(
-    hub_id: str, *, revision: str | None = None, token: str | None = None, patterns: Sequence[str] | None = None
+    hub_id: str, *, revision: str | None = None, token: str | None = None, choice: Choice = wanted_files
 ) -> Plan:
-    """Ask the Hub what a repository holds; nothing is fetched. CheckpointError with the remedy for every failure."""
+    """Ask the Hub what a repository holds; nothing is fetched. choice: which of its files are wanted, a model's by
+    default. CheckpointError with the remedy for every failure.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
@@ -194,9 +220,8 @@ def plan_download(
     except Exception as error:  # as above
         raise CheckpointError(f"{hub_id}: {reason(error, revision)}") from error
     found = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    patterns = list(patterns or wanted())
-    names = list(filter_repo_objects(found, allow_patterns=patterns))
-    if _has_weights(patterns) and not _has_weights(names):
+    names = list(choice(list(found)) if callable(choice) else filter_repo_objects(found, allow_patterns=list(choice)))
+    if callable(choice) and not any(name.endswith(WEIGHTS) for name in names):
         raise CheckpointError(
             f"{hub_id}: has no weights in diffusers' layout or ours; download the file that you want, and give it as "
             "--transformer, --text-encoder or --vae"
@@ -208,10 +233,6 @@ def plan_download(
     folder = cache_folder()
     sizes = {name: found[name] for name in names}
     return Plan(hub_id, revision, sizes, missing, folder, _free(folder), str(licence) if licence else None)
-
-
-def _has_weights(names: Iterable[str]) -> bool:
-    return any(name.endswith(".safetensors") for name in names)
 
 
 def _free(folder: Path) -> int:
@@ -266,7 +287,7 @@ def reason(error: BaseException, revision: str | None = None) -> str:
     if status is not None:
         return _status_reason(status)
     if isinstance(error, errors.LocalEntryNotFoundError) and (cause is error or "Offline" in type(cause).__name__):
-        return f"is not complete in {cache_folder()}, and the network is not to be used: {_OFFLINE}"
+        return f"is not complete in {cache_folder()}, and {NO_NETWORK}"
     return _disk_reason(cause) or _network_reason(cause, text)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
+from klein_mlx.paths import PRECISIONS
 
 FLOATS = ("BF16", "F16", "F32")
 PACKED = ("U32",)
@@ -267,8 +268,10 @@ class WeightFiles:
 
 
 def open_weights(folder: Path, stem: str) -> WeightFiles:
-    """Read the headers of `stem.safetensors` in a folder, or of the shards that `stem.safetensors.index.json` names."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    """Read the headers of `stem.safetensors` in a folder, or of the shards that `stem.safetensors.index.json` names;
+    where neither is there, of a file or an index that states its precision.
+    """
+    single, index = _file_and_index(folder, stem)
     if os.path.lexists(single) and os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         if isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single.name}:  # mlx-lm's way
@@ -285,6 +288,21 @@ def open_weights(folder: Path, stem: str) -> WeightFiles:
             "get the safetensors files"
         )
     raise CheckpointError(f"{single}: is missing, and so is {index.name}")
+
+
+def _file_and_index(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The two names under which a part's weights may stand, as diffusers and transformers write them."""
+    plain = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if any(map(os.path.lexists, plain)):
+        return plain
+    pairs = [
+        (folder / f"{stem}.{kind}.safetensors", folder / f"{stem}.safetensors.index.{kind}.json") for kind in PRECISIONS
+    ]
+    present = [pair for pair in pairs if any(map(os.path.lexists, pair))]
+    if len(present) > 1:
+        names = " and ".join(next(path.name for path in pair if os.path.lexists(path)) for pair in present)
+        raise CheckpointError(f"{folder}: holds {names}; keep the one that you want")
+    return present[0] if present else plain
 
 
 def _read_shards(index: Path) -> dict[Path, dict[str, Entry]]:

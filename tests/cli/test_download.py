@@ -112,6 +112,23 @@ def test_only_what_is_missing_is_fetched(served: Hub, tmp_path: Path) -> None:
     assert [path.rpartition("/")[2] for path in got] == ["vae.safetensors"]
 
 
+def test_a_part_from_the_hub(served: Hub, tmp_path: Path) -> None:
+    """Asked for as a model is; of the repository only the part is fetched, and later no network is needed."""
+    command = ("convert", "tiny", "x", "--dry-run", "--transformer", "owner/name")
+    done = klein(served, tmp_path, *command)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "owner/name is not on this machine: 7.4 MB from http://127.0.0.1" in done.stderr
+    done = klein(served, tmp_path, *command, "--offline", code=NO_SOCKETS)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: owner/name: its transformer is not whole in ")
+    done = klein(served, tmp_path, *command, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "licence  apache-2.0" in done.stderr
+    got = sorted(path.rpartition("/")[2] for path in served.asked if path.startswith("GET /owner/name/resolve"))
+    assert got == ["klein.json", "tokenizer.json", "transformer.safetensors"]
+    assert klein(served, tmp_path, *command, code=NO_SOCKETS).returncode == 0
+
+
 def test_nobody_to_ask(served: Hub, tmp_path: Path) -> None:
     done = klein(served, tmp_path, *ASK)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from folders import copy_model, deepen, edit_json, refusal
+from folders import GOLDEN, assert_equal, copy_model, deepen, edit_json, edit_weights, refusal, shard, weight_file
 from foreign import read_weights, save, to_mflux
 
 from klein_convert.checkpoint import convert_checkpoint
@@ -153,3 +153,29 @@ def test_klein_json_may_state_a_shift(folder: Path, tmp_path: Path) -> None:
         edit_json(ours / "klein.json", lambda values, wrong=wrong: values.update(time_shift=wrong))
         assert "time_shift is" in refusal(lambda: open_model(ours))
     mx.clear_cache()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_that_state_their_precision(folder: Path, part: str, sharded: bool) -> None:
+    """`save_pretrained(variant="fp16")`: model.fp16.safetensors, or shards with model.safetensors.index.fp16.json."""
+    right = {name: array.astype(mx.float16) for name, array in open_model(folder).weights(part).items()}
+    edit_weights(folder, part, lambda weights: weights.update({n: a.astype(mx.float16) for n, a in weights.items()}))
+    path = weight_file(folder, part)
+    if sharded:
+        index = json.loads(shard(folder, part).read_text())
+        for name in set(index["weight_map"].values()):
+            (path.parent / name).rename(path.parent / name.replace("-0", ".fp16-0", 1))
+        index["weight_map"] = {key: name.replace("-0", ".fp16-0", 1) for key, name in index["weight_map"].items()}
+        path.with_name(f"{path.name}.index.json").unlink()
+        path.with_name(f"{path.name}.index.fp16.json").write_text(json.dumps(index))
+    else:
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    assert_equal(open_model(folder).weights(part), right)  # type: ignore[arg-type]
+    assert_equal(open_model(GOLDEN, parts={part: folder / part}).weights(part), right)  # type: ignore[arg-type]
+    save(path.with_name(f"{path.stem}.bf16.safetensors"), {"x": mx.zeros(1)})
+    told = refusal(lambda: open_model(folder).weights(part))
+    held = f"{path.name}.index.fp16.json" if sharded else f"{path.stem}.fp16.safetensors"
+    assert told == f"{path.parent}: holds {path.stem}.bf16.safetensors and {held}; keep the one that you want"
+    save(path, {})
+    assert "missing" in refusal(lambda: open_model(folder).weights(part)), "the plain file comes first"

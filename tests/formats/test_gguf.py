@@ -294,15 +294,60 @@ def test_the_crafted_file_without_a_fault_is_read(tmp_path: Path) -> None:
     assert blocks["a"].shape == (8,)
 
 
-def test_a_piece_of_a_split_model_is_told_how_to_be_joined(tmp_path: Path) -> None:
-    path = tmp_path / "a-00001-of-00003.gguf"
-    writer = gguf.GGUFWriter(path, "flux")
-    writer.add_uint16("split.no", 0)
-    writer.add_uint16("split.count", 3)
-    writer.add_tensor("img_in.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    told = refusal(lambda: open_any(path))
-    assert f"is one of 3 pieces of a model; join them first, as by llama-gguf-split --merge {path.name}" in told
+def split_gguf(folder: Path, weights: Weights, count: int, arch: str) -> list[Path]:
+    """As llama-gguf-split leaves a model: numbered pieces, the keys in the first."""
+    paths = [folder / f"x-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, arch if number == 0 else "")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(weights))
+        for name in sorted(weights)[number::count]:
+            writer.add_tensor(name, np.array(weights[name].astype(mx.float32)))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_the_pieces_of_a_split_model_are_joined(tmp_path: Path, part: str) -> None:
+    weights = to_bfl(golden(part)) if part == "transformer" else to_llama_cpp(golden(part))
+    paths = split_gguf(tmp_path, weights, 3, "flux")
+    right = {name: array.astype(mx.float32) for name, array in open_model(GOLDEN).weights(part).items()}  # type: ignore[union-attr]
+    for path in paths[::2]:
+        assert_equal(opened(part, path), right)
+    source = open_model(GOLDEN, parts={part: paths[1]})
+    assert [path for path in source.files() if path.suffix == ".gguf"] == paths
+    table = source.rows("text_encoder", "embed_tokens.weight")
+    assert table
+    assert mx.array_equal(table([5]), opened("text_encoder", GOLDEN / "text_encoder")["embed_tokens.weight"][5:6])
+
+
+def test_a_piece_without_the_others_is_told(tmp_path: Path) -> None:
+    paths = split_gguf(tmp_path, to_bfl(golden("transformer")), 3, "flux")
+    kept = paths[1].read_bytes()
+    paths[1].unlink()
+    told = f"{paths[0]}: is one of 3 pieces of a model, and {paths[1].name} is not beside it; get all of them"
+    assert refusal(lambda: open_any(paths[0])) == told
+    paths[1].write_bytes(paths[2].read_bytes())
+    assert "is not piece 2 of 3 of this model" in refusal(lambda: open_any(paths[0]))
+    paths[1].write_bytes(kept)
+    other = paths[0].rename(tmp_path / "other.gguf")
+    assert "is one of 3 pieces of a model; give it the name that it came with" in refusal(lambda: open_any(other))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_file_that_goes_or_changes_before_drawing_is_told(tmp_path: Path, part: str, gone: bool) -> None:
+    from klein_mlx import KleinPipeline
+
+    weights = to_bfl(golden(part)) if part == "transformer" else to_llama_cpp(golden(part))
+    path = save_gguf(tmp_path / "x.gguf", weights)
+    pipe = KleinPipeline(open_model(GOLDEN, parts={part: path}), dtype="float32")
+    other = save_gguf(tmp_path / "y.gguf", {name: array * 2 for name, array in weights.items()})
+    path.unlink() if gone else other.replace(path)
+    told = refusal(lambda: pipe("a red fox", num_inference_steps=1, width=64, height=64, seed=1))
+    assert told.startswith(f"{path}: ")
+    assert ("missing" in told or "No such file" in told) if gone else "has changed" in told
