@@ -99,7 +99,7 @@ class Heads(Placed):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.head_dim, self.eps = config.attention_head_dim, config.eps
+        self.hidden, self.head_dim, self.eps = config.hidden_size, config.attention_head_dim, config.eps
         self.norm_q = nn.RMSNorm(self.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(self.head_dim, eps=config.eps)
         self._dtype: mx.Dtype | None = None
@@ -131,9 +131,18 @@ class Heads(Placed):
             self._dtype = None
             del self.norm_qk
 
+    def read(self, x: mx.array, mod: Modulation) -> mx.array:
+        """What the first branch reads of the stream."""
+        return modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+
     def split_heads(self, x: mx.array) -> mx.array:
         """(B, S, n * head_dim) -> (B, S, n, head_dim)."""
         return mx.unflatten(x, -1, (-1, self.head_dim))
+
+    def turned(self, x: mx.array, which: int, rope: Rope) -> mx.array:
+        """q (which: 0) or k (1) alone, (B, S, hidden), normed and rotated: (B, S, heads, head_dim)."""
+        one = mx.unflatten(x, -1, (1, -1, self.head_dim))
+        return normed_and_rotated(self.device, one, self.scale()[which : which + 1], rope, self.eps)[:, :, 0]
 
 
 class Stream(Heads):
@@ -144,7 +153,7 @@ class Stream(Heads):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        hidden, mlp = config.hidden_size, config.mlp_size
+        hidden, mlp = self.hidden, config.mlp_size
         self.to_q = Linear(hidden, hidden)
         self.to_k = Linear(hidden, hidden)
         self.to_v = Linear(hidden, hidden)
@@ -162,12 +171,25 @@ class Stream(Heads):
 
     def qk_and_v(self, x: mx.array, mod: Modulation) -> tuple[mx.array, mx.array]:
         """Of the modulated stream: q and k, (B, S, 2, heads, head_dim), not normed yet; v, (B, S, heads, head_dim)."""
-        x = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+        x = self.read(x, mod)
         if "to_qk" in self:
             qk = self["to_qk"](x)
         else:
             qk = mx.concatenate([self.to_q(x), self.to_k(x)], axis=-1)
         return mx.unflatten(qk, -1, (2, -1, self.head_dim)), self.split_heads(self.to_v(x))
+
+    def keys_values(self, h: mx.array, rope: Rope) -> KeysValues:
+        """Of what `read` returned. With `attending`, what a call does, for some of the tokens at a time."""
+        k = self["to_qk"].part(h, slice(self.hidden, None)) if "to_qk" in self else self.to_k(h)
+        return self.turned(k, 1, rope), self.split_heads(self.to_v(h))
+
+    def attending(
+        self, x: mx.array, h: mx.array, mods: tuple[Modulation, Modulation], rope: Rope, keys_values: KeysValues
+    ) -> mx.array:
+        """x, some tokens of the stream, behind the block, in which they attend to these keys and values. h: of `read`;
+        rope: theirs."""
+        q = self["to_qk"].part(h, slice(self.hidden)) if "to_qk" in self else self.to_q(h)
+        return self.finish(x, attend(self.device, self.turned(q, 0, rope), *keys_values), mods)
 
     def finish(self, x: mx.array, attention: mx.array, mods: tuple[Modulation, Modulation]) -> mx.array:
         """Add what attention returned for this stream, then the MLP."""
@@ -228,8 +250,8 @@ class SingleBlock(Heads):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        hidden, mlp = config.hidden_size, config.mlp_size
-        self.hidden, self.mlp = hidden, mlp
+        hidden, mlp = self.hidden, config.mlp_size
+        self.mlp = mlp
         self.linear_in = Linear(hidden, 3 * hidden + 2 * mlp)
         self.linear_out = Linear(hidden + mlp, hidden)
 
@@ -250,30 +272,39 @@ class SingleBlock(Heads):
         wanted: the first token of which anything is read afterwards, and the one behind the last; None: all. Others
         give keys and values only. Returns x, or the wanted tokens of it, and the keys and values of all tokens.
         """
-        h = modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
-        if wanted is None:
-            qk, rest = self.linear_in.split(h, 2 * self.hidden)
-            v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
-            q, k = _q_and_k(normed_and_rotated(self.device, self._pairs(qk), self.scale(), rope, self.eps))
-        else:
+        h = self.read(x, mod)
+        if wanted is not None:
             x, part = x[:, slice(*wanted)], h[:, slice(*wanted)]
-            q, k, v, rest = (
-                self.linear_in.part(tokens, slice(start * self.hidden, stop and stop * self.hidden))
-                for tokens, start, stop in ((part, 0, 1), (h, 1, 2), (h, 2, 3), (part, 3, None))
-            )
-            gate, value = mx.split(rest, 2, axis=-1)
-            parts = (q, self.scale()[:1], rope.rows(*wanted)), (k, self.scale()[1:], rope)
-            q, k = (
-                normed_and_rotated(self.device, self._pairs(x, 1), scale, tables, self.eps)[:, :, 0]
-                for x, scale, tables in parts
-            )
+            k, v = self.keys_values(h, rope)
+            return self.attending(x, part, mod, rope.rows(*wanted), (k, v), extra), (k, v)
+        qk, rest = self.linear_in.split(h, 2 * self.hidden)
+        v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
+        qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
+        q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
         v = self.split_heads(v)
         attention = attend(self.device, q, k, v, extra)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value), (k, v)
 
-    def _pairs(self, qk: mx.array, count: int = 2) -> mx.array:
-        """(B, S, count * hidden) -> (B, S, count, heads, head_dim)."""
-        return mx.unflatten(qk, -1, (count, -1, self.head_dim))
+    def keys_values(self, h: mx.array, rope: Rope) -> KeysValues:
+        """Of what `read` returned. With `attending`, what a call does, for some of the tokens at a time."""
+        k, v = (self.linear_in.part(h, slice(i * self.hidden, (i + 1) * self.hidden)) for i in (1, 2))
+        return self.turned(k, 1, rope), self.split_heads(v)
+
+    def attending(
+        self,
+        x: mx.array,
+        h: mx.array,
+        mod: Modulation,
+        rope: Rope,
+        keys_values: KeysValues,
+        extra: KeysValues | None = None,
+    ) -> mx.array:
+        """x, some of the tokens, behind the block, in which they attend to these keys and values. h: of `read`; rope:
+        theirs."""
+        q = self.turned(self.linear_in.part(h, slice(self.hidden)), 0, rope)
+        gate, value = mx.split(self.linear_in.part(h, slice(3 * self.hidden, None)), 2, axis=-1)
+        attention = attend(self.device, q, *keys_values, extra)
+        return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
 
 
 def _q_and_k(qk: mx.array) -> tuple[mx.array, mx.array]:

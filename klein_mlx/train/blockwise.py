@@ -2,7 +2,8 @@
 
 A step has stages: the stem (embedders and modulations), every block, the tail (last layer and loss). The forward pass
 keeps what each stage was given; the backward pass goes through the stages from the last, computes each again inside
-mx.vjp, and evaluates its gradients before the next. Gradients equal those of one mx.value_and_grad.
+mx.vjp, and evaluates its gradients before the next. A block goes back in pieces of its tokens, see
+klein_mlx.train.pieces. Gradients equal those of one mx.value_and_grad.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ from mlx.utils import tree_flatten
 
 from klein_mlx.model.rope import Rope, rope_tables
 from klein_mlx.model.sampler import References, all_ids, latents_to_tokens
-from klein_mlx.model.transformer import Modulation, Modulations, Transformer
+from klein_mlx.model.transformer import Transformer
 from klein_mlx.train.adapters import Trainables, Weights, put
+from klein_mlx.train.memory import piece_rows
 from klein_mlx.train.noise import to_float
+from klein_mlx.train.pieces import BlockBack, Part, structured
 
 ROPES = 32
 OnStage = Callable[[str, Weights], None]  # (stage, its gradients), evaluated
@@ -101,12 +104,14 @@ class Blockwise:
             one = kept.pop()
             if one.stage == "stem":
                 txt, img = both
-                own, both = self._back("stem", self._stem(sample), [], [img, txt, *changes])
+                stem = self.trainables.of_stage("stem")
+                own, both = self._back(stem, lambda: self._stem(sample)([]), [], [img, txt, *changes])
             else:
                 own, both, more = self._back_block(sample, one, both, flat)
                 changes = [a + b for a, b in zip(changes, more, strict=True)] if more else changes
             mx.eval(own, both, changes)
             self._hand(on_stage, one.stage, own)
+            del own  # before the next stage's are made
             self.between()
         return to_float(loss)
 
@@ -160,7 +165,7 @@ class Blockwise:
 
     def _call(self, sample: Sample, stage: str, flat: list[mx.array]) -> Callable[[list[mx.array]], list[mx.array]]:
         """A block: its streams -> its streams."""
-        block, rope, modulations = self._blocks[stage], self._rope(sample), _structured(flat)
+        block, rope, modulations = self._blocks[stage], self._rope(sample), structured(flat)
 
         def call(state: list[mx.array]) -> list[mx.array]:
             if len(state) == 2:
@@ -206,32 +211,42 @@ class Blockwise:
         self, sample: Sample, kept: _Kept, both: list[mx.array], flat: list[mx.array]
     ) -> tuple[Weights, list[mx.array], list[mx.array]]:
         """Gradients of a block's trainables, of its streams, and of the modulations where those are trained."""
-        streams = kept.inputs
-        needs = bool(self.trainables.of_stage("stem"))
-
-        def call(arrays: list[mx.array]) -> list[mx.array]:
-            vectors = arrays[len(streams) :] if needs else flat
-            return self._call(sample, kept.stage, vectors)(arrays[: len(streams)])
-
-        if len(both) < len(streams):  # the single blocks' one stream is the double blocks' two
+        if len(both) < len(kept.inputs):  # the single blocks' one stream is the double blocks' two
             length = sample.prompt_embeds.shape[1]
             both = [both[0][:, :length], both[0][:, length:]]
-        own, gradients = self._back(kept.stage, call, [*streams, *(flat if needs else [])], both)
-        return own, gradients[: len(streams)], gradients[len(streams) :]
+        put(self.transformer, self.trainables, self.trainables.of_stage(kept.stage), self.dtype)
+        back = BlockBack(self._parts(sample, kept), flat, bool(self.trainables.of_stage("stem")), self._back)
+        streams = back(both)
+        return back.own, streams, back.vectors
+
+    def _parts(self, sample: Sample, kept: _Kept) -> list[Part]:
+        block: Any = self._blocks[kept.stage]
+        own, rope, (one, *other) = self.trainables.of_stage(kept.stage), self._rope(sample), kept.inputs
+        tokens = one.shape[1] + sum(x.shape[1] for x in other)
+        rows = piece_rows(self.transformer.config, tokens)
+        if not other:
+            wanted = self._image(sample) if kept.stage == self._last_block else (0, tokens)
+            return [Part(block, "single", own, one, rope, wanted, rows)]
+
+        def part(name: str, x: mx.array, rope: Rope) -> Part:
+            some = {path: array for path, array in own.items() if path.startswith(f"{kept.stage}.{name}.")}
+            return Part(getattr(block, name), name, some, x, rope, (0, x.shape[1]), rows)
+
+        length = one.shape[1]
+        return [part("txt", one, rope.rows(0, length)), part("img", other[0], rope.rows(length))]
 
     def _back(
         self,
-        stage: str,
-        function: Callable[[list[mx.array]], list[mx.array]],
+        own: Weights,
+        function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
         outputs: Sequence[mx.array],
     ) -> tuple[Weights, list[mx.array]]:
-        """Gradients of a stage's trainables and of its inputs, lazily. outputs: those of its results."""
-        own = self.trainables.of_stage(stage)
+        """Gradients of some trainables and of a function's inputs, lazily. outputs: those of its results."""
 
         def call(*arrays: mx.array) -> list[mx.array]:
             put(self.transformer, self.trainables, dict(zip(own, arrays, strict=False)), self.dtype)
-            return function(list(arrays[len(own) :]))
+            return function(*arrays[len(own) :])
 
         _, gradients = mx.vjp(call, [*own.values(), *inputs], list(outputs))
         put(self.transformer, self.trainables, own, self.dtype)  # a traced array must not stay in a module
@@ -249,9 +264,3 @@ class Blockwise:
             while len(self._ropes) > ROPES:
                 del self._ropes[next(iter(self._ropes))]
         return self._ropes[key]
-
-
-def _structured(flat: list[mx.array]) -> Modulations:
-    """The inverse of tree_flatten on Modulations."""
-    vectors = [Modulation(*flat[i : i + 3]) for i in range(0, len(flat) - 2, 3)]
-    return Modulations((vectors[0], vectors[1]), (vectors[2], vectors[3]), vectors[4], (flat[-2], flat[-1]))

@@ -1,7 +1,7 @@
 """What a training run takes of memory, phase by phase, before anything is loaded; and what would fit instead.
 
-Weights and the encoders' arrays are counted as for a picture (klein_mlx.runtime.memory); the arrays of a block's
-backward pass were measured on a CPU in float32, and scale with the dtype.
+Weights and the encoders' arrays are counted as for a picture (klein_mlx.runtime.memory); the arrays of a block were
+measured on a CPU in float32, and scale with the dtype.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
-from klein_mlx.config import ModelConfig
+from klein_mlx.config import ModelConfig, TransformerConfig
 from klein_mlx.errors import RequestError
+from klein_mlx.model.layers import Device, here
 from klein_mlx.runtime.memory import Work, encoder_bytes, gigabytes, machine_memory, vae_bytes, weight_bytes
 from klein_mlx.train.adapters import BLOCKS
 from klein_mlx.train.options import TrainOptions
@@ -19,9 +20,11 @@ from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import Source, expected
 from klein_mlx.weights.quantize import Quantization
 
-# Arrays of a single block's backward pass, in units of its stream and of its attention's scores; a double block's,
-# whose streams run one after the other; and what a block's gradients and new weights take, in units of its weights.
-_STREAMS, _SCORES, _DOUBLE, _CHANGED = 74, 2, 0.45, 1.5
+# What a block's forward pass has of arrays: in units of its stream and, where attention is not one kernel, of its
+# scores. In full training the way back has fewer, but new gradients too: in units of a double block's weights.
+_STREAMS, _SCORES, _BACK, _CHANGED = 34, 1.2, 14, 1.65
+# Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
+_ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 40, 4, 24, 32
 _STATE = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}  # float32 numbers for each that is trained
 
 
@@ -61,7 +64,7 @@ def estimate_training(
     work = Work(size[1], size[0], length=config.max_sequence_length)
     quantized = {part: part in quantization or part in source.quantization for part in ("text_encoder", "transformer")}
     pictures = [vae_bytes(config.vae, height, width, dtype, encodes=True) for width, height in (size, *references)]
-    arrays = block_bytes(config, options, dtype, tokens + work.length)
+    arrays = block_bytes(config, options, dtype, tokens + work.length, quantized["transformer"])
     phases = {
         "pictures": weights["vae"] + max(pictures),
         "captions": weights["text_encoder"] + encoder_bytes(config, work, dtype, quantized["text_encoder"]),
@@ -70,19 +73,35 @@ def estimate_training(
     return TrainEstimate(phases, machine_memory())
 
 
-def block_bytes(config: ModelConfig, options: TrainOptions, dtype: mx.Dtype, tokens: int) -> int:
-    """Beside weights and what is trained, while the fullest block goes back. tokens: of text, picture, references."""
-    c, rows = config.transformer, options.batch
-    stream = rows * tokens * c.hidden_size * dtype.size
-    scores = rows * c.num_attention_heads * tokens**2 * dtype.size
-    kept = (c.num_layers + c.num_single_layers) * stream
+def block_bytes(
+    config: ModelConfig,
+    options: TrainOptions,
+    dtype: mx.Dtype,
+    tokens: int,
+    quantized: bool = False,
+    device: Device = None,
+) -> int:
+    """Beside weights and what is trained, in the fullest block. tokens: of text, picture, references. quantized: the
+    weights that stay. device: None: the default one."""
+    c, rows, device = config.transformer, options.batch, device or here()
+    width = mx.float32.size if device.widens else dtype.size
+    stream = rows * tokens * c.hidden_size
+    scores = rows * c.num_attention_heads * tokens**2 if device.widens else 0
+    kept = (c.num_layers + c.num_single_layers) * stream * dtype.size
     rope = 2 * tokens * c.attention_head_dim * 4
-    arrays = _STREAMS * stream + _SCORES * scores
-    if options.method != "full":
-        return arrays + kept + rope
-    single = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size * dtype.size
-    double = 2 * single  # of q, k, v, out and the MLP's three, for each stream
-    return kept + rope + round(max(arrays + _CHANGED * single, _DOUBLE * arrays + _CHANGED * double))
+    matrices = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size  # of a single block, or of one stream of a double
+    plain = device.is_dequantized(rows * tokens) if quantized else device.widens and dtype != mx.float32
+    arrays = width * (_STREAMS * stream + round(_SCORES * scores) + plain * matrices)
+    if options.method == "full":
+        arrays = max(arrays, width * (_BACK * stream + plain * matrices) + round(_CHANGED * 2 * matrices) * dtype.size)
+    return kept + rope + arrays
+
+
+def piece_rows(config: TransformerConfig, tokens: int) -> int:
+    """How many of a block's tokens go back at a time: as many as have arrays of _PIECE streams. See train.pieces."""
+    stream = tokens * config.hidden_size
+    row = _ROW * config.hidden_size + _ROW_SCORES * config.num_attention_heads * tokens
+    return max(_LEAST_ROWS, _PIECE * stream // row)
 
 
 def trained_bytes(config: ModelConfig, options: TrainOptions) -> int:

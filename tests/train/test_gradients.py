@@ -1,6 +1,7 @@
 """Gradients block by block equal those of one value_and_grad; memory stays that of a block."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from medium import CONFIG as MEDIUM
 from mlx.utils import tree_flatten, tree_map
 
-from klein_mlx.config import ModelConfig
+from klein_mlx.config import ModelConfig, TransformerConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.model.cpu import Cpu
 from klein_mlx.model.layers import Gpu, place
@@ -170,16 +171,23 @@ def test_targets() -> None:
         add_adapters(model, "all", 5000, 0)
 
 
-def test_peak_memory_is_that_of_a_block() -> None:
-    """Above the weights, at most three times a forward pass, in which nothing is kept, and half of one value_and_grad:
-    of 6 narrow blocks (of klein's 25 it is a quarter), each of which keeps what its own gradient needs."""
-    transformer: Any = build("transformer", MEDIUM)
+NARROW = replace(MEDIUM, transformer=TransformerConfig(128, 2, 8, 128, 2, 1536, 3.0, (32, 32, 32, 32)))
+KLEIN = replace(NARROW, transformer=replace(NARROW.transformer, num_layers=5, num_single_layers=20))
+
+
+def measured(config: ModelConfig, grid: tuple[int, int], length: int, method: str = "lora") -> tuple[int, ...]:
+    """Peaks above the weights: of a forward pass, of blockwise gradients, of those of one value_and_grad, less what it
+    returns (0 in full training)."""
+    transformer: Any = build("transformer", config)
     transformer.update(
         tree_map(lambda a: 0.02 * mx.random.normal(a.shape, key=mx.random.key(0)), transformer.parameters())
     )
-    trainables = trainables_of(transformer, "lora")
-    blockwise, one = Blockwise(transformer, trainables, mx.float32), sample(MEDIUM, length=128)
-    mx.eval(tree_flatten(transformer.parameters()), trainables.weights)
+    trainables, c = trainables_of(transformer, method), config.transformer
+    blockwise = Blockwise(transformer, trainables, mx.float32)
+    latents, noise = (mx.random.normal((1, *grid, c.in_channels), key=mx.random.key(k)) for k in (1, 2))
+    one = Sample(latents, noise, mx.random.normal((1, length, c.joint_attention_dim), key=mx.random.key(3)), 0.6)
+    blockwise._rope(one)
+    mx.eval(tree_flatten(transformer.parameters()), trainables.weights, latents, noise, one.prompt_embeds)
 
     def peak(call: Callable[[], Any]) -> int:
         mx.clear_cache()
@@ -188,11 +196,20 @@ def test_peak_memory_is_that_of_a_block() -> None:
         mx.eval(call())
         return mx.get_peak_memory() - before
 
-    gradients_of(blockwise, one)
     forward = peak(lambda: blockwise.velocity(one))
+    backward = peak(lambda: mx.array(blockwise.loss_and_gradients(one, lambda stage, own: None)))
+    if method == "full":
+        return forward, backward, 0
     whole = peak(lambda: mx.value_and_grad(at_once(blockwise, one))(dict(trainables.weights)))
-    blockwise.velocity(one)
-    factors = sum(array.nbytes for array in trainables.weights.values())
-    backward = peak(lambda: gradients_of(blockwise, one)[1]) - factors  # the result
-    assert backward <= 3 * forward
-    assert backward <= whole / 2
+    return forward, backward, whole - sum(array.nbytes for array in trainables.weights.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "length"), [(NARROW, 80), pytest.param(KLEIN, 336, marks=pytest.mark.slow)], ids=["10", "25"]
+)
+def test_peak_memory_is_that_of_a_block(config: ModelConfig, length: int) -> None:
+    """Above the weights at most 1.6 times a forward pass, in which no block's input is kept, and a quarter of one
+    value_and_grad. Of klein's 25 blocks, 384 tokens: 1.5 and 0.07."""
+    forward, backward, whole = measured(config, (8, 6), length)
+    assert backward <= 1.6 * forward
+    assert backward <= whole / 4

@@ -5,37 +5,34 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from medium import CONFIG as MEDIUM
-from test_gradients import trainables_of
+from test_gradients import NARROW, measured
 
 from klein_mlx.config import ModelConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.paths import TINY_FOLDER
-from klein_mlx.train.blockwise import Blockwise, Sample
 from klein_mlx.train.memory import block_bytes, check_training_fits, estimate_training
 from klein_mlx.train.options import make_options
-from klein_mlx.weights.checkpoint import build, open_checkpoint
+from klein_mlx.weights.checkpoint import open_checkpoint
 
 OPTIONS = make_options({"data": "x", "output": "x.safetensors", "model": "tiny", "rank": 4, "resolution": 128})
 TINY = open_checkpoint(TINY_FOLDER)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("config", [TINY.config, MEDIUM], ids=["tiny", "medium"])
-def test_the_arrays_of_a_step(config: ModelConfig, method: str) -> None:
-    """Within 15 % of the measured peak above the weights, at 448 tokens."""
-    transformer: Any = build("transformer", config)
-    trainables, c = trainables_of(transformer, method), config.transformer
-    mx.eval(transformer.parameters(), trainables.weights)
-    latents, noise = mx.zeros((1, 16, 16, c.in_channels)), mx.ones((1, 16, 16, c.in_channels))
-    sample = Sample(latents, noise, mx.random.normal((1, 192, c.joint_attention_dim), key=mx.random.key(0)), 0.5)
-    mx.eval(latents, noise, sample.prompt_embeds)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    Blockwise(transformer, trainables, mx.float32).loss_and_gradients(sample, lambda stage, gradients: None)
-    measured = mx.get_peak_memory() - before
-    assert block_bytes(config, replace(OPTIONS, method=method), mx.float32, 448) == pytest.approx(measured, rel=0.15)
+@pytest.mark.parametrize(
+    ("config", "method", "grid", "length"),
+    [
+        (NARROW, "lora", (8, 6), 80),
+        (TINY.config, "lora", (16, 16), 192),
+        (TINY.config, "full", (16, 16), 192),
+        (NARROW, "full", (4, 4), 48),
+    ],
+    ids=["narrow", "tiny", "tiny-full", "narrow-full"],
+)
+def test_the_arrays_of_a_step(config: ModelConfig, method: str, grid: tuple[int, int], length: int) -> None:
+    """Within 15 % of the measured peak above the weights."""
+    _, backward, _ = measured(config, grid, length, method)
+    tokens = length + grid[0] * grid[1]
+    assert block_bytes(config, replace(OPTIONS, method=method), mx.float32, tokens) == pytest.approx(backward, rel=0.15)
 
 
 def test_phases_grow_with_what_is_asked() -> None:
