@@ -3,25 +3,38 @@
 It needs klein-mlx[server], playwright, and a Chromium that playwright or the system has.
 """
 
+import io
 import shutil
 import sys
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from klein_mlx.server.serving import Background
 from klein_mlx.server.settings import Settings
 
-PROMPTS = ("a green star above a yellow circle", "a purple triangle", "a red circle left of a blue square")
+PROMPTS = (
+    "a yellow cross",
+    "an orange circle above a blue star",
+    "a green star above a yellow circle",
+    "a purple triangle right of a red square",
+    "a blue square",
+    "a green circle below a purple star",
+    "a red circle left of a blue square",
+)
 
 target = sys.argv[1] if len(sys.argv) > 1 else "studio.png"
 browser = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 with Background(Settings(model="tiny", port=0)) as server, sync_playwright() as playwright:
     chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-    page = chromium.new_page(viewport={"width": 1280, "height": 860})
+    page = chromium.new_page(viewport={"width": 1280, "height": 720})
     page.goto(server.url)
     page.locator("#worker", has_text="ready").wait_for()
     for number, prompt in enumerate(PROMPTS, 1):
         page.get_by_label("Describe a picture").fill(prompt)
         page.locator(f"#strip li:nth-child({number}) img").wait_for()
-    page.screenshot(path=target)
+    page.locator("#frame:not([aria-busy])").wait_for()
+    page.evaluate("document.activeElement.blur()")
+    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
     chromium.close()

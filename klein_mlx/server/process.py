@@ -120,6 +120,7 @@ class Worker:
         self.memory = event.pop("memory", self.memory)
         self.memory_peak = event.pop("memory_peak", self.memory_peak)
         if kind == "ready":
+            del event["event"]
             self.facts, self.state, self.reason = event, "ready", None
             if self._ready and not self._ready.done():
                 self._ready.set_result(None)

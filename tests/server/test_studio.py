@@ -272,7 +272,7 @@ def give(page: Any, how: str, *files: bytes) -> None:
     )
 
 
-def pixel(page: Any, x: float, y: float) -> tuple[int, ...]:
+def pixel(page: Any, x: float, y: float) -> Any:
     """A pixel of what is seen of the picture, at a part of its width and height."""
     frame = page.locator("#picture")
     with opened(base64.b64encode(frame.screenshot()).decode()) as image:
