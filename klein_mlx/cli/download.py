@@ -153,7 +153,6 @@ def obtain(
         single_file,
         tokenizer_beside,
     )
-    from klein_mlx.weights.hub import wanted_files
 
     name = model
     if not os.path.lexists(model):
@@ -170,9 +169,31 @@ def obtain(
     try:
         open_cached(hub_id, revision, needed=parts)
     except CheckpointError:
-        choice = partial(wanted_files, parts=parts)
-        bring(hub_id, choice, revision=revision, short=model, yes=yes, quiet=quiet)
+        bring_model(hub_id, parts, revision=revision, short=model, yes=yes, quiet=quiet)
     return hub_id
+
+
+def bring_model(
+    hub_id: str,
+    parts: Collection[str] = PARTS,
+    *,
+    revision: str | None = None,
+    short: str | None = None,
+    yes: bool = False,
+    quiet: bool = False,
+) -> None:
+    """What `bring` does for a model's files, and for those of another repository that it is built on."""
+    from klein_mlx.formats.open import open_cached
+    from klein_mlx.weights.hub import BASES, wanted, wanted_files
+
+    if base := BASES.get(hub_id):
+        others = [part for part in parts if part != "transformer"]
+        try:
+            open_cached(base, needed=others)
+        except CheckpointError:
+            bring(base, partial(wanted_files, parts=others), short=short, yes=yes, quiet=quiet)
+    choice = wanted(parts, hub_id) if base else partial(wanted_files, parts=parts)
+    bring(hub_id, choice, revision=revision, short=short, yes=yes, quiet=quiet)
 
 
 def obtain_part(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mlx.cli.output import ask, note, say, say_json
 from klein_mlx.errors import CheckpointError, RequestError, printable
 from klein_mlx.paths import models_folder, own_model, own_models, own_names
-from klein_mlx.weights.hub import ALIASES, resolve, suggestion
+from klein_mlx.weights.hub import ALIASES, BASES, resolve, suggestion
 
 if TYPE_CHECKING:
     from klein_mlx.weights.checkpoint import Source
@@ -77,7 +77,7 @@ def on_disk() -> list[OnDisk]:
     known = {alias.hub_id for alias in ALIASES.values()}
     for repo in sorted(_scanned(), key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda revision: -revision.last_modified)[:1]:
-            source = _opened(revision.snapshot_path)
+            source = _opened(repo.repo_id if repo.repo_id in BASES else revision.snapshot_path)
             if source or repo.repo_id in known:
                 used = max(repo.last_accessed, repo.last_modified)
                 found.append(_entry(repo.repo_id, "hub", revision.snapshot_path, source, used, repo.size_on_disk))
@@ -95,12 +95,12 @@ def _scanned() -> list[Any]:
         return []
 
 
-def _opened(folder: Path) -> "Source | None":
-    """As a whole model, or None."""
+def _opened(model: str | Path) -> "Source | None":
+    """As a whole model on this machine, or None."""
     from klein_mlx.formats.open import open_model
 
     try:
-        source = open_model(folder)
+        source = open_model(model, local_files_only=True)
         source.files()
         return source
     except (CheckpointError, OSError):
@@ -191,15 +191,14 @@ def _hub_id(name: str) -> str:
 
 
 def _pull(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    from klein_mlx.cli.download import bring
+    from klein_mlx.cli.download import bring_model
     from klein_mlx.formats.open import open_cached
-    from klein_mlx.weights.hub import wanted_files
 
     hub_id = _hub_id(name)
     try:
         source = open_cached(hub_id, args.revision)
     except CheckpointError:
-        bring(hub_id, wanted_files, revision=args.revision, short=name, yes=True, quiet=args.quiet)
+        bring_model(hub_id, revision=args.revision, short=name, yes=True, quiet=args.quiet)
         source = open_cached(hub_id, args.revision)
     return {"name": hub_id, "path": str(source.path)}
 

@@ -139,17 +139,21 @@ def _recorded(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Mixed:
-    """A Source whose parts come from several. The tokenizer and what no part states are the base's."""
+    """A Source whose parts come from several. The tokenizer and what no part states are the base's.
+
+    folder: the model's, where that is not the base's.
+    """
 
     base: Source
     parts: Mapping[str, PartFile]
     config: ModelConfig
     quantization: Mapping[str, Quantization]
     info: Mapping[str, Any]
+    folder: Path | None = None
 
     @property
     def path(self) -> Path:
-        return self.base.path
+        return self.folder or self.base.path
 
     @property
     def tokenizer_file(self) -> Path:

@@ -4,11 +4,12 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import PARTS
+from klein_mlx.config import ONE_STEP, PARTS
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, STEMS, is_encoded, open_diffusers
 from klein_mlx.formats.gguf import pieces_of
@@ -18,7 +19,9 @@ from klein_mlx.formats.part import PartFile, open_part, open_tensors
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source, open_checkpoint
 from klein_mlx.weights.hub import (
+    BASES,
     NO_NETWORK,
+    TRANSFORMER_FILE,
     WEIGHTS,
     cache_folder,
     download,
@@ -285,10 +288,20 @@ def open_cached(
     hub_id: str, revision: str | None = None, token: str | None = None, needed: Collection[str] = PARTS
 ) -> Source:
     """A repository from the local cache alone; CheckpointError if a file of a needed part is not there."""
-    folder = download(hub_id, revision=revision, token=token, local_files_only=True, patterns=wanted(needed))
+    folder = download(hub_id, revision=revision, token=token, local_files_only=True, patterns=wanted(needed, hub_id))
+    if hub_id in BASES:
+        base = open_cached(BASES[hub_id], None, token, [part for part in needed if part != "transformer"])
+        return _on_base(hub_id, base, folder) if "transformer" in needed else base
     source = _open_folder(folder, hub_id)
     source.files([part for part in PARTS if part in needed])
     return source
+
+
+def _on_base(hub_id: str, base: Source, folder: Path) -> Source:
+    """A repository that is a transformer alone, with the base's other parts."""
+    mixed = with_variant(mix(base, {"transformer": folder / TRANSFORMER_FILE}), ONE_STEP.name)
+    origin = {"name": hub_id, "format": "transformer", "revision": folder.name, "base": BASES[hub_id]}
+    return replace(mixed, folder=folder, info={**mixed.info, "source": origin})  # type: ignore[type-var]
 
 
 def _open_hub(
@@ -300,4 +313,8 @@ def _open_hub(
     except CheckpointError:
         if local_files_only:
             raise
-    return _open_folder(download(hub_id, revision=revision, token=token, patterns=wanted(needed)), hub_id)
+    folder = download(hub_id, revision=revision, token=token, patterns=wanted(needed, hub_id))
+    if hub_id in BASES:
+        _open_hub(BASES[hub_id], None, token, local_files_only, [part for part in needed if part != "transformer"])
+        return open_cached(hub_id, revision, token, needed)
+    return _open_folder(folder, hub_id)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_mlx.config import PARTS, VARIANTS, gated_notice
+from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, gated_notice
 from klein_mlx.errors import CheckpointError, nearest
 from klein_mlx.paths import precision_of
 
@@ -36,9 +36,14 @@ _UNVERIFIED = "quantised and uploaded by others; not verified by klein-mlx"
 
 ALIASES = {
     **{row.name: Alias(row.hub_id, f"Black Forest Labs, {row.licence}") for row in VARIANTS if row.hub_id},
+    ONE_STEP.name: Alias(ONE_STEP.hub_id or "", f"EPFL VITA, {ONE_STEP.licence}; a transformer for 4b's other parts"),
     "4b-q4": Alias("mlx-community/flux2-klein-4b-4bit", _UNVERIFIED),
     "4b-q8": Alias("mlx-community/flux2-klein-4b-8bit", _UNVERIFIED),
 }
+
+# Repositories that hold a transformer alone -> that of its text encoder, VAE and tokenizer.
+BASES = {ONE_STEP.hub_id or "": VARIANTS[0].hub_id or ""}
+TRANSFORMER_FILE = "model.safetensors"  # of such a repository
 
 
 def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
@@ -72,11 +77,14 @@ NO_NETWORK = (
 Choice = Sequence[str] | Callable[[Sequence[str]], Sequence[str]]  # patterns, or a function of all names to some
 
 
-def wanted(parts: Collection[str] = PARTS) -> list[str]:
+def wanted(parts: Collection[str] = PARTS, hub_id: str = "") -> list[str]:
     """Patterns of the files that a model is read from, in diffusers' layout or ours; of the weights, these parts' only.
 
-    Anchored to the tree: a second copy of the weights in a single file at the root stays where it is.
+    Anchored to the tree: a second copy of the weights in a single file at the root stays where it is. hub_id: a
+    repository of BASES has that file only.
     """
+    if hub_id in BASES:
+        return ["LICENSE*", "NOTICE*", *([TRANSFORMER_FILE] if "transformer" in parts else [])]
     weights = [f"{part}{end}/*.safetensors" for part in PARTS if part in parts for end in ("", "-*")]
     ours = [f"{part}{end}" for part in PARTS if part in parts for end in (".safetensors*", "-*-of-*.safetensors")]
     configs = [f"{folder}/*.json" for folder in ("scheduler", "tokenizer", *PARTS, *(f"{part}-*" for part in PARTS))]

@@ -100,7 +100,7 @@ CASES = [
     ("klein-mlx 'a fox' --keep t", {"transformer"}),
     ("klein-mlx convert x y --dry", {"--dry-run"}),
     ("klein-mlx -m mi", {"mine"}),
-    ("klein-mlx info 4b-", {"4b-q4", "4b-q8"}),
+    ("klein-mlx info 4b-", {"4b-1step", "4b-q4", "4b-q8"}),
     ("klein-mlx completion z", {"zsh"}),
 ]
 

@@ -9,12 +9,15 @@ import mlx.core as mx
 import pytest
 from folders import GOLDEN, copy_model, edit_json, quantizable_model, refusal
 from foreign import golden, save, to_bfl
+from PIL import Image
 from test_mflux import save_mflux
 
 from klein_convert.checkpoint import convert_checkpoint
 from klein_mlx import KleinPipeline
+from klein_mlx.cli.download import obtain
+from klein_mlx.cli.main import main
 from klein_mlx.config import ONE_STEP, VARIANTS, named_variant, settle_variant
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.describe import describe, format_description
 from klein_mlx.formats.open import open_any, open_model
 from klein_mlx.formats.part import KLEIN, PartFile
@@ -155,6 +158,71 @@ def test_other_uses_of_its_weights_are_asked_for_by_variant(tmp_path: Path) -> N
     plain = save(tmp_path / "plain.safetensors", to_bfl(golden("transformer")))
     forced = open_model(GOLDEN, parts={"transformer": plain}, variant="4b-1step")
     assert forced.config.variant == ONE_STEP
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Repositories as the Hub's cache has them: the one-step transformer's, and the 4B's. Nothing is fetched."""
+    found = {}
+    for hub_id in (ONE_STEP.hub_id, VARIANTS[0].hub_id):
+        assert hub_id
+        found[hub_id] = tmp_path / f"models--{hub_id.replace('/', '--')}" / "snapshots" / "abc"
+    one, base = found.values()
+    one.mkdir(parents=True)
+    one_step(one).rename(one / "model.safetensors")
+    copy_model(base)
+
+    def download(hub_id: str, *, local_files_only: bool = False, **_: Any) -> Path:
+        if not found[hub_id].is_dir():
+            raise CheckpointError(f"{hub_id}: is not here")
+        return found[hub_id]
+
+    monkeypatch.setattr("klein_mlx.formats.open.download", download)
+    return found
+
+
+def test_the_one_step_repository_is_a_model_on_the_4b_s(cached: dict[str, Path], tmp_path: Path) -> None:
+    source = open_model("4b-1step", local_files_only=True)
+    one, base = cached.values()
+    assert source.config.variant == ONE_STEP
+    assert (source.config.max_sequence_length, source.config.default_size) == (232, 512)
+    assert (source.path, source.info["licence"]) == (one, "Apache-2.0")
+    assert source.files(["transformer"])[-1] == one / "model.safetensors"
+    assert {path.parts[-2] for path in source.files(["vae", "text_encoder"])} >= {"vae", "text_encoder"}
+    pipe = KleinPipeline(source)
+    model = pipe("a fox", seed=1, width=64, height=64).recipes[0]["model"]
+    assert (model["id"], model["revision"], model["variant"]) == (ONE_STEP.hub_id, "abc", "4b-1step")
+    assert "parts" not in model  # so it is made again without naming files
+    ours = open_model(convert_checkpoint(source, tmp_path / "ours"))
+    assert (ours.config, ours.info["licence"]) == (source.config, "Apache-2.0")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        open_model("4b-1step", local_files_only=True)
+
+
+def test_the_one_step_repository_in_the_command(
+    cached: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`info` with the memory of a picture; edits refused unless forced; what is missing is fetched from both."""
+    assert main(["info", "4b-1step", "--size", "512x512"]) == 0
+    told = capsys.readouterr().out
+    assert "4b-1step" in told
+    assert "Apache-2.0" in told
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    edit = ["make it blue", "-i", str(tmp_path / "x.png"), "-m", "4b-1step", "-o", str(tmp_path / "out.png")]
+    assert main([*edit, "--offline"]) == 2
+    assert "4b-1step draws from text alone" in capsys.readouterr().err
+    assert main([*edit, "--offline", "--variant", "4b", "--steps", "1", "--size", "64x64"]) == 0
+    brought: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        "klein_mlx.cli.download.bring", lambda hub_id, patterns, **_: brought.append((hub_id, patterns))
+    )
+    for folder in cached.values():
+        folder.rename(folder.with_name("away"))
+    assert obtain("4b-1step", yes=True) == ONE_STEP.hub_id
+    assert [hub_id for hub_id, _ in brought] == [VARIANTS[0].hub_id, ONE_STEP.hub_id]
+    assert brought[0][1](["vae/x.safetensors", "transformer/x.safetensors"]) == ["vae/x.safetensors"]
+    assert brought[1][1] == ["LICENSE*", "NOTICE*", "model.safetensors"]
 
 
 def test_settling_changes_nothing_else(tmp_path: Path) -> None:
