@@ -37,7 +37,7 @@ from klein_mlx.porting import answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
-from klein_mlx.runtime.parts import Loras, Parts, compute_dtype
+from klein_mlx.runtime.parts import Parts, compute_dtype
 from klein_mlx.runtime.pictures import Opened, Sketcher, decode, open_pictures
 from klein_mlx.runtime.recipe import Recorder
 from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step
@@ -63,7 +63,8 @@ class Conditions(NamedTuple):
 class KleinPipeline:
     """FLUX.2 [klein], ready to make and edit pictures.
 
-    Weights are read when a part is first needed. Use from one thread at a time.
+    Weights are read when a part is first needed. Use from one thread at a time; of a run, `cancel` and `close` may be
+    called from any.
     """
 
     def __repr__(self) -> str:
@@ -96,7 +97,7 @@ class KleinPipeline:
         self.encodings = Encodings(self.parts, prompt_cache)
         self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype, self.parts.pinned)
         self._blocks = CompiledBlocks()
-        self._loras = Loras(self.parts, self.encodings.prompts.clear)
+        self.parts.forget = self.encodings.prompts.clear
 
     @classmethod
     @with_hints
@@ -165,20 +166,20 @@ class KleinPipeline:
         or of which a key would not be used; RequestError for a bad scale, a taken name, or while a run is working.
         """
         where = {"folder": folder, "revision": revision, "token": token, "local_files_only": local_files_only}
-        return self._loras.load(path, scale, name, partial=partial, **where)
+        return self.parts.load_lora(path, scale, name, partial=partial, **where)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all: the weights are, bit for bit, what they were. Raises RequestError."""
-        self._loras.unload(name)
+        self.parts.unload_lora(name)
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Change a loaded LoRA's scale. Raises RequestError."""
-        self._loras.set_scale(name, scale)
+        self.parts.set_lora_scale(name, scale)
 
     @property
     def loras(self) -> list[LoadedLora]:
         """The LoRAs in use: name, file, sha256 and scale of each."""
-        return self._loras.loaded
+        return self.parts.loras.loaded
 
     @takes(Options)
     def __call__(self, options: Options) -> KleinOutput:

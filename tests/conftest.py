@@ -12,6 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from klein_mlx.model import layers
+
 HERE = Path(__file__).parent
 ON_CPU = (
     "bench",  # doctor's checks with a CPU's bounds; on a GPU the command itself is run
@@ -42,3 +44,9 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with mx.stream(mx.cpu):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> None:
+    """A test may claim another device."""
+    layers.device_of.cache_clear()

@@ -315,54 +315,31 @@ CACHE_SHARE = 16  # MLX keeps freed buffers up to this part of the machine's mem
 _BLOCK = 8 << 20
 
 
-class _Held:
-    """MLX's limits while anybody holds them: they are the process's, whatever thread asks, so this is its state too.
-
-    The first who comes in notes the caller's limits, the last who leaves puts them back; in between they serve all.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.peaks: list[int] = []  # of each who is inside
-        self.cached = 0
-        self.wired: int | None = None
-
-    def enter(self, peak: int, machine: int) -> None:
-        with self.lock:
-            if not self.peaks:
-                self.cached = mx.set_cache_limit(machine // CACHE_SHARE)
-                mx.set_cache_limit(min(self.cached, machine // CACHE_SHARE))
-            if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
-                before = mx.set_wired_limit(min(sum(self.peaks) + peak, machine))
-                self.wired = self.wired if self.peaks else before
-            self.peaks.append(peak)
-
-    def leave(self, peak: int) -> None:
-        with self.lock:
-            self.peaks.remove(peak)
-            if self.peaks:
-                return
-            mx.set_cache_limit(self.cached)
-            if self.wired is not None:
-                mx.set_wired_limit(self.wired)
-            self.wired = None
-
-
-_HELD = _Held()
+_peaks: list[int] = []  # of each run that works just now; MLX's limits are the process's, so this is too
+_before: dict[str, int] = {}  # the caller's own limits, put back by the last
 
 
 @contextmanager
 def memory_limits(peak: int, machine: int) -> Iterator[None]:
     """Inside, MLX's cache of freed buffers is bounded, and on Metal as much memory is wired as the run needs.
 
-    peak: bytes of the run's fullest moment. machine: bytes that there are. A tighter limit of the caller's stays.
-    Several threads may be inside at once: as much is wired as all of them need, and the last one out puts all back.
+    peak: bytes of the run's fullest moment. machine: bytes that there are. A tighter limit of the caller's stays. One
+    may be entered inside of another: as much is wired as both need, and the last that is left puts all back.
     """
-    _HELD.enter(peak, machine)
+    if not _peaks:
+        _before["cache"] = mx.set_cache_limit(machine // CACHE_SHARE)
+        mx.set_cache_limit(min(_before["cache"], machine // CACHE_SHARE))
+    if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
+        _before.setdefault("wired", mx.set_wired_limit(min(sum(_peaks) + peak, machine)))
+    _peaks.append(peak)
     try:
         yield
     finally:
-        _HELD.leave(peak)
+        _peaks.remove(peak)
+        if not _peaks:
+            mx.set_cache_limit(_before.pop("cache"))
+            if "wired" in _before:
+                mx.set_wired_limit(_before.pop("wired"))
 
 
 class ReadAhead:

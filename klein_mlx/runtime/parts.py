@@ -50,6 +50,7 @@ class Parts:
 
     Runs share them: a part leaves when the last run that took it has released it.
 
+    forget: called where an encoder's LoRAs change: embeddings made before are another's.
     quantization: of the parts that are quantised while they are loaded (klein_mlx.weights.bits.settle).
     keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
     Raises RequestError for another `keep`.
@@ -66,6 +67,7 @@ class Parts:
         self._chosen = keep is None
         self.loaded: dict[str, nn.Module] = {}
         self.loras = LoraStack()
+        self.forget: Callable[[], object] = lambda: None
         self._applied: dict[str, Applied] = {}
         self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
         self.working: WeakSet[Run] = WeakSet()  # runs that have begun and have not ended, whatever they hold just now
@@ -204,6 +206,68 @@ class Parts:
                     raise of_device(error) or unread from None
         mx.clear_cache()
 
+    # ---- LoRAs: found, read, applied to what is loaded and to what will be, scaled, taken off again ----
+
+    def load_lora(
+        self,
+        path: str | Path,
+        scale: float = 1.0,
+        name: str | None = None,
+        *,
+        partial: bool = False,
+        **where: Any,
+    ) -> LoadedLora:
+        """See KleinPipeline.load_lora. where: as in find_lora."""
+        checked_scale(scale)
+        file = find_lora(path, **where)
+        if name is None:
+            name = self._free_name(file.stem)
+        lora = read_lora(file, self.source.config, partial)
+        self.check_idle(*lora.parts)
+        loaded = self.loras.add(lora, scale, name)
+        self._tell(lora, loaded)
+        try:
+            self._refresh(lora)
+        except BaseException:
+            self.loras.remove(name)
+            self._refresh(lora)
+            raise
+        return loaded
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """See KleinPipeline.unload_lora."""
+        names = [name] if name is not None else [lora.name for lora in self.loras.loaded]
+        if not names:
+            raise RequestError("no LoRA is loaded")
+        for one in names:
+            self.check_idle(*self.loras.get(one).parts)
+        for one in names:
+            self._refresh(self.loras.remove(one))
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """See KleinPipeline.set_lora_scale."""
+        checked_scale(scale)
+        self.check_idle(*self.loras.get(name).parts)
+        self._refresh(self.loras.set_scale(name, scale))
+
+    def _free_name(self, stem: str) -> str:
+        taken = {lora.name for lora in self.loras.loaded}
+        names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
+        return next(name for name in names if name not in taken)
+
+    def _refresh(self, lora: Lora) -> None:
+        if "text_encoder" in lora.parts:
+            self.forget()
+        self.apply_loras(*lora.parts)
+
+    @staticmethod
+    def _tell(lora: Lora, loaded: LoadedLora) -> None:
+        log = logging.getLogger("klein_mlx")
+        if lora.contradiction:
+            log.warning("LoRA %s: %s", loaded.name, lora.contradiction)
+        if lora.unused:
+            log.warning("LoRA %s: %d keys are not used (%s ...)", loaded.name, len(lora.unused), lora.unused[0])
+
     def _original(self, part: str, path: str) -> mx.array:
         """A module's weight as it was loaded, from its file."""
         weights, stored = self.source.weights(part), self.source.quantization.get(part)
@@ -329,79 +393,6 @@ def device_key() -> str:
 
 
 # ---- LoRAs of a pipeline ----
-
-
-class Loras:
-    """What KleinPipeline's LoRA methods do: LoRAs found, read, applied, scaled, taken off again.
-
-    forget: drops the prompts' embeddings, which an encoder with other LoRAs would not give.
-    """
-
-    def __init__(self, parts: Parts, forget: Callable[[], object]):
-        self._parts, self._forget = parts, forget
-
-    def load(
-        self,
-        path: str | Path,
-        scale: float = 1.0,
-        name: str | None = None,
-        *,
-        partial: bool = False,
-        **where: Any,
-    ) -> LoadedLora:
-        """See KleinPipeline.load_lora. where: as in find_lora."""
-        checked_scale(scale)
-        file = find_lora(path, **where)
-        if name is None:
-            name = self._free_name(file.stem)
-        lora = read_lora(file, self._parts.source.config, partial)
-        self._parts.check_idle(*lora.parts)
-        loaded = self._parts.loras.add(lora, scale, name)
-        self._log(lora, loaded)
-        try:
-            self._refresh(lora)
-        except BaseException:
-            self._parts.loras.remove(name)
-            self._refresh(lora)
-            raise
-        return loaded
-
-    def unload(self, name: str | None = None) -> None:
-        """See KleinPipeline.unload_lora."""
-        names = [name] if name is not None else [lora.name for lora in self.loaded]
-        if not names:
-            raise RequestError("no LoRA is loaded")
-        for one in names:
-            self._parts.check_idle(*self._parts.loras.get(one).parts)
-        for one in names:
-            self._refresh(self._parts.loras.remove(one))
-
-    def set_scale(self, name: str, scale: float) -> None:
-        """See KleinPipeline.set_lora_scale."""
-        checked_scale(scale)
-        self._parts.check_idle(*self._parts.loras.get(name).parts)
-        self._refresh(self._parts.loras.set_scale(name, scale))
-
-    @property
-    def loaded(self) -> list[LoadedLora]:
-        return self._parts.loras.loaded
-
-    def _free_name(self, stem: str) -> str:
-        taken = {lora.name for lora in self.loaded}
-        names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
-        return next(name for name in names if name not in taken)
-
-    def _refresh(self, lora: Lora) -> None:
-        if "text_encoder" in lora.parts:
-            self._forget()
-        self._parts.apply_loras(*lora.parts)
-
-    def _log(self, lora: Lora, loaded: LoadedLora) -> None:
-        log = logging.getLogger("klein_mlx")
-        if lora.contradiction:
-            log.warning("LoRA %s: %s", loaded.name, lora.contradiction)
-        if lora.unused:
-            log.warning("LoRA %s: %d keys are not used (%s ...)", loaded.name, len(lora.unused), lora.unused[0])
 
 
 def described(lora: Lora, loaded: LoadedLora) -> str:

@@ -50,7 +50,7 @@ def test_memory_is_wired_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> None:
         assert wired[-1] == 1000
 
 
-def test_of_several_threads_the_last_one_out_puts_the_limits_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_the_last_one_out_puts_the_limits_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the process's: who left first would loosen the other's, and who left last would put back a tight one."""
     wired = [123]
 
