@@ -53,10 +53,12 @@ def describe(source: Source | PartFile) -> dict[str, Any]:
 def _describe_part(file: PartFile) -> dict[str, Any]:
     """A file's header holds all of this."""
     floats = [name for name, entry in file.tensors.entries.items() if entry.dtype in FLOATS]
-    layers = file.quantized_layers
+    layers = file.settings()
     sizes = {name: math.prod(entry.shape) for name, entry in file.tensors.entries.items()}
     parameters = sum(sizes[name] for name in floats if name.rpartition(".")[0] not in layers)
-    parameters += sum(sizes[f"{path}.weight"] // columns * width for path, (columns, width) in file.widths().items())
+    rows = {path: file.tensors.entries[f"{path}.weight"].shape[0] for path in layers}
+    parameters += sum(rows[path] * width for path, (width, _) in layers.items())
+    known = {path: settings for path, (_, settings) in layers.items() if settings}
     sources = {path.name: path.stat().st_size for path in file.tensors.files}
     config = file.config.to_dict()
     return {
@@ -68,6 +70,7 @@ def _describe_part(file: PartFile) -> dict[str, Any]:
         "bytes": sum(sources.values()),
         "dtype": " and ".join(sorted({file.tensors.entries[name].dtype for name in floats})),
         "quantized_layers": len(layers),
+        "quantization": Quantization.of_layers(known).told() if known else None,
         "config": config,
         "metadata": {key: value[:200] for key, value in file.tensors.metadata.items() if key != "format"},
     }
@@ -80,7 +83,7 @@ def _format_part(d: dict[str, Any]) -> str:
         f"{d['part']} alone{fits}",
         f"  path     {d['path']} ({d['format']})",
         f"  holds    {_count(d['parameters'])} parameters, {_bytes(d['bytes'])}, {d['dtype']}"
-        + (f", {d['quantized_layers']} layers quantised by MLX" if d["quantized_layers"] else ""),
+        + (f", {d['quantized_layers']} layers quantised by MLX: {d['quantization']}" if d["quantized_layers"] else ""),
         f"  use      --{option} {d['path']}, with a whole model for the rest",
     ]
     told = [f"  {key[:40]:<8} {value[:100]}" for key, value in d["metadata"].items() if value.isprintable()]

@@ -300,6 +300,16 @@ def their_name(part: str, dialect: str, ours: str, levels: int = 0) -> tuple[str
     return f"{theirs}.{kind}", SAME if kind == "bias" else rule.layout
 
 
+def our_layer(part: str, dialect: str, theirs: str) -> str | None:
+    """The last component of our path of a layer, as `mlp_out`, from its path in a dialect; None: no layer of ours."""
+    if dialect == OURS:
+        return theirs.rpartition(".")[2]
+    for rule in DIALECTS[part, dialect]:
+        if re.fullmatch(re.sub(r"\\?[*+^]", r"\\d+", re.escape(rule.theirs)), theirs):
+            return rule.ours.rpartition(".")[2]
+    return None
+
+
 class Found(NamedTuple):
     """A part that a file holds: in whose names, and behind which prefix."""
 

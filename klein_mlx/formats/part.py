@@ -1,6 +1,7 @@
 """One part of a model from a file or folder of its own: a single file of BFL's, one of ComfyUI's three, a GGUF, a
 folder of mflux's or mlx-lm's. What it is, its header says; its name says nothing."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,6 +24,7 @@ from klein_mlx.formats.names import (
     canonical,
     find_parts,
     is_left_out,
+    our_layer,
     stranger,
     their_name,
     their_shape,
@@ -38,7 +40,7 @@ from klein_mlx.weights.checkpoint import (
     open_checkpoint,
     packed_dtypes,
 )
-from klein_mlx.weights.quantize import Quantization, find_settings
+from klein_mlx.weights.quantize import FLOAT_MODES, Quantization, find_settings
 from klein_mlx.weights.safetensors import (
     Deferred,
     Weight,
@@ -143,19 +145,19 @@ class PartFile:
 
     @cached_property
     def quantized_layers(self) -> dict[str, tuple[int, int, bool]]:
-        """Their names of the layers that MLX quantised -> columns of the weight and of its scales, any biases."""
-        layers = {}
-        for name, entry in self.tensors.entries.items():
-            path, _, kind = name.rpartition(".")
-            weight = self.tensors.entries.get(f"{path}.weight")
-            if kind == "scales" and weight and weight.dtype == "U32" and len(weight.shape) == len(entry.shape) == 2:
-                layers[path] = (weight.shape[1], entry.shape[1], f"{path}.biases" in self.tensors.entries)
-        return layers
+        """As `_quantized_layers`."""
+        return _quantized_layers(self.tensors)
 
-    def widths(self) -> dict[str, tuple[int, int]]:
-        """The quantised layers -> columns of the packed weight, and of what it stands for."""
-        stored = self.quantized_layers.items()
-        return {path: (n, _width(self.tensors, n, groups)) for path, (n, groups, _) in stored}
+    def settings(self) -> dict[str, tuple[int, Quantization | None]]:
+        """The quantised layers by their names -> how many inputs they have, and how they are stored."""
+        usual = _group_size(self.tensors, self.found, self.config)
+        found = {}
+        for path, stored in self.quantized_layers.items():
+            width = _inputs(self.found, self.config, path) or 0
+            if not find_settings(width, *stored):
+                width = _width(*stored, usual)
+            found[path] = (width, find_settings(width, *stored))
+        return found
 
     def quantization(self, config: ModelConfig) -> Quantization | None:
         """How this part is stored, layer by layer, once the whole model's config is known."""
@@ -221,7 +223,9 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
     marks = ("encoder.down.{}.block.0.norm1.weight", "encoder.down_blocks.{}.resnets.0.norm1.weight")
     levels = sum(mark.format(i) in tensors.entries for i in range(_MAX_LEVELS) for mark in marks)
     try:
-        config = infer_config(found.part, lambda ours: _shape(tensors, found, levels, ours), like)
+        config = infer_config(found.part, lambda ours: _shape(tensors, found, levels, ours, 64), like)
+        if (size := _group_size(tensors, found, config)) != 64:  # it decides how wide some layers are
+            config = infer_config(found.part, lambda ours: _shape(tensors, found, levels, ours, size), like)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return PartFile(path, found, tensors, config)
@@ -287,7 +291,7 @@ def _place(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[str,
     return theirs, layout
 
 
-def _shape(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[int, ...] | None:
+def _shape(tensors: Tensors, found: Found, levels: int, ours: str, group_size: int) -> tuple[int, ...] | None:
     """The shape that one of our weights has in the file, unpacked and in our order."""
     theirs, layout = _place(tensors, found, levels, ours)
     entry = tensors.entries.get(theirs)
@@ -296,18 +300,61 @@ def _shape(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[int,
     shape = entry.shape
     scales = tensors.entries.get(theirs.removesuffix("weight") + "scales")
     if entry.dtype == "U32" and scales and scales.shape:
-        shape = (*shape[:-1], _width(tensors, shape[-1], scales.shape[-1]))
+        has_biases = theirs.removesuffix("weight") + "biases" in tensors.entries
+        shape = (*shape[:-1], _width(shape[-1], scales.shape[-1], has_biases, group_size))
     if layout == "conv" and len(shape) == 4:
         return shape[0], shape[2], shape[3], shape[1]
     return shape
 
 
-def _width(tensors: Tensors, packed: int, groups: int) -> int:
-    """A quantised layer's number of inputs: from the bits that the file states, else in groups of 64."""
-    level = tensors.metadata.get("quantization_level", "")
-    bits = int(level) if level in ("2", "3", "4", "5", "6", "8") else None
-    width = packed * 32 // bits if bits else groups * 64
-    return width if find_settings(width, packed, groups, True) else groups * 64
+def _quantized_layers(tensors: Tensors) -> dict[str, tuple[int, int, bool]]:
+    """The layers that MLX quantised, by their names -> columns of the weight and of its scales, any biases."""
+    layers = {}
+    for name, entry in tensors.entries.items():
+        path, _, kind = name.rpartition(".")
+        weight = tensors.entries.get(f"{path}.weight")
+        if kind == "scales" and weight and weight.dtype == "U32" and len(weight.shape) == len(entry.shape) == 2:
+            layers[path] = (weight.shape[1], entry.shape[1], f"{path}.biases" in tensors.entries)
+    return layers
+
+
+def _inputs(found: Found, config: Any, path: str) -> int | None:
+    """How many inputs one of their layers has in a part of these sizes; None for a layer that is not ours."""
+    layer = our_layer(found.part, found.dialect, path)
+    if found.part == "transformer":
+        others = {
+            "img_in": config.in_channels,
+            "txt_in": config.joint_attention_dim,
+            "linear_1": config.timestep_guidance_channels,
+            "mlp_out": config.mlp_size,
+            "linear_out": config.hidden_size + config.mlp_size,
+        }
+        return others.get(layer or "", config.hidden_size) if layer else None
+    if found.part == "text_encoder":
+        others = {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": config.intermediate_size}
+        return others.get(layer or "", config.hidden_size)  # a language head's too
+    return config.block_out_channels[-1] if layer else None
+
+
+def _group_size(tensors: Tensors, found: Found, config: Any) -> int:
+    """The group size of most layers that MLX quantised, told from those whose width is the part's hidden size."""
+    hidden = config.block_out_channels[-1] if found.part == "vae" else config.hidden_size
+    odd = ("img_in", "txt_in", "linear_1", "mlp_out", "linear_out", "o_proj", "down_proj")
+    sizes = Counter(
+        hidden // groups
+        for path, (packed, groups, has_biases) in _quantized_layers(tensors).items()
+        if our_layer(found.part, found.dialect, path) not in (None, *odd)
+        and find_settings(hidden, packed, groups, has_biases)
+    )
+    return sizes.most_common(1)[0][0] if sizes else 64
+
+
+def _width(packed: int, groups: int, has_biases: bool, group_size: int) -> int:
+    """A quantised layer's number of inputs: MLX's other modes tell it by their columns, affine by the group size."""
+    if not has_biases:
+        kinds = [(packed * 32 // bits, size) for bits, size in FLOAT_MODES.values()]
+        return next((width for width, size in kinds if width == groups * size), groups * group_size)
+    return groups * group_size
 
 
 def _to_ours(layout: str, weight: Weight, shape: tuple[int, ...]) -> Weight:

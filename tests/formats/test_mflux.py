@@ -142,9 +142,37 @@ def test_mlx_lm_s_qwen3_is_the_encoder(tmp_path: Path, model: Path, bits: int, g
     theirs = read_weights(folder / "model.safetensors")
     ours = source.weights("text_encoder")
     assert all(mx.array_equal(array, theirs[f"model.{name}"]) for name, array in ours.items())
-    assert describe(open_any(folder))["part"] == "text_encoder"
+    told, whole = describe(open_any(folder)), describe(open_any(model / "text_encoder"))
+    tied = values["vocab_size"] * values["hidden_size"]  # the language head, which mlx-lm does not save
+    assert (told["part"], told["parameters"]) == ("text_encoder", whole["parameters"] - tied * untied(model))
+    assert told["quantization"] == Quantization(bits, group_size, mode).told()
     path = convert_checkpoint(source, tmp_path / "ours")
     assert_equal(loaded(path, mx.bfloat16), {**loaded_from(source)})
+
+
+def untied(model: Path) -> bool:
+    return "lm_head.weight" in read_weights(weight_file(model, "text_encoder"))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (2, 64), (6, 32), (3, 64)])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_part_s_parameters_whatever_its_groups(
+    tmp_path: Path, model: Path, part: str, bits: int, group_size: int
+) -> None:
+    """Bits times group size is all that shapes tell; 4 bits by 32 look as 2 by 64 do. One layer has other bits, as in
+    mflux's mixed packs, where the file says only what most have.
+    """
+    odd = {"transformer": "single_transformer_blocks.0.attn.to_out", "text_encoder": "layers.0.mlp.down_proj"}[part]
+    ours = {"transformer": "single_blocks.0.linear_out", "text_encoder": "layers.0.mlp.down_proj"}[part]
+    weights = to_mflux(part, read_weights(weight_file(model, part)))
+    weights = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    packed = quantise(weights, bits, group_size) | quantise({f"{odd}.weight": weights[f"{odd}.weight"]}, 5, group_size)
+    path = save(tmp_path / "x.safetensors", packed, {"quantization_level": str(bits)})
+    told, whole = describe(open_any(path)), describe(open_any(save(tmp_path / "y.safetensors", weights)))
+    assert (told["parameters"], told["config"]) == (whole["parameters"], whole["config"])
+    assert told["quantization"].startswith(f"{bits}-bit in groups of {group_size}")
+    stored = open_model(model, parts={part: path}).quantization[part]
+    assert stored.of(part, ours) == Quantization(5, group_size)
 
 
 def loaded_from(source: object) -> Weights:
