@@ -12,7 +12,7 @@ from klein_convert.destination import checked_destination, publish, require_spac
 from klein_convert.writer import Counter, flush, write_json, write_weights
 from klein_mlx.config import KLEIN_TAPS, PARTS, ModelConfig
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.diffusers import INDEX_FILE, STEMS, TOKENIZER_FILE, open_diffusers
+from klein_mlx.formats.diffusers import INDEX_FILE, KV_PIPELINE, STEMS, TOKENIZER_FILE, open_diffusers
 from klein_mlx.formats.lora import read_lora
 from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.formats.names import diffusers_name, to_theirs
@@ -168,7 +168,8 @@ def _write_rest(folder: Path, source: Source) -> None:
         scheduler |= {"shift": config.time_shift, "use_dynamic_shifting": False}
     head = {"_class_name": _CLASSES["scheduler"][1], "_diffusers_version": _VERSION}
     write_json(folder / "scheduler" / "scheduler_config.json", {**head, **scheduler})
-    index: dict[str, Any] = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": _VERSION}
+    kind = KV_PIPELINE if config.caches_references else "Flux2KleinPipeline"
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": _VERSION}
     index |= {"is_distilled": config.is_distilled, **{name: list(kind) for name, kind in _CLASSES.items()}}
     if config.taps != KLEIN_TAPS:
         index["text_encoder_out_layers"] = list(config.taps)

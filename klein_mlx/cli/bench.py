@@ -39,7 +39,7 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx bench`."""
     add = parser.add_argument
-    add_options(parser, ("model", "size", "num_inference_steps"))
+    add_options(parser, ("model", "variant", "size", "num_inference_steps"))
     add("--runs", type=int, default=3, help="pictures that are measured, after one that is not (default: 3)")
     add("--cold", action="store_true", help="reload everything for each picture; no warm-up run")
     about = "what to draw; a number is appended so that nothing is cached (default: a red fox in the snow)"
@@ -93,7 +93,8 @@ def _measure(args: argparse.Namespace, import_seconds: float) -> int:
     from klein_mlx.pipeline import KleinPipeline
 
     model = obtain(args.model or DEFAULT_MODEL, offline=args.offline, yes=args.yes)
-    own = {"quantize": asked_bits(args), "dtype": args.dtype, "keep": args.keep, "local_files_only": args.offline}
+    own = {"quantize": asked_bits(args), "dtype": args.dtype, "keep": args.keep, "variant": args.variant}
+    own["local_files_only"] = args.offline
     bench = Bench(lambda: KleinPipeline.from_pretrained(model, **own), args.prompt, args.num_inference_steps, args.cold)
     width, height = _size(args, bench.pipe.config)
     runs = []
@@ -280,14 +281,14 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureC
     known = {hub_id: v for v in (*VARIANTS, ONE_STEP) for hub_id in (v.name, v.hub_id)}
     variant = known.get(args.model or DEFAULT_MODEL)
     if variant is not None:
-        config = settle_variant(klein("9b" if "9b" in variant.name else "4b"), variant.name)
-        steps, guidance = variant.steps, variant.guidance
-        name = variant.name
+        config = settle_variant(klein("9b" if "9b" in variant.name else "4b"), args.variant or variant.name)
+        steps, guidance = config.variant.steps, config.variant.guidance
+        name = config.variant.name
         source = SimpleNamespace(path=name, config=config, quantization={})  # all that is asked of a model's files
     else:
         from klein_mlx.formats.open import open_model
 
-        source = open_model(args.model, local_files_only=True)
+        source = open_model(args.model, local_files_only=True, variant=args.variant)
         config, steps, guidance = source.config, source.config.variant.steps, source.config.variant.guidance
         name = config.variant.name
     quantization = {**source.quantization, **settle(asked_bits(args), source)}

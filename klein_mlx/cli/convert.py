@@ -17,7 +17,7 @@ from klein_mlx.cli.options import (
     refuse_group_size_alone,
 )
 from klein_mlx.cli.output import has_bar, note, say
-from klein_mlx.config import PARTS
+from klein_mlx.config import ONE_STEP, PARTS
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -55,14 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from klein_convert.destination import check_upload, upload
     from klein_convert.export import export_diffusers, merge_loras
     from klein_mlx.cli.download import obtain, obtain_part
-    from klein_mlx.formats.open import open_model
+    from klein_mlx.formats.open import open_model, with_variant
 
     refuse_group_size_alone(vars(args), vars(args))
     asked = asked_bits(args)  # before a download, which may take long
-    if args.to == "diffusers" and (asked or args.variant or args.verify or args.dry_run):
-        raise RequestError(
-            "--to diffusers writes whole weights; it takes no --quantize, --variant, --verify, --dry-run"
-        )
+    if args.to == "diffusers" and (asked or args.verify or args.dry_run):
+        raise RequestError("--to diffusers writes whole weights; it takes no --quantize, --verify, --dry-run")
     prompts = _prompts(args)
     check_variant(args.variant)
     if args.upload:
@@ -82,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     odd: list[str] = []
     with _progress(args.quiet) as show:
         if args.to == "diffusers":
+            if args.variant:
+                source = with_variant(source, args.variant)
+            if source.config.variant == ONE_STEP:
+                odd.append(f"diffusers' layout does not state {ONE_STEP.name}: open it with --variant {ONE_STEP.name}")
             path = export_diffusers(source, args.destination, force=args.force, progress=show)
         else:
             options = {"quantize": asked, "force": args.force, "variant": args.variant, "verify": args.verify}

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, ("yes", "size"), size="estimate the memory of a picture of this size: 1024x768, 16:9, 2mp")
     references = "include N one-megapixel reference images in the estimate"
     parser.add_argument("--references", type=int, default=0, metavar="N", help=references)
-    add_options(parser, ("dtype", "keep", *BITS))
+    add_options(parser, ("dtype", "keep", "variant", *BITS))
     parser.add_argument("--json", action="store_true", help="as a JSON object on stdout")
 
 
@@ -27,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.cli.download import obtain
     from klein_mlx.formats.describe import describe, format_description, verify
     from klein_mlx.formats.open import open_any
+    from klein_mlx.formats.part import PartFile
 
     typed_options(args)
     if (code := _other(args)) is not None:
         return code
-    source = open_any(obtain(args.model, yes=args.yes, tokenizer=False))
+    source = open_any(obtain(args.model, yes=args.yes, tokenizer=False), variant=args.variant)
+    if args.variant and isinstance(source, PartFile):
+        raise RequestError(f"--variant needs a whole model, and {args.model} is a {source.part}")
     description = describe(source)
     if args.size is not None:
         description["memory"] = _memory(source, args)

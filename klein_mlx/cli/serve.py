@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it is loaded."""
-    add_options(parser, ("model", *BITS, "transformer", "text_encoder", "vae", "dtype", "keep", "prompt_cache"))
+    add_options(
+        parser, ("model", *BITS, "transformer", "text_encoder", "vae", "variant", "dtype", "keep", "prompt_cache")
+    )
     add_options(parser, ("lora_folder", "offline", "yes"))
 
 
@@ -148,6 +150,7 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "vae": args.vae,
         "transformer": args.transformer,
         "text_encoder": args.text_encoder,
+        "variant": args.variant,
     }
     found = {name: value for name, value in from_options.items() if value is not None}
     return {**found, "local_files_only": True}

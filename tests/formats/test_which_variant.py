@@ -13,6 +13,7 @@ from PIL import Image
 from test_mflux import save_mflux
 
 from klein_convert.checkpoint import convert_checkpoint
+from klein_convert.export import export_diffusers
 from klein_mlx import KleinPipeline
 from klein_mlx.cli.download import obtain
 from klein_mlx.cli.main import main
@@ -223,6 +224,45 @@ def test_the_one_step_repository_in_the_command(
     assert [hub_id for hub_id, _ in brought] == [VARIANTS[0].hub_id, ONE_STEP.hub_id]
     assert brought[0][1](["vae/x.safetensors", "transformer/x.safetensors"]) == ["vae/x.safetensors"]
     assert brought[1][1] == ["LICENSE*", "NOTICE*", "model.safetensors"]
+
+
+@pytest.mark.parametrize("variant", ["base-4b", "4b-1step"])
+def test_the_variant_reaches_what_is_told_predicted_and_exported(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_step = variant == ONE_STEP.name
+    if not one_step:
+        sized(monkeypatch)
+    asked = ["--variant", variant]
+    assert main(["info", str(GOLDEN), *asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["variant"], told["steps"], told["guidance"]) == (variant, *((1, 1.0) if one_step else (50, 4.0)))
+    assert main(["bench", "-m", str(GOLDEN), *asked, "--predict", "M3 Max", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["model"], told["steps"]) == (variant, 1 if one_step else 50)
+    assert main(["convert", str(GOLDEN), str(tmp_path / "out"), "--to", "diffusers", "--quiet", *asked]) == 0
+    noted = "diffusers' layout does not state 4b-1step: open it with --variant 4b-1step"
+    assert (noted in capsys.readouterr().err) == one_step
+    assert open_model(tmp_path / "out", variant=variant if one_step else None).config.variant.name == variant
+
+
+def test_a_variant_of_other_sizes_or_of_a_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sized(monkeypatch)
+    model = str(GOLDEN)
+    for command in (["info", model], ["convert", model, "x", "--to", "diffusers"], ["bench", "-m", model, "--predict"]):
+        assert main([*command, "--variant", "9b-kv"]) == 2
+        assert "variant is '9b-kv', and the transformer has the sizes of 4b or base-4b" in capsys.readouterr().err
+    path = save(tmp_path / "x.safetensors", to_bfl(golden("transformer")))
+    assert main(["info", str(path), "--variant", "4b"]) == 2
+    assert "--variant needs a whole model" in capsys.readouterr().err
+
+
+def test_the_kv_variant_is_exported_as_such(tmp_path: Path) -> None:
+    source = open_model(GOLDEN)
+    source = replace(source, config=replace(source.config, caches_references=True))  # type: ignore[type-var]
+    assert open_model(export_diffusers(source, tmp_path / "out")).config.caches_references
 
 
 def test_settling_changes_nothing_else(tmp_path: Path) -> None:
