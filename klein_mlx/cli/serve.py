@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="DIR", help="keep every finished picture in this folder")
     add("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
     add("--idle-unload", type=float, default=10.0, metavar="MIN", help="free the model when idle; 0: never (10)")
-    add("--any-model", action="store_true", help='accept "gpt-image-1" and "dall-e-3" as the model')
+    add("--any-model", action="store_true", help='accept any model\'s name in requests, such as "gpt-image-1"')
     add("--log-prompts", action="store_true", help="write prompts to the log")
     add("--quiet", action="store_true", help="only errors on stderr")
 

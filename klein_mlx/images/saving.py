@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import xml.etree.ElementTree as xml
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
@@ -258,6 +258,11 @@ def read_metadata(path: str | Path) -> Found:
         Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
     ):
         info = dict(image.info)
+    return metadata_of(info)
+
+
+def metadata_of(info: Mapping[Any, Any]) -> Found:
+    """The same of an opened picture's `info`."""
     text = {name: value[:MAX_READ] for name, value in info.items() if isinstance(value, str)}
     recipe = _parse(text.get(KEY)) or _recipe_of_xmp(info.get("xmp"))
     return Found(recipe, text.get("parameters") or _user_comment(info.get("exif")))

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from klein_mlx.server import native
+from klein_mlx.server import native, openai, sdapi
 from klein_mlx.server.errors import ApiError, printable
 from klein_mlx.server.guard import Guard
 from klein_mlx.server.jobs import Job, Jobs, QueueFull
@@ -36,7 +36,7 @@ class Shared:
         self.worker = Worker(settings)
         self.jobs = Jobs(self.worker, settings.queue, settings.idle_seconds)
         self.jobs.on_picture, self.jobs.on_end = self._save, self._log
-        self.uploads = native.Uploads()
+        self.uploads, self.files = native.Uploads(), native.Uploads()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def submit(self, job: Job) -> Job:
@@ -144,6 +144,8 @@ def make_app(settings: Settings, port: int | None = None) -> Guard:
         Route("/", studio),
         Route("/healthz", health),
         *native.ROUTES,
+        *openai.ROUTES,
+        *sdapi.ROUTES,
         Route("/{name}", studio),
     ]
     handlers: dict[Any, Any] = {

@@ -6,7 +6,7 @@ whose types cannot name a file: numbers, flags, lists of numbers, and the texts 
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from klein_mlx.server.jobs import Job
 from klein_mlx.server.pictures import decode_base64, picture_size
 from klein_mlx.server.settings import MAX_IMAGES, MAX_PROMPT, MAX_REFERENCES
 
-TEXTS = ("negative_prompt", "extend")
+TEXTS = ("negative_prompt", "extend", "rng")
 SHORT = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -30,6 +30,7 @@ SHORT = {
 LONG = {long: short for short, long in SHORT.items() if short != "image"}
 PICTURES = ("image", "init_image", "mask_image")
 FORMATS = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
+SIDE = 16  # of a token, in pixels
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
@@ -102,7 +103,12 @@ def _holds(value: Any) -> bool:
 
 
 def picture(value: Any, what: str, uploads: Mapping[str, bytes]) -> bytes:
-    """A picture's bytes, of base64, a data URI, or the id of an upload; its header is checked. Raises ApiError."""
+    """A picture's bytes, of a form's file, base64, a data URI, or the id of an upload; its header is checked.
+
+    Raises ApiError.
+    """
+    if isinstance(value, bytes):
+        return checked(value, what)
     if not isinstance(value, str):
         raise ApiError(400, f"{what} must be a picture, as base64, a data URI or an upload's id", what)
     try:
@@ -122,8 +128,52 @@ def checked(data: bytes, what: str) -> bytes:
     return data
 
 
-def loras_of(value: Any) -> list[list[Any]]:
-    """(name, scale) of each LoRA of a request: {"name": ..., "scale": 0.8}, "name" or "name:0.8". Raises ApiError."""
+def pictures_of(values: Mapping[str, Any], uploads: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
+    """(argument, bytes) of every picture of a request, references first. Raises ApiError."""
+    found = []
+    for name in ("references", "image"):
+        items = values.get(name) or []
+        for item in items if isinstance(items, list) else [items]:
+            found.append(("image", picture(item, name, uploads)))
+    for name, argument in (("init_image", "init_image"), ("mask", "mask_image"), ("mask_image", "mask_image")):
+        if values.get(name) is not None:
+            found.append((argument, picture(values[name], name, uploads)))
+    return found
+
+
+def whole(values: Mapping[str, Any], name: str, default: Any, low: int, high: int) -> Any:
+    """A field that is a whole number from low to high, or the default where it is missing or null. Raises ApiError."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not low <= value <= high:
+        raise ApiError(400, f"{name} is {str(value)[:40]}; it must be a whole number from {low} to {high}", name)
+    return value
+
+
+def choice(values: Mapping[str, Any], name: str, default: Any, choices: Iterable[Any]) -> Any:
+    """A field that is one of some values, or the default where it is missing or null. Raises ApiError."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if value not in tuple(choices):
+        words = ", ".join(str(one).lower() for one in choices)
+        raise ApiError(400, f"{name} is {str(value)[:40]!r}; it must be one of {words}", name)
+    return value
+
+
+def near(side: int) -> int:
+    """The multiple of 16 that is nearest to a side, in pixels."""
+    return max(1, (side + SIDE // 2) // SIDE) * SIDE
+
+
+def loras_of(values: Mapping[str, Any]) -> list[list[Any]]:
+    """(name, scale) of each of a request's "lora" or "loras": {"name": ..., "scale": 0.8}, "name" or "name:0.8".
+
+    Raises ApiError.
+    """
+    field = "lora" if values.get("lora") is not None else "loras"
+    value = values.get(field)
     if value is None:
         return []
     items = value if isinstance(value, list) else [value]
@@ -138,7 +188,8 @@ def loras_of(value: Any) -> list[list[Any]]:
                 scale = None
         plain = isinstance(name, str) and 0 < len(name) <= 300
         if not plain or not isinstance(scale, int | float) or isinstance(scale, bool) or not -100 <= scale <= 100:
-            raise ApiError(400, 'lora must be names in the LoRA folder, as {"name": "style", "scale": 0.8}', "lora")
+            words = f'{field} must be names in the LoRA folder, as {{"name": "style", "scale": 0.8}}'
+            raise ApiError(400, words, field)
         found.append([name, float(scale)])
     return found
 
@@ -150,12 +201,16 @@ def make_job(
     alpha_mask: bool = False,
     loras: Sequence[Sequence[Any]] = (),
     previews: str = "none",
-    preview_steps: Sequence[int] | None = None,
+    preview_count: int | None = None,
+    preview_format: str = ".webp",
     format: str = ".png",
     quality: int | None = None,
     session: str | None = None,
 ) -> Job:
-    """A job. pictures: (argument, bytes) in their order. alpha_mask: the mask's transparent pixels are repainted."""
+    """A job. pictures: (argument, bytes) in their order. alpha_mask: the mask's transparent pixels are repainted.
+
+    preview_count: how many previews a picture has, spread over its steps; None: one after each step.
+    """
     references = sum(field == "image" for field, _ in pictures)
     if references > MAX_REFERENCES:
         raise ApiError(400, f"{references} pictures are given; there may be {MAX_REFERENCES}", "image")
@@ -164,7 +219,8 @@ def make_job(
         "pictures": [{"field": field, "alpha": alpha_mask and field == "mask_image"} for field, _ in pictures],
         "loras": [list(one) for one in loras],
         "previews": previews,
-        "preview_steps": None if preview_steps is None else list(preview_steps),
+        "preview_count": preview_count,
+        "preview_format": preview_format,
         "format": format,
         "quality": quality,
     }

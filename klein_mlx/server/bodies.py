@@ -35,7 +35,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     if content_type(request) != "application/json":
         raise ApiError(415, "the body must be application/json", None, "unsupported_media_type")
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = parse_json(text)
     except RecursionError:
         raise ApiError(400, f"the body is nested over {MAX_DEPTH} deep", None, "invalid_json") from None
     except ValueError as error:
@@ -47,30 +47,31 @@ async def read_json(request: Request) -> dict[str, Any]:
     return value
 
 
-async def read_form(request: Request) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
-    """A multipart body: its text fields, and its files as (field, bytes); names of files are not looked at.
+async def read_form(request: Request) -> list[tuple[str, str | bytes]]:
+    """A multipart body's parts, (field, text or file) in their order; names of files are not looked at.
 
     Raises ApiError.
     """
     if content_type(request) != "multipart/form-data":
         raise ApiError(415, "the body must be multipart/form-data", None, "unsupported_media_type")
-    texts: dict[str, str] = {}
-    files: list[tuple[str, bytes]] = []
+    parts: list[tuple[str, str | bytes]] = []
     try:
         async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_FIELD) as form:
             items = form.multi_items()
             if len(items) > MAX_PARTS:
                 raise ApiError(400, f"the body has {len(items)} parts; it may have {MAX_PARTS}", None, "invalid_form")
             for name, value in items:
-                if isinstance(value, UploadFile):
-                    files.append((name, await value.read()))
-                else:
-                    texts[name] = value
+                parts.append((name, await value.read() if isinstance(value, UploadFile) else value))
     except HTTPException as error:
         raise ApiError(400, f"the form cannot be read: {error.detail[:200]}", None, "invalid_form") from None
     except (KeyError, ValueError):
         raise ApiError(400, "the form cannot be read: a part is damaged", None, "invalid_form") from None
-    return texts, files
+    return parts
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON whose numbers are finite. Raises ValueError."""
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
 
 
 def _finite(text: str) -> float:

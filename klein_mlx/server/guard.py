@@ -5,6 +5,7 @@ network without the token. It is pure ASGI: nothing is read before it agrees.
 """
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -21,6 +22,7 @@ from klein_mlx.server.errors import ApiError
 from klein_mlx.server.settings import MAX_BODY, Settings
 
 COOKIE = "klein_mlx"
+FILES = "/api/files/"
 DRAIN_SECONDS = 1.0
 SECONDS_PER_BYTE = 1e-6  # a client's body may come this slowly, beside the read time
 BODY_TYPES = ("application/json", "multipart/form-data")
@@ -138,6 +140,8 @@ class Guard:
                 return reply
         elif self._presents(headers, token):
             return None
+        elif scope["path"].startswith(FILES) and _same(query.get("key", [""])[0], file_key(token, scope["path"])):
+            return None
         words = "open the URL with the token that klein-mlx serve printed, or send Authorization: Bearer TOKEN"
         raise ApiError(401, words, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
@@ -146,6 +150,10 @@ class Guard:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
             return _same(given.strip(), token)
+        if kind.lower() == "basic":  # all that clients of web UIs can send
+            with contextlib.suppress(ValueError):
+                return _same(base64.b64decode(given, validate=True).decode().partition(":")[2], token)
+            return False
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
@@ -243,7 +251,16 @@ def _same(given: str, token: str) -> bool:
 
 def _cookie(token: str) -> str:
     """The cookie's value: it proves that its bearer had the token, and is not the token."""
-    return hmac.new(token.encode(), b"klein_mlx cookie", hashlib.sha256).hexdigest()
+    return _proof(token, "klein_mlx cookie")
+
+
+def file_key(token: str, path: str) -> str:
+    """The query's `key` that opens one path below FILES without the token, to whom its URL was given."""
+    return _proof(token, path)
+
+
+def _proof(token: str, what: str) -> str:
+    return hmac.new(token.encode(), what.encode(), hashlib.sha256).hexdigest()
 
 
 def url(settings: Settings, port: int) -> str:

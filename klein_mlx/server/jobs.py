@@ -32,7 +32,7 @@ class QueueFull(Exception):
 @dataclass(eq=False)
 class Job:
     """One request. spec: what the worker takes; pictures: its blobs. session: of a live page, or None. keep: whether
-    its pictures go to the gallery.
+    its pictures go to the gallery. source: the API by which it came, where that matters.
 
     Its events are dicts with a "type": queued, step, image, then one of FINAL; pictures are bytes under "data". A
     preview that was not fetched yet gives way to the next: a slow reader gets fewer of them.
@@ -42,6 +42,7 @@ class Job:
     pictures: list[bytes] = field(default_factory=list)
     session: str | None = None
     keep: bool = True
+    source: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: str = "new"
     created: float = field(default_factory=time.monotonic)
@@ -60,7 +61,8 @@ class Job:
             return
         kind = event["type"]
         if kind in ("queued", "step"):
-            kept = [old for old in self._events if old["type"] != kind]
+            stays = "data" not in event  # a preview, until the next one
+            kept = [old for old in self._events if old["type"] != kind or (stays and "data" in old)]
             self._events = deque(kept)
         if kind in FINAL:
             self.state, self.pictures = kind, []

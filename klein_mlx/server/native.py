@@ -12,7 +12,20 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from klein_mlx.server.asks import FORMATS, LONG, MEDIA, arguments_of, checked, loras_of, make_job, picture, prompt_of
+from klein_mlx.server.asks import (
+    FORMATS,
+    LONG,
+    MEDIA,
+    arguments_of,
+    checked,
+    choice,
+    loras_of,
+    make_job,
+    picture,
+    pictures_of,
+    prompt_of,
+    whole,
+)
 from klein_mlx.server.bodies import content_type, read_form, read_json
 from klein_mlx.server.errors import ApiError
 from klein_mlx.server.jobs import Job
@@ -20,6 +33,7 @@ from klein_mlx.server.pictures import picture_size
 from klein_mlx.server.replies import Lines, compact, read_events
 
 MAX_UPLOADS = 64
+FILE_SECONDS = 600.0
 MAX_UPLOAD_BYTES = 512 * 1024 * 1024
 OWN = ("session", "draft", "previews", "lora", "loras", "format", "quality", "references", "mask", "model", "image")
 PREVIEWS = ("none", "sketch", "decoded")
@@ -29,8 +43,8 @@ _GALLERY_NAME = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}\.(png|jpg|webp)")
 class Uploads(OrderedDict[str, bytes]):
     """Pictures that clients sent ahead, by id; the least recently used leave first."""
 
-    def add(self, data: bytes) -> str:
-        name = f"up_{secrets.token_hex(12)}"
+    def add(self, data: bytes, suffix: str = "") -> str:
+        name = f"up_{secrets.token_hex(12)}{suffix}"
         self[name] = data
         while len(self) > MAX_UPLOADS or sum(map(len, self.values())) > MAX_UPLOAD_BYTES:
             self.popitem(last=False)
@@ -56,22 +70,17 @@ def native_job(values: dict[str, Any], uploads: Uploads) -> Job:
     arguments = {"prompt": prompt_of(values), **arguments_of(values, ignored, OWN)}
     if ignored:
         raise ApiError(400, f"{ignored[0]} is not a field of a request", ignored[0])
-    previews, kind = values.get("previews", "sketch"), values.get("format", "png")
-    if isinstance(previews, bool):
+    previews = choice(values, "previews", "sketch", (*PREVIEWS, True, False))
+    if isinstance(previews, int):
         previews = "sketch" if previews else "none"
-    if not isinstance(previews, str) or previews not in PREVIEWS:
-        raise ApiError(400, f"previews must be one of {', '.join(PREVIEWS)}", "previews")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise ApiError(400, f"format must be one of {', '.join(FORMATS)}", "format")
-    session, quality = values.get("session"), values.get("quality")
+    kind = choice(values, "format", "png", FORMATS)
+    session, quality = values.get("session"), whole(values, "quality", None, 0, 100)
     if session is not None and not (isinstance(session, str) and 0 < len(session) <= 100):
         raise ApiError(400, "session must be a text of up to 100 characters", "session")
-    if quality is not None and (type(quality) is not int or not 0 <= quality <= 100):
-        raise ApiError(400, "quality must be a whole number from 0 to 100", "quality")
     job = make_job(
         arguments,
-        _pictures(values, uploads),
-        loras=loras_of(values.get("lora", values.get("loras"))),
+        pictures_of(values, uploads),
+        loras=loras_of(values),
         previews=previews,
         format=FORMATS[kind],
         quality=quality,
@@ -79,18 +88,6 @@ def native_job(values: dict[str, Any], uploads: Uploads) -> Job:
     )
     job.keep = not values.get("draft")
     return job
-
-
-def _pictures(values: dict[str, Any], uploads: Uploads) -> list[tuple[str, bytes]]:
-    """(argument, bytes) of every picture of a request."""
-    references = values.get("references", values.get("image")) or []
-    found = []
-    for item in references if isinstance(references, list) else [references]:
-        found.append(("image", picture(item, "references", uploads)))
-    for name, argument in (("init_image", "init_image"), ("mask", "mask_image"), ("mask_image", "mask_image")):
-        if values.get(name) is not None:
-            found.append((argument, picture(values[name], name, uploads)))
-    return found
 
 
 async def _lines(request: Request, job: Job) -> AsyncIterator[str]:
@@ -163,7 +160,7 @@ async def loras(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """POST /api/uploads: a picture, as a form's file or as {"image": base64}; returns its id and size."""
     if content_type(request) == "multipart/form-data":
-        _, files = await read_form(request)
+        files = [(name, value) for name, value in await read_form(request) if isinstance(value, bytes)]
         if len(files) != 1:
             raise ApiError(400, f"{len(files)} files are sent; send one", "image")
         data = checked(files[0][1], "image")
@@ -181,9 +178,9 @@ async def estimate(request: Request) -> Response:
     if not facts:
         await state.jobs.worker.ready()
         facts = state.jobs.worker.facts
-    sides = [_whole(values, name, facts["size"], 16, 8192) for name in ("width", "height")]
-    steps = _whole(values, "steps", facts["steps"], 1, 1000)
-    count = _whole(values, "n", 1, 1, 10)
+    sides = [whole(values, name, facts["size"], 16, 8192) for name in ("width", "height")]
+    steps = whole(values, "steps", facts["steps"], 1, 1000)
+    count = whole(values, "n", 1, 1, 10)
     found = await state.jobs.worker.ask("estimate", width=sides[0], height=sides[1])
     predicted = state.jobs.timings.predict(sides[0], sides[1], steps, count)
     return JSONResponse(
@@ -197,11 +194,15 @@ async def estimate(request: Request) -> Response:
     )
 
 
-def _whole(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = values.get(name, default)
-    if type(value) is not int or not low <= value <= high:
-        raise ApiError(400, f"{name} is {str(value)[:40]}; it must be a whole number from {low} to {high}", name)
-    return value
+async def kept_file(request: Request) -> Response:
+    """GET /api/files/ID: a picture that a reply named by its URL, for FILE_SECONDS."""
+    name = request.path_params["name"]
+    files = request.app.state.files
+    if name not in files:
+        words = f"there is no such file; a URL holds for {FILE_SECONDS // 60:.0f} minutes"
+        raise ApiError(404, words, None, "not_found")
+    headers = {"Content-Disposition": f'inline; filename="{name}"'}
+    return Response(files[name], media_type=MEDIA[Path(name).suffix], headers=headers)
 
 
 async def gallery(request: Request) -> Response:
@@ -233,6 +234,7 @@ ROUTES = [
     Route("/api/loras", loras),
     Route("/api/uploads", upload, methods=["POST"]),
     Route("/api/estimate", estimate, methods=["POST"]),
+    Route("/api/files/{name}", kept_file),
     Route("/api/gallery", gallery),
     Route("/api/gallery/{name}", gallery_file),
 ]

@@ -63,6 +63,8 @@ def request_field(error: RequestError) -> str | None:
     stated = getattr(error, "field", None)
     if isinstance(stated, str):
         return stated
+    if re.match(r"\d+ x \d+ ", str(error)):  # too many pixels
+        return "width"
     words = re.match(r"(?:a |the )?([a-z_]+)\b", str(error))
     name = words[1] if words else ""
     names = {"width", "height", "prompt", "seed", "strength", "extend", "image", "init_image", "lora", "sigmas"}

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -26,14 +26,17 @@ STATUS = {
 
 
 def job_error(event: Mapping[str, Any], names: Mapping[str, str] | None = None) -> ApiError:
-    """A job's final event, other than done, as an error. names: of params, in the words of the API."""
+    """A job's final event, other than done, as an error. names: the API's, of arguments."""
     code = event.get("code") or event["type"]
     param = event.get("param")
     message = event.get("message") or f"the job was {code}"
+    for name in names or {}:
+        if "_" in name:  # no word of the language
+            message = message.replace(name, (names or {})[name])
     return ApiError(STATUS.get(code, 500), message, (names or {}).get(param or "", param), code)
 
 
-async def read_events(request: Request, job: Job) -> AsyncIterator[dict[str, Any]]:
+async def read_events(request: Request, job: Job) -> AsyncGenerator[dict[str, Any], None]:
     """A job's events; it is cancelled, and the iteration ends, when the client leaves."""
     events = job.events()
     gone = asyncio.create_task(_gone(request))

@@ -22,8 +22,8 @@ class Settings:
     requests. token: what clients must present, or None. hosts, origins: accepted besides its own. save: folder in
     which every finished picture is kept, or None. queue: jobs that may wait. idle_seconds: after so long without a
     job the worker ends; 0: never. read_seconds: for the header of a request, and for its body beside a second per
-    megabyte. any_model: accept "gpt-image-1" and "dall-e-3" as the model. loras: the LoRA folder; None: the usual
-    one.
+    megabyte. any_model: accept any name of a model in requests, such as "gpt-image-1". loras: the LoRA folder; None:
+    the usual one.
     """
 
     model: str
@@ -50,4 +50,17 @@ class Settings:
     @property
     def name(self) -> str:
         """The model's name in replies: no folder of the user's disk is told."""
-        return Path(self.model).name if self.model.startswith((".", "/", "~")) else self.model
+        return Path(self.model).name if _is_path(self.model) else self.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the model in requests, the one of replies first."""
+        from klein_mlx.config import NAMED, VARIANTS
+
+        known = [row.name for row in (*VARIANTS, *NAMED.values()) if row.hub_id == self.model]
+        aliases = [alias for alias in self.aliases if not _is_path(alias)]
+        return tuple(dict.fromkeys([self.name, *aliases, *known, *(f"klein-{name}" for name in known)]))
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "/", "~"))

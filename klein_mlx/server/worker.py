@@ -116,9 +116,8 @@ class Engine:
             if name in self._cancelled:
                 run.cancel()
         try:
-            self.send(
-                {"event": "start", "job": name, "tokens": self._tokens(run), "peak": max(run.expected.values())}, ()
-            )
+            told = {"tokens": self._tokens(run), "image_tokens": self._image_tokens(run)}
+            self.send({"event": "start", "job": name, **told, "peak": max(run.expected.values())}, ())
             for event in run:
                 elapsed = round(time.perf_counter() - start, 4)
                 if hasattr(event, "sketch"):
@@ -136,12 +135,14 @@ class Engine:
         )
 
     def _step(self, job: dict[str, Any], step: Any, elapsed: float) -> None:
-        wanted, steps = job["previews"], job["preview_steps"]
+        wanted, count = job["previews"], job["preview_count"]
         image = None
-        if wanted != "none" and (steps is None or step.index in steps):
+        if wanted != "none" and (count is None or step.index in spread(count, step.of)):
             image = step.preview() if wanted == "decoded" else step.sketch()
         told = {"event": "step", "job": job["job"], "picture": step.picture, "index": step.index, "of": step.of}
-        self.send({**told, "seconds": elapsed}, [_webp(image)] if image is not None else ())
+        if image is not None:
+            told |= {"width": image.width, "height": image.height}
+        self.send({**told, "seconds": elapsed}, [_encoded(image, job["preview_format"])] if image is not None else ())
 
     def _picture(self, job: dict[str, Any], picture: Any, elapsed: float) -> None:
         from klein_mlx.images.saving import encode_image
@@ -158,6 +159,11 @@ class Engine:
         request = run.request
         tokens = self.pipe.tokenizer(list(request.prompts), request.max_sequence_length, request.literal_prompt)
         return int(mx.sum(tokens.attention_mask).item())  # type: ignore[arg-type]
+
+    def _image_tokens(self, run: Any) -> int:
+        """Tokens of the references of one picture."""
+        side = self.pipe.config.pixels_per_token
+        return sum(image.width // side * (image.height // side) for image in run.opened.references)
 
     def _apply_loras(self, wanted: Sequence[Sequence[Any]]) -> None:
         """Make the pipeline's LoRAs those of a job: (name in the folder, scale) of each."""
@@ -201,17 +207,30 @@ def memory() -> dict[str, Any]:
     return {"memory": mx.get_active_memory(), "memory_peak": mx.get_peak_memory()}
 
 
-def _webp(image: "Image.Image") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="WEBP", quality=80, method=0)
+def spread(count: int, steps: int) -> set[int]:
+    """Steps, of 1 to `steps`, after which `count` previews come: evenly, and before the last, which has the picture."""
+    return {min(max(1, round(steps * k / (count + 1))), steps - 1) for k in range(1, count + 1)} - {0}
+
+
+def _encoded(image: "Image.Image", suffix: str) -> bytes:
+    """A preview's file, at the cost of some bytes and of its looks."""
+    from klein_mlx.images.saving import FORMATS
+
+    file, kind = io.BytesIO(), FORMATS[suffix]
+    fast = {"method": 0} if kind == "WEBP" else {"compress_level": 1} if kind == "PNG" else {}
+    image.save(file, format=kind, quality=80, **fast)
     return file.getvalue()
 
 
 def _repainted(mask: "Image.Image") -> "Image.Image":
     """OpenAI's mask, whose transparent pixels are repainted, as ours, whose white ones are."""
     if not mask.has_transparency_data:
-        raise RequestError("mask_image has no alpha channel; its transparent pixels are those to repaint")
-    return mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+        raise RequestError("mask_image", rule="has no alpha channel; its transparent pixels are those to repaint")
+    opaque = mask.convert("RGBA").getchannel("A")
+    if opaque.getextrema()[0] > 127:  # type: ignore[operator]
+        rule = "is opaque everywhere: nothing would be repainted; make transparent what is to change"
+        raise RequestError("mask_image", rule=rule)
+    return opaque.point(lambda alpha: 255 - alpha)
 
 
 def model_facts(pipe: "KleinPipeline") -> dict[str, Any]:

@@ -19,8 +19,12 @@ from klein_mlx.server.serving import Background
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Background]:
-    with running() as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
+    folder = tmp_path_factory.mktemp("loras")
+    for name in ("style.safetensors", "deep/style.safetensors", ".hidden.safetensors", "style.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with running(loras=str(folder)) as server:
         yield server
 
 
@@ -66,7 +70,8 @@ def test_a_picture_is_the_pipelines_own(http: httpx.Client) -> None:
     from klein_mlx import KleinPipeline
 
     events = lines(http, {"prompt": "a red circle", "seed": 5, "steps": 2, "width": 96, "height": 64})
-    assert kinds(events) == ["queued", "start", "step", "step", "image", "done"] or "image" in kinds(events)
+    assert [kind for kind in kinds(events) if kind != "step"] == ["queued", "start", "image", "done"]
+    assert 1 <= kinds(events).count("step") <= 2  # a slow reader gets fewer
     told = next(event for event in events if event["type"] == "image")
     assert told["seed"] == 5
     assert told["recipe"]["prompt"] == "a red circle"
@@ -340,7 +345,7 @@ def test_status_models_estimate_and_uploads(http: httpx.Client, server: Backgrou
     assert (status["worker"], status["queue"], status["model"]["variant"]) == ("ready", 0, "tiny")
     assert status["seconds"]["seconds"] > 0
     assert http.get("/api/models").json()["models"][0]["name"] == "tiny"
-    assert http.get("/api/loras").json() == {"loras": []} or "loras" in http.get("/api/loras").json()
+    assert http.get("/api/loras").json() == {"loras": [{"name": "deep/style"}, {"name": "style"}]}
     small, large = (http.post("/api/estimate", json={"width": s, "height": s}).json() for s in (128, 1024))
     assert 0 < small["peak_gb"] < large["peak_gb"]
     assert small["fits"]
