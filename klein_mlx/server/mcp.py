@@ -189,7 +189,7 @@ class Mcp:
         paths = self._outputs(values["save_as"], count, kind) if "save_as" in values else None
         own = ("images", "mask", "lora", "format", "save_as")
         arguments = {"prompt": prompt_of(values), **arguments_of(values, [], own)}
-        job = make_job(arguments, pictures, loras=loras_of(values.get("lora")), format=kind)
+        job = make_job(arguments, pictures, loras=loras_of(values), format=kind)
         content: list[Message] = []
         self.jobs.submit(job)
         try:
