@@ -1,6 +1,7 @@
 """What a model argument may be: "tiny", a folder, or a repository of the Hub."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import huggingface_hub
 import pytest
 from folders import GOLDEN, copy_model, refusal, weight_file
+from foreign import all_in_one
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
 from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
 from klein_mlx.formats.diffusers import STEMS
+from klein_mlx.formats.mflux import TOKENIZER_FILES
 from klein_mlx.formats.open import choose_part, hub_part, open_model
+from klein_mlx.formats.part import KLEIN
 from klein_mlx.weights.hub import wanted, wanted_files
 
 # ---- what a model argument may be ----
@@ -161,7 +165,7 @@ def test_a_part_by_name(monkeypatch: Any, tmp_path: Path) -> None:
     shutil.copy(weight_file(GOLDEN, "vae"), served)
     hub = FakeHub(hub_errors.LocalEntryNotFoundError("not there"), tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    monkeypatch.setattr(detect, "list_files", lambda hub_id, token: ["a/x.safetensors", "b.safetensors"])
+    monkeypatch.setattr(detect, "list_files", lambda hub_id, **options: ["a/x.safetensors", "b.safetensors"])
     source = open_model(GOLDEN, parts={"vae": "owner/name/x.safetensors"})
     assert (source.files(["vae"])[-1], hub.calls[-1]["allow_patterns"]) == (served, ["a/x.safetensors"])
 
@@ -231,3 +235,17 @@ def test_a_failing_download_is_told_with_its_remedy(error: Exception, message: s
     told = refusal(lambda: open_model("owner/name", revision="abc"))
     assert told.startswith("owner/name: ")
     assert message in told
+
+
+def test_a_model_that_is_one_file_of_a_repository(monkeypatch: Any, tmp_path: Path) -> None:
+    """Fetched by its name; Qwen3's tokenizer comes from another."""
+    commit = tmp_path / "snapshots" / "abc"
+    file = all_in_one(commit / "checkpoints" / "all.safetensors")
+    hub = FakeHub(*[hub_errors.LocalEntryNotFoundError("not there"), commit] * 2)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr(detect, "list_files", lambda hub_id, **options: ["checkpoints/all.safetensors", "b.gguf"])
+    monkeypatch.setitem(KLEIN, "vae", replace(KLEIN["vae"], norm_num_groups=4))
+    source = open_model("owner/name/all.safetensors", revision="abc")
+    assert [call["allow_patterns"] for call in hub.calls[1::2]] == [[f"checkpoints/{file.name}"], [TOKENIZER_FILES[0]]]
+    assert [call["revision"] for call in hub.calls] == ["abc", "abc", None, None]
+    assert (source.path, source.info["source"]["name"]) == (file, "all.safetensors")

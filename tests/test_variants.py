@@ -259,7 +259,7 @@ def test_the_small_decoder_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, t
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    monkeypatch.setattr(formats, "list_files", lambda hub_id, token: listed.pop(0))
+    monkeypatch.setattr(formats, "list_files", lambda hub_id, **options: listed.pop(0))
     assert find_part("vae", SMALL_DECODER) == tmp_path
     assert find_part("vae", SMALL_DECODER) == tmp_path / files[2]
     assert asked == [files[:2], files[2:]]

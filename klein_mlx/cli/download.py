@@ -149,6 +149,7 @@ def obtain(
         TOKENIZER_REPOSITORY,
         held_parts,
         hub_id_of,
+        hub_part,
         open_cached,
         single_file,
         tokenizer_beside,
@@ -159,11 +160,16 @@ def obtain(
         name = resolve(model, own_names() if own is None else own)
         if folder := own_model(name):
             return str(folder)
+    if (hub := hub_part(name)) and hub[1]:
+        name = str(_obtain_file(hub[0], hub[1], revision, offline=offline, yes=yes, quiet=quiet) or name)
     hub_id = hub_id_of(name)
     file = single_file(name) if tokenizer and not offline else None
     if file and set(parts) <= set(held_parts(file)) and tokenizer_beside(file) is None:
         told = f"put Qwen3's tokenizer.json beside {file}"
-        bring(TOKENIZER_REPOSITORY, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
+        try:
+            bring(TOKENIZER_REPOSITORY, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: has no tokenizer; {told} ({error})") from None
     if hub_id is None or offline:
         return hub_id or name
     try:
@@ -171,6 +177,17 @@ def obtain(
     except CheckpointError:
         bring_model(hub_id, parts, revision=revision, short=model, yes=yes, quiet=quiet)
     return hub_id
+
+
+def _obtain_file(hub_id: str, file: str, revision: str | None, *, offline: bool, yes: bool, quiet: bool) -> Path | None:
+    """A model that is one file of a repository; None where it is not in the cache, and no network is to be used."""
+    from klein_mlx.formats.open import cached_part
+
+    if not (found := cached_part("model", hub_id, file, revision)) and not offline:
+        told = {"instead": "download it yourself, and give its path"}
+        bring(hub_id, partial(_of_part, "model", hub_id, file), revision=revision, yes=yes, quiet=quiet, **told)
+        found = cached_part("model", hub_id, file, revision)
+    return found
 
 
 def bring_model(
@@ -206,7 +223,7 @@ def obtain_part(
     quiet: bool = False,
 ) -> str:
     """The same for a part from a place of its own; returns what `find_part` is to be given."""
-    from klein_mlx.formats.open import cached_part, choose_part, hub_part
+    from klein_mlx.formats.open import cached_part, hub_part
 
     if os.path.lexists(value):
         return value
@@ -217,8 +234,14 @@ def obtain_part(
     if hub is None or offline or cached_part(part, *hub):
         return value
     hub_id, file = hub
-    bring(hub_id, lambda names: choose_part(part, names, hub_id, file)[0], short=value, yes=yes, quiet=quiet)
+    bring(hub_id, partial(_of_part, part, hub_id, file), short=value, yes=yes, quiet=quiet)
     return value
+
+
+def _of_part(part: str, hub_id: str, file: str | None, names: Sequence[str]) -> list[str]:
+    from klein_mlx.formats.open import choose_part
+
+    return choose_part(part, names, hub_id, file)[0]
 
 
 def bring(

@@ -22,14 +22,17 @@ from klein_mlx.weights.safetensors import FLOATS, Weight, digest_file, read_json
 def describe(source: Source | PartFile) -> dict[str, Any]:
     """A model as plain JSON values: variant, defaults, origin, licence; and per part parameters, bytes, dtype, bits.
 
-    parameters: as before quantisation. dtype: of the floating weights. bits: of most quantised layers, else None;
-    quantization: in words. Only what is loaded counts: the encoder's layers above the last tap do not. Of a part
-    alone: what it is, in whose names, its sizes, and the variants that it fits.
+    parameters: as before quantisation. dtype: of the floating weights. stored: whose names, in which kind of file, of
+    parts that are files of their own. bits: of most quantised layers, else None; quantization: in words. Only what is
+    loaded counts: the encoder's layers above the last tap do not. Of a part alone: what it is, in whose names, its
+    sizes, and the variants that it fits.
     """
     if isinstance(source, PartFile):
         return _describe_part(source)
     config, variant = source.config, source.config.variant
     parts = {part: _part(source.weights(part), source.quantization.get(part)) for part in PARTS}
+    for part, file in getattr(source, "parts", {}).items():
+        parts[part]["stored"] = file.format
     return {
         "variant": variant.name,
         "path": str(source.path),
@@ -127,6 +130,8 @@ def format_description(description: dict[str, Any]) -> str:
         weights = part["dtype"]
         if part["bits"]:
             weights = f"{part['quantization']}, the rest {weights}"
+        if "stored" in part:
+            weights += f" ({part['stored']})"
         size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
     if "memory" in d:

@@ -57,9 +57,18 @@ TYPES = {
     12: Type("Q4_K", 256, 144),
     13: Type("Q5_K", 256, 176),
     14: Type("Q6_K", 256, 210),
+    16: Type("IQ2_XXS", 256, 66),
+    17: Type("IQ2_XS", 256, 74),
+    18: Type("IQ3_XXS", 256, 98),
+    19: Type("IQ1_S", 256, 50),
     20: Type("IQ4_NL", 32, 18),
+    21: Type("IQ3_S", 256, 110),
+    22: Type("IQ2_S", 256, 82),
     23: Type("IQ4_XS", 256, 136),
+    29: Type("IQ1_M", 256, 56),
     30: Type("BF16", 1, 2),
+    34: Type("TQ1_0", 256, 54),
+    35: Type("TQ2_0", 256, 66),
 }
 _PLAIN = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 

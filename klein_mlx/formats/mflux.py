@@ -121,7 +121,8 @@ def assemble(
     others = {part: file for part, file in parts.items() if path.is_file() and file.path != path}
     told = {"parts": {part: {"name": file.path.name, "format": file.format} for part, file in others.items()}}
     commit = {"revision": revision} if revision else {}
-    origin = {"name": name or path.resolve().name, "format": format, **commit, **(told if others else {})}
+    name = name or (path.name if path.is_file() else path.resolve().name)
+    origin = {"name": name, "format": format, **commit, **(told if others else {})}
     info = {"format": format, "source": origin, "licence": config.variant.licence, **made}
     return Assembly(path, parts, config, tokenizer, {**info, **({"notes": notes} if notes else {})})
 

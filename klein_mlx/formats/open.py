@@ -82,10 +82,10 @@ def choose_part(part: str, names: Sequence[str], hub_id: str, file: str | None =
     raise CheckpointError(f"{hub_id}: holds {len(weights)} files of weights; name the {part} among them: {shown}")
 
 
-def cached_part(part: str, hub_id: str, file: str | None = None) -> Path | None:
+def cached_part(part: str, hub_id: str, file: str | None = None, revision: str | None = None) -> Path | None:
     """A part from the local cache, if it is whole there; no network call is made."""
     try:
-        folder = download(hub_id, local_files_only=True, patterns=["//"])  # whatever there is of it
+        folder = download(hub_id, revision=revision, local_files_only=True, patterns=["//"])  # whatever there is of it
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         path = folder / choose_part(part, names, hub_id, file)[1]
         open_tensors(path, part if path.is_dir() and (path / CONFIG_FILE).exists() else None)
@@ -94,7 +94,14 @@ def cached_part(part: str, hub_id: str, file: str | None = None) -> Path | None:
     return path
 
 
-def find_part(part: str, value: str | Path, *, token: str | None = None, local_files_only: bool = False) -> Path:
+def find_part(
+    part: str,
+    value: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The file or folder that a part's argument means; what is on the Hub is fetched, unless it is in the cache.
 
     value: a path, "tiny", a Hub id, a short name of one, or a Hub id with a file behind it (owner/name/file.gguf).
@@ -105,13 +112,13 @@ def find_part(part: str, value: str | Path, *, token: str | None = None, local_f
     hub = hub_part(value)
     if hub is None:
         return Path(os.path.expanduser(value))
-    if found := cached_part(part, *hub):
+    if found := cached_part(part, *hub, revision):
         return found
     hub_id, file = hub
     if local_files_only:
         raise CheckpointError(f"{hub_id}: its {part} is not whole in {cache_folder()}, and {NO_NETWORK}")
-    files, opened = choose_part(part, list_files(hub_id, token=token), hub_id, file)
-    return download(hub_id, token=token, patterns=[escape(name) for name in files]) / opened
+    files, opened = choose_part(part, list_files(hub_id, revision=revision, token=token), hub_id, file)
+    return download(hub_id, revision=revision, token=token, patterns=[escape(name) for name in files]) / opened
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -131,9 +138,9 @@ def open_model(
 ) -> Source:
     """Open a model, reading its configs: no weight is read.
 
-    model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, a Hub id or
-    a short name of one (klein_mlx.weights.hub). A Hub id is looked up in the local cache first, and fetched only if
-    something is missing there.
+    model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, a file that
+    holds all parts, a Hub id or a short name of one (klein_mlx.weights.hub), a file of a repository (owner/name/file).
+    A Hub id is looked up in the local cache first, and fetched only if something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
     parts: "transformer", "text_encoder" or "vae" -> what takes the place of the model's own: see `find_part`.
     variant: which of the variants of these sizes it is, where the files do not tell, or tell it wrongly.
@@ -144,6 +151,8 @@ def open_model(
         for part, path in (parts or {}).items()
         if path is not None
     }
+    if (hub := hub_part(model)) and hub[1]:  # a file of a repository
+        model = find_part("model", model, revision=revision, token=token, local_files_only=local_files_only)
     if file := single_file(model):
         source: Source = _open_file(file, given, lambda: find_tokenizer(file, token, local_files_only))
     else:
@@ -213,7 +222,7 @@ def find_tokenizer(file: Path, token: str | None = None, local_files_only: bool 
         return found
     try:
         folder = download(
-            TOKENIZER_REPOSITORY, token=token, local_files_only=local_files_only, patterns=TOKENIZER_FILES
+            TOKENIZER_REPOSITORY, token=token, local_files_only=local_files_only, patterns=TOKENIZER_FILES[:1]
         )
     except CheckpointError as error:
         raise CheckpointError(f"{file}: has no tokenizer; put Qwen3's tokenizer.json beside it ({error})") from None

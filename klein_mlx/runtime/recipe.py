@@ -144,7 +144,9 @@ def _given(request: Request) -> list[str]:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """Of a model's folder: tiny, a repository of the Hub at a revision, or the folder's name."""
+    """Of a model: tiny, a repository of the Hub at a revision, or the folder's or file's name."""
+    if path.is_file():
+        return {"name": path.name}
     path = path.resolve()
     if path == TINY_FOLDER:
         return {"id": "tiny"}

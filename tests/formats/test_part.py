@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from folders import GOLDEN, assert_equal, copy_model, loaded, quantizable_model, refusal, weight_file
-from foreign import WRITERS, comfy_files, golden, opened, save, to_bfl, to_ldm
+from foreign import all_in_one, comfy_files, golden, opened, save, to_bfl, to_ldm
 
 from klein_convert.__main__ import main
 from klein_convert.checkpoint import convert_checkpoint
@@ -81,21 +81,6 @@ def test_one_part_changes_and_the_others_stay(tmp_path: Path) -> None:
         assert_equal(mixed.weights(part), whole.weights(part))  # type: ignore[arg-type]
     ours = mixed.weights("transformer")["img_in.weight"]
     assert mx.array_equal(ours, 2 * whole.weights("transformer")["img_in.weight"])  # type: ignore[arg-type]
-
-
-PREFIXES = {
-    "transformer": "model.diffusion_model.",
-    "text_encoder": "text_encoders.qwen3_4b.transformer.",
-    "vae": "vae.",
-}
-
-
-def all_in_one(path: Path, *parts: str) -> Path:
-    """A ComfyUI checkpoint, with the scalar that it saves beside an encoder."""
-    weights = {"text_encoders.qwen3_4b.logit_scale": mx.array([4.6])}
-    for part in parts or PARTS:
-        weights |= {PREFIXES[part] + name: array for name, array in WRITERS[part](golden(part)).items()}
-    return save(path, weights)
 
 
 def test_one_file_may_hold_all_three(tmp_path: Path) -> None:

@@ -138,3 +138,18 @@ WRITERS: dict[str, Callable[[Weights], Weights]] = {"transformer": to_bfl, "text
 def comfy_files(folder: Path) -> dict[str, Path]:
     """The three files that ComfyUI is given; their names say nothing."""
     return {part: save(folder / f"{part[::-1]}.safetensors", WRITERS[part](golden(part))) for part in PARTS}
+
+
+PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.qwen3_4b.transformer.",
+    "vae": "vae.",
+}
+
+
+def all_in_one(path: Path, *parts: str) -> Path:
+    """A ComfyUI checkpoint, with the scalar that it saves beside an encoder."""
+    weights = {"text_encoders.qwen3_4b.logit_scale": mx.array([4.6])}
+    for part in parts or PARTS:
+        weights |= {PREFIXES[part] + name: array for name, array in WRITERS[part](golden(part)).items()}
+    return save(path, weights)
