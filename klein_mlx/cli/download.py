@@ -319,7 +319,7 @@ def _here() -> str | None:
     names = []
     for name in (*own_models(), *cached_models()):
         with suppress(CheckpointError):
-            (open_model(name) if isinstance(name, Path) else open_cached(name)).files()
+            (open_model(name, local_files_only=True) if isinstance(name, Path) else open_cached(name)).files()
             names.append(name.name if isinstance(name, Path) else name)
     return f"  or take  --model {' or --model '.join(names[:3])}: on this machine already" if names else None
 

@@ -210,7 +210,7 @@ def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
     name = own_names().get(name, name)
     folder = own_model(name)
     if folder or name == "tiny" or os.path.isdir(name):
-        source = open_model(folder or name)
+        source = open_model(folder or name, local_files_only=True)
     else:
         hub_id = _hub_id(name)
         try:
@@ -229,7 +229,10 @@ def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
         return _remove_cached(args, _hub_id(name))
     if folder.is_symlink():
         raise RequestError(f"{folder} is a link; delete it yourself, what it points to is not among your models")
-    if not any(os.path.exists(folder / file) for file in ("klein.json", "model_index.json", "transformer")):
+    if not any(
+        os.path.exists(folder / file)
+        for file in ("klein.json", "model_index.json", "transformer", "transformer-packed-mflux")
+    ):
         raise RequestError(f"{folder} is no model; delete it yourself")
     size = sum(file.st_size for file in _files(folder))
     _ask(args, name, size, folder)
