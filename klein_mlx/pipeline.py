@@ -15,7 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.errors import of_device
+from klein_mlx.errors import RequestError, of_device
 from klein_mlx.images.masks import Canvas
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.sampler import (
@@ -32,9 +32,10 @@ from klein_mlx.model.sampler import (
     torch_noise,
 )
 from klein_mlx.model.tokenizer import Tokenizer
-from klein_mlx.model.velocity import Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
+from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
 from klein_mlx.porting import answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
+from klein_mlx.runtime.distributed import lost
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
 from klein_mlx.runtime.parts import Parts, compute_dtype
@@ -97,6 +98,7 @@ class KleinPipeline:
         self.encodings = Encodings(self.parts, prompt_cache)
         self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype, self.parts.pinned)
         self._blocks = CompiledBlocks()
+        self.peers = Peers()  # processes that share each picture with this one, and do all that it does
         self.parts.forget = self.encodings.prompts.clear
 
     @classmethod
@@ -217,6 +219,7 @@ class KleinPipeline:
             run.notes.append("the references are computed in the first step only: an approximation")
         run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))
         run.opened = opened
+        self._check_peers(run, opened)
         work = self._work(run, opened)
         run.batched = work.rows == 2
         self.parts.make_room(work)
@@ -226,6 +229,13 @@ class KleinPipeline:
         events = (event for _, event in self.together([run]))
         run.start(_with_bar(run, events) if options.progress else events)
         return run
+
+    def _check_peers(self, run: Run, opened: Opened) -> None:
+        """Raise RequestError where there are more processes than tokens to share out."""
+        h, w = self._grid(opened)
+        least = min(h * w, run.request.max_sequence_length)
+        if self.peers.size > least:
+            raise RequestError(f"{self.peers.size} processes cannot share {least} tokens; start fewer")
 
     def _work(self, run: Run, opened: Opened) -> Work:
         """What of the request decides its memory."""
@@ -242,7 +252,7 @@ class KleinPipeline:
             memories=(1 + (request.guidance > 1)) * (request.reuse_references or self.config.caches_references),
         )
         batched = request.guidance > 1 and request.batch_guidance
-        if request.guidance > 1 and request.batch_guidance is None:
+        if request.guidance > 1 and request.batch_guidance is None and self.peers.size == 1:  # else all must agree
             batched = self.parts.fits_twice(work)
         return replace(work, rows=2) if batched else work
 
@@ -260,7 +270,7 @@ class KleinPipeline:
                     with memory_limits(peak, machine):
                         event = next(events, None)
                 except RuntimeError as error:
-                    raise of_device(error) or error from None
+                    raise of_device(error) or (lost(error) if self.peers.size > 1 else error) from None
                 if event is None:
                     return
                 yield event
@@ -398,8 +408,9 @@ class KleinPipeline:
             reuse = "alone"
         prompt_embeds, negative = conditions.embeds[prompt], conditions.negative
         if negative is None:
-            return velocity(transformer, prompt_embeds, tables, reuse, call)
-        return guided_velocity(transformer, prompt_embeds, negative, tables, request.guidance, run.batched, reuse, call)
+            return velocity(transformer, prompt_embeds, tables, reuse, call, self.peers)
+        guidance = request.guidance, run.batched
+        return guided_velocity(transformer, prompt_embeds, negative, tables, *guidance, reuse, call, self.peers)
 
     def _finish(self, run: Run, number: int, latents: mx.array, canvas: Canvas | None) -> Picture:
         """Decode, as the request wants it."""

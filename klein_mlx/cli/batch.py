@@ -182,17 +182,30 @@ class Made:
 class Batch:
     """The pictures that a command's jobs ask for."""
 
-    def __init__(self, pipe: KleinPipeline, options: RunOptions, jobs: Sequence[Job | Failure]):
-        """Checks and names everything. Raises KleinError for what the command line itself asks wrongly."""
-        self.pipe, self.options, self.made = pipe, options, Made()
+    def __init__(
+        self,
+        pipe: KleinPipeline,
+        options: RunOptions,
+        jobs: Sequence[Job | Failure],
+        saves: bool = True,
+        own: slice = slice(None),  # noqa: B008
+    ):
+        """Checks and names everything. Raises KleinError for what the command line itself asks wrongly.
+
+        saves: False where another process that shares the pictures writes them, and tells of them. own: which of the
+        jobs are this process's, where others make the rest.
+        """
+        self.pipe, self.options, self.made, self.saves = pipe, options, Made(), saves
         self.failures = [job for job in jobs if isinstance(job, Failure)]
         self.planned: list[Planned] = []
         for job in jobs:
             if isinstance(job, Job):
                 self._plan(job)
         self.to_stdout = any(str(one.job.options.output) == "-" for one in self.planned)
-        self._name()
-        self.view = viewer(options, pipe)
+        if saves:
+            self._name()
+        self.planned = self.planned[own]
+        self.view = viewer(options, pipe) if saves else None
         self._left = self._chunks()
         self._first = self._open(next(self._left, []))
 
@@ -208,6 +221,8 @@ class Batch:
             self._fail(job, error)
             return
         arguments |= {"seed": list(request.seeds), "num_images_per_prompt": 1}
+        if not self.saves:
+            arguments["output_type"] = "latent"  # nothing is decoded
         self.planned.append(Planned(job, arguments, request))
 
     def _fail(self, job: Job, error: KleinError) -> None:
@@ -238,8 +253,8 @@ class Batch:
         """Make the pictures; files appear as they are finished. Raises KleinError, after which they are still there."""
         options = self.options
         steps = sum(one.request.steps * len(one.request.pictures) for one in self.planned)
-        kind = JsonProgress if options.progress_format == "json" else Progress
-        progress = kind(self.pictures, steps, options.quiet)
+        kind = JsonProgress if options.progress_format == "json" and self.saves else Progress
+        progress = kind(self.pictures, steps, options.quiet or not self.saves)
         try:
             self._run_chunk(self._first, progress)
             for chunk in self._left:
@@ -291,7 +306,7 @@ class Batch:
                 progress.view(self.view, event)
                 if isinstance(event, Picture):
                     one, names = runs[run]
-                    self._save(one, event, None if self.to_stdout else next(names), progress)
+                    self._save(one, event, None if self.to_stdout else next(names, None), progress)
                 else:
                     progress.step(event)
         finally:
@@ -300,6 +315,8 @@ class Batch:
                     self.made.seconds[phase] += seconds
 
     def _save(self, one: Planned, picture: Picture, name: Name | None, progress: Progress) -> None:
+        if not self.saves:
+            return
         options, image = one.job.options, picture.image
         recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **self._bits()}
         if name is None:

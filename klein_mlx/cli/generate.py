@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,13 @@ from klein_mlx.cli.options import add_generate_arguments as add_arguments
 from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import complete
 from klein_mlx.config import PARTS
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import KleinError, RequestError
 
 if TYPE_CHECKING:
     from klein_mlx.cli.batch import Batch, Made
-    from klein_mlx.cli.prompts import Job
+    from klein_mlx.cli.prompts import Failure, Job
     from klein_mlx.pipeline import KleinPipeline
+    from klein_mlx.runtime.distributed import Group
 
 __all__ = ["add_arguments", "make", "run"]
 
@@ -40,24 +43,18 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
                 f"--grid took {options.grid[:60]!r} for the sheet's file; put the prompt before it, or --grid=FILE"
             )
         raise RequestError('no prompt is given; for example: klein-mlx generate "a red fox in the snow"')
+    group = _group()
+    if group and group.rank and options.prompt_file is None:  # the first process tells and saves
+        options = replace(options, quiet=True, json=False, output=None, grid=None, open=False)
     grid = _check_outputs(options)
-    from klein_mlx.cli.prompts import Job, read_jobs
-
-    jobs = read_jobs(options)
-    for job in jobs:
-        if isinstance(job, Job):
-            job.extra = {**(extra or {}), **job.extra}
-    pipe = open_pipeline(options)
-    if fingerprint not in (None, pipe.recorder.fingerprint) and not options.quiet:
-        note("the model is not the one that made the picture: its fingerprint differs")
-    if options.enhance:
-        _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
-    from klein_mlx.cli.batch import Batch
-
-    batch = Batch(pipe, options, jobs)
-    if options.grid and grid in [name.path for one in batch.planned for name in one.names]:
-        raise RequestError(f"--grid {grid} is the name of a picture too; give it another")
-    _tell(options, batch)
+    with _together(group):
+        jobs, pipe = _opened(options, extra, fingerprint)
+    batch = _batch(options, jobs, pipe, group)
+    with _together(group):
+        if options.grid and grid in [name.path for one in batch.planned for name in one.names]:
+            raise RequestError(f"--grid {grid} is the name of a picture too; give it another")
+    if batch.saves:
+        _tell(options, batch)
     made = batch.run()
     if grid is not None and made.thumbnails:
         from klein_mlx.cli.terminal import contact_sheet
@@ -74,6 +71,96 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
     if options.json:
         say_json(_report(batch, made))
     return 2 if made.failed else 0
+
+
+def _opened(
+    options: RunOptions, extra: dict[str, Any] | None, fingerprint: str | None
+) -> "tuple[list[Job | Failure], KleinPipeline]":
+    """What is asked for, and the model."""
+    from klein_mlx.cli.prompts import Job, read_jobs
+
+    jobs = read_jobs(options)
+    for job in jobs:
+        if isinstance(job, Job):
+            job.extra = {**(extra or {}), **job.extra}
+    pipe = open_pipeline(options)
+    if fingerprint not in (None, pipe.recorder.fingerprint) and not options.quiet:
+        note("the model is not the one that made the picture: its fingerprint differs")
+    if options.enhance:
+        _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
+    return jobs, pipe
+
+
+# ---- several machines ----
+
+
+def _group() -> "Group | None":
+    """The processes of mlx.launch, if that started this one."""
+    if "MLX_RANK" not in os.environ:
+        return None
+    from klein_mlx.runtime.distributed import Group
+
+    group = Group("any")
+    return group if group.size > 1 else None
+
+
+@contextmanager
+def _together(group: "Group | None") -> Iterator[None]:
+    """What every process must be able to do; where one is not, it says why, and the others end."""
+    failed: KleinError | None = None
+    try:
+        yield
+    except KleinError as error:
+        failed = error
+    if group and group.agree(failed is not None) and failed is None:
+        from klein_mlx.runtime.distributed import LostPeer
+
+        raise LostPeer(f"rank {group.rank}: another machine cannot do this; it says why")
+    if failed:
+        raise failed
+
+
+def _batch(options: RunOptions, jobs: "list[Job | Failure]", pipe: "KleinPipeline", group: "Group | None") -> "Batch":
+    """Everything checked and named: a prompt file's lines are dealt out, other pictures are made by all together."""
+    from klein_mlx.cli.batch import Batch
+
+    if group is None:
+        return Batch(pipe, options, jobs)
+    if options.prompt_file is not None:
+        with _together(group):
+            batch = Batch(pipe, options, jobs, own=slice(group.rank, None, group.size))
+        note(f"rank {group.rank} of {group.size}: {len(batch.planned)} of {len(jobs)} lines")
+        return batch
+    import secrets
+
+    from klein_mlx.cli.prompts import Job
+    from klein_mlx.paths import version
+
+    asked = [job for job in jobs if isinstance(job, Job)]
+    told = [(job.prompt, job.options.seeds or [secrets.randbits(32)]) for job in asked]
+    model, told = group.share((f"{pipe.recorder.fingerprint}, klein_mlx {version()}", told))
+    with _together(group):
+        for job, (prompt, seeds) in zip(asked, told, strict=True):
+            job.prompt, job.options = prompt, replace(job.options, seed=seeds)
+        if model != f"{pipe.recorder.fingerprint}, klein_mlx {version()}":
+            raise RequestError(f"rank {group.rank} has another model, or another klein_mlx, than rank 0")
+        pipe.peers = group.peers
+        batch = Batch(pipe, options, jobs, saves=group.rank == 0)
+    if group.rank == 0 and not options.quiet:
+        note(_shared(batch, group))
+    return batch
+
+
+def _shared(batch: "Batch", group: "Group") -> str:
+    """What the processes exchange, in a line."""
+    config, request = batch.pipe.config, batch.planned[0].request
+    side = config.pixels_per_token
+    width, height = request.width or config.default_size, request.height or config.default_size
+    tokens = request.max_sequence_length + width // side * (height // side)
+    sent = group.peers.sent(tokens, config.transformer, batch.pipe.dtype.size) * (1 + (request.guidance > 1))
+    return (
+        f"{group.size} processes share each picture; a step sends {sent / 1e6:.0f} MB from each, more with references"
+    )
 
 
 def open_pipeline(options: RunOptions) -> "KleinPipeline":

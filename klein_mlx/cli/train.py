@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         for line in make_plan(options).lines():
             say(line)
         return 0
-    from klein_mlx.train.distributed import LostPeer
+    from klein_mlx.runtime.distributed import LostPeer
     from klein_mlx.train.loop import train
 
     training = train(options, resume=args.resume is not None)

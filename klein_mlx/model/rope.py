@@ -3,6 +3,7 @@
 Source: diffusers, models/transformers/transformer_flux2.py (Flux2PosEmbed) and models/embeddings.py (apply_rotary_emb).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,16 +16,26 @@ class Rope(NamedTuple):
     """What tokens are to the heads that they pass, first axis: the tokens.
 
     first, second: rotary tables, (tokens, 1, head_dim / 2, 2) float32: what the first and the second channel of each
-    pair add to both, (cos, sin) and (-sin, cos). text: (tokens, 1, 1) bool, which of them are the prompt's.
+    pair add to both, (cos, sin) and (-sin, cos). text: (tokens, 1, 1) bool, which of them are the prompt's. lengths:
+    how many tokens each process has whose keys and values are read, where several share them; else empty.
     """
 
     first: mx.array
     second: mx.array
     text: mx.array
+    lengths: tuple[int, ...] = ()
 
     def rows(self, start: int, stop: int | None = None) -> "Rope":
         """The tables of some of the tokens."""
-        return Rope(*(table[start:stop] for table in self))
+        return self._replace(first=self.first[start:stop], second=self.second[start:stop], text=self.text[start:stop])
+
+
+def joined(parts: Sequence[Rope], lengths: tuple[int, ...]) -> Rope:
+    """The tables of some tokens, and of others behind them. lengths: as in `Rope`."""
+    if len(parts) == 1:
+        return parts[0]._replace(lengths=lengths)
+    first, second, text = (mx.concatenate([part[table] for part in parts]) for table in range(3))  # type: ignore[misc]
+    return Rope(first, second, text, lengths)
 
 
 def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length: int) -> Rope:

@@ -50,18 +50,38 @@ class Modulations(NamedTuple):
     final: tuple[mx.array, mx.array]
 
 
-def attend(device: Device, q: mx.array, k: mx.array, v: mx.array, extra: KeysValues | None = None) -> mx.array:
+def attend(
+    device: Device,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    extra: KeysValues | None = None,
+    lengths: tuple[int, ...] = (),
+) -> mx.array:
     """Full attention. q: (B, Q, heads, head_dim); k, v: (B, S, heads, head_dim); q and k are rotated already.
 
-    Returns (B, Q, heads * head_dim). extra: keys and values of more tokens that q attends to.
+    Returns (B, Q, heads * head_dim). extra: keys and values of more tokens that q attends to. lengths: as in `Rope`.
     """
     if extra is not None:
         k, v = mx.concatenate([k, extra[0]], axis=1), mx.concatenate([v, extra[1]], axis=1)
+    if lengths:  # in one exchange: two might come in another order elsewhere
+        k, v = mx.split(gathered(mx.concatenate([k, v], axis=-1), lengths), 2, axis=-1)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     rows = max(1, LONGEST_ATTENTION // (4 * q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
     parts = [device.attention(q[:, :, i : i + rows], k, v).transpose(0, 2, 1, 3) for i in range(0, q.shape[2], rows)]
     # Joined token by token, as Metal's attention writes them: joined head by head they would have to be copied again.
     return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).flatten(2)
+
+
+def gathered(x: mx.array, lengths: Sequence[int]) -> mx.array:
+    """All processes' tokens, in the order of the processes. x: (B, S, ...), this one's. lengths: S of each."""
+    most = max(lengths)
+    if x.shape[1] < most:
+        x = mx.pad(x, [(0, 0), (0, most - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    whole = mx.distributed.all_gather(x.swapaxes(0, 1))
+    if min(lengths) < most:
+        whole = mx.concatenate([whole[most * i : most * i + length] for i, length in enumerate(lengths)])
+    return whole.swapaxes(0, 1)
 
 
 def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
@@ -202,7 +222,7 @@ class Stream(Heads):
         """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
         qk, v = self.qk_and_v(x, mods[0])
         q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
-        return self.finish(x, attend(self.device, q, k, v), mods), (k, v)
+        return self.finish(x, attend(self.device, q, k, v, None, rope.lengths), mods), (k, v)
 
 
 class DoubleBlock(Placed):
@@ -235,7 +255,7 @@ class DoubleBlock(Placed):
         qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
         scales = self.txt.scale(), self.img.scale()
         q, k = _q_and_k(normed_and_rotated(self.device, qk, scales[0], rope, self.txt.eps, scales[1]))
-        attention = attend(self.device, q, k, v, extra)
+        attention = attend(self.device, q, k, v, extra, rope.lengths)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
         img = self.img.finish(img, attention[:, length:], mod_img)
@@ -282,7 +302,7 @@ class SingleBlock(Heads):
         qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
         q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
         v = self.split_heads(v)
-        attention = attend(self.device, q, k, v, extra)
+        attention = attend(self.device, q, k, v, extra, rope.lengths)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value), (k, v)
 
     def keys_values(self, h: mx.array, rope: Rope) -> KeysValues:
@@ -303,7 +323,7 @@ class SingleBlock(Heads):
         theirs."""
         q = self.turned(self.linear_in.part(h, slice(self.hidden)), 0, rope)
         gate, value = mx.split(self.linear_in.part(h, slice(3 * self.hidden, None)), 2, axis=-1)
-        attention = attend(self.device, q, *keys_values, extra)
+        attention = attend(self.device, q, *keys_values, extra, rope.lengths)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
 
 

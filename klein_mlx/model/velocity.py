@@ -1,17 +1,47 @@
 """The transformer as the sampler's `predict`: a function of latents and sigma, with the conditioning inside."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
+from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.layers import wide
-from klein_mlx.model.rope import Rope, rope_tables
+from klein_mlx.model.rope import Rope, joined, rope_tables
 from klein_mlx.model.sampler import Predict, References, all_ids, guide, latents_to_tokens, tokens_to_latents, with_cfg
-from klein_mlx.model.transformer import KeysValues, Modulations, Note, RunBlock, Transformer, call_block
+from klein_mlx.model.transformer import KeysValues, Modulations, Note, RunBlock, Transformer, call_block, gathered
 
 Reuse = Literal["alone", "first step"]
+
+
+class Peers(NamedTuple):
+    """Processes that share a picture's tokens: of the text, the image and the references each has a run of its own.
+
+    Each reads the keys and values of all, once per block. The group that mx.distributed.init made exchanges them.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def run(self, count: int, rank: int | None = None) -> tuple[int, int]:
+        """Of so many tokens a process's first, this one's by default, and the one behind its last."""
+        rank = self.rank if rank is None else rank
+        return count * rank // self.size, count * (rank + 1) // self.size
+
+    def own(self, x: mx.array) -> mx.array:
+        """This process's tokens. x: (B, N, ...)."""
+        return x if self.size == 1 else x[:, slice(*self.run(x.shape[1]))]
+
+    def lengths(self, *counts: int) -> tuple[int, ...]:
+        """How many tokens each process has of streams of so many; empty for a process alone."""
+        runs = ([self.run(count, rank) for count in counts] for rank in range(self.size))
+        return () if self.size == 1 else tuple(sum(stop - start for start, stop in own) for own in runs)
+
+    def sent(self, tokens: int, config: TransformerConfig, itemsize: int) -> int:
+        """Bytes of keys and values that the first process sends to each other one in a pass. tokens: all streams'."""
+        blocks = config.num_layers + config.num_single_layers
+        return blocks * 2 * (self.run(tokens)[1] - self.run(tokens)[0]) * config.hidden_size * itemsize
 
 
 class Tracked:
@@ -102,35 +132,52 @@ def velocity(
     tables: Tables,
     reuse: Reuse | None = None,
     run: RunBlock = call_block,
+    peers: Peers = Peers(),  # noqa: B008
 ) -> Predict:
     """`transformer` as a function of latents and sigma; the text is embedded once.
 
     prompt_embeds: (B, L, D); the latents (1, h, w, C) are the same for all, and the velocity is (B, h, w, C).
     tables: with the references and the noise levels. reuse: how the references' keys and values serve several steps,
     or None: they are computed in each. "alone": the references see only each other, as 9b-kv was trained; exact.
-    "first step": those of the first step, as an approximation for the other variants. run: calls a block.
+    "first step": those of the first step, as an approximation for the other variants. run: calls a block. peers: that
+    each call this with the same arguments.
     """
     (h, w), references = tables.grid, tables.references
     batch, length = prompt_embeds.shape[:2]
-    rope = tables.rope(length)
-    txt = transformer.embed_text(prompt_embeds.astype(wide(tables.dtype)))
+    counts = (length, h * w, 0 if references is None else references.ids.shape[0])
+    starts = (0, length, length + h * w)
+    whole = tables.rope(length)
+    txt = peers.own(transformer.embed_text(prompt_embeds.astype(wide(tables.dtype))))
     mx.eval(txt)
-    memory = None if reuse is None or references is None else ReferenceMemory(references.ids.shape[0])
+    start, stop = peers.run(counts[2])
+    memory = None if reuse is None or references is None else ReferenceMemory(stop - start)
+
+    def rope(streams: slice, lengths: tuple[int, ...]) -> Rope:
+        """The tables of this process's tokens of some of the streams."""
+        runs = [(at + own[0], at + own[1]) for at, own in zip(starts, map(peers.run, counts), strict=True)][streams]
+        if peers.size == 1:
+            runs = [(runs[0][0], runs[-1][1])]
+        return joined([whole.rows(*one) for one in runs], lengths)
 
     def predict(latents: mx.array, sigma: float) -> mx.array:
-        tokens, table, note, extras = latents_to_tokens(latents), rope, None, None
+        tokens, note, extras = peers.own(latents_to_tokens(latents)), None, None
+        streams = slice(2 if references is None else 3)
         if memory is not None and reuse == "alone" and not memory.kept:
             assert references is not None
-            apart = Rope(*(a[length + h * w :] for a in rope))
-            transformer.remember(references.tokens, tables.modulations(0.0), apart, memory.note, run)
+            apart = rope(slice(2, 3), peers.lengths(counts[2]))
+            transformer.remember(peers.own(references.tokens), tables.modulations(0.0), apart, memory.note, run)
             mx.eval(memory.kept)
         if memory is not None and memory.kept:
-            table, extras = Rope(*(a[: length + h * w] for a in rope)), memory.extras(batch)
+            streams, extras = slice(2), memory.extras(batch)
         elif references is not None:
-            tokens = mx.concatenate([tokens, references.tokens], axis=1)
+            tokens = mx.concatenate([tokens, peers.own(references.tokens)], axis=1)
             note = None if memory is None else memory.note
         tokens = mx.broadcast_to(tokens, (batch, *tokens.shape[1:]))
-        out = transformer(tokens, txt, tables.modulations(sigma), table, h * w, extras, note, run)
+        table, (first, behind) = rope(streams, peers.lengths(*counts)), peers.run(h * w)
+        out = transformer(tokens, txt, tables.modulations(sigma), table, behind - first, extras, note, run)
+        if peers.size > 1:
+            out = gathered(out, peers.lengths(h * w))
+            mx.eval(out)  # else a later pass's exchanges might come before this one's in another process
         if memory is not None and note is not None:
             mx.eval(out, memory.kept)  # else the next step would hold all of this one's arrays
         return tokens_to_latents(out, h, w)
@@ -147,16 +194,17 @@ def guided_velocity(
     batched: bool,
     reuse: Reuse | None = None,
     run: RunBlock = call_block,
+    peers: Peers = Peers(),  # noqa: B008
 ) -> Predict:
     """The velocity under classifier-free guidance.
 
     prompt_embeds, negative: (1, L, D). batched: both branches in one pass, which needs one L.
-    tables, reuse, run: as in `velocity`.
+    tables, reuse, run, peers: as in `velocity`.
     """
     if not batched:
-        conditional = velocity(transformer, prompt_embeds, tables, reuse, run)
-        return with_cfg(conditional, velocity(transformer, negative, tables, reuse, run), guidance)
-    both = velocity(transformer, mx.concatenate([prompt_embeds, negative]), tables, reuse, run)
+        conditional = velocity(transformer, prompt_embeds, tables, reuse, run, peers)
+        return with_cfg(conditional, velocity(transformer, negative, tables, reuse, run, peers), guidance)
+    both = velocity(transformer, mx.concatenate([prompt_embeds, negative]), tables, reuse, run, peers)
 
     def predict(latents: mx.array, sigma: float) -> mx.array:
         conditional, unconditional = mx.split(both(latents, sigma), 2)

@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from klein_mlx.errors import RequestError, of_device
 from klein_mlx.pipeline import KleinPipeline
+from klein_mlx.runtime.distributed import Group, LostPeer
 from klein_mlx.runtime.memory import machine_memory, memory_limits
 from klein_mlx.train.cache import Encoded
-from klein_mlx.train.distributed import Group, LostPeer
 from klein_mlx.train.export import lora_files, origin_of, save_checkpoint, save_lora, save_tensors
 from klein_mlx.train.optimize import rate_at
 from klein_mlx.train.options import TrainOptions, with_paths_made_absolute

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
+from klein_mlx.runtime.distributed import Group
 from klein_mlx.train.adapters import Trainables, Weights, add_adapters, all_weights, put
 from klein_mlx.train.blockwise import Blockwise, Sample
 from klein_mlx.train.cache import Encoded
 from klein_mlx.train.dataset import Item, Order
-from klein_mlx.train.distributed import Group
 from klein_mlx.train.noise import HELD_OUT_SIGMAS, draw_sigmas, key_of, to_float, weight_of
 from klein_mlx.train.optimize import Updater, averaged, clipped, norm_of
 from klein_mlx.train.plan import Plan, class_caption

@@ -1,8 +1,9 @@
-"""Several processes that train together: every one computes its own micro-batches, gradients are averaged.
+"""Several processes, each on a machine of its own, that make one picture or train one LoRA.
 
 Started by mlx.launch, which tells each process its rank. A group of one does nothing, by the same code.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -12,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.errors import KleinError
-from klein_mlx.train.adapters import Weights
-from klein_mlx.train.noise import to_float
+from klein_mlx.model.velocity import Peers
+
+Weights = dict[str, mx.array]
 
 TIMEOUT = 60  # seconds until every peer must be there
 # In a process of its own: what joins the group holds Python's lock until all are there.
@@ -60,19 +62,38 @@ class Group:
             found[path] = flat[start : start + gradient.size].reshape(gradient.shape)
             start += gradient.size
         mx.eval(found)
-        return found, to_float(flat[-1])
+        return found, float(flat[-1].item())  # type: ignore[arg-type]
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return flag if self.size == 1 else to_float(self._sum(mx.array(float(flag)))) > 0
+        return flag if self.size == 1 else bool((self._sum(mx.array(float(flag))) > 0).item())
+
+    def share(self, value: Any) -> Any:
+        """The first process's JSON value, for all of them."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        count = int(self._sum(mx.array(len(text))).item())  # type: ignore[arg-type]
+        signs = self._sum(mx.array([*text] or [0] * count, mx.int32))
+        return json.loads(bytes(signs.tolist()))  # type: ignore[arg-type]
+
+    @property
+    def peers(self) -> Peers:
+        """The processes, as those that share a picture's tokens."""
+        return Peers(self.rank, self.size)
 
     def _sum(self, array: mx.array) -> mx.array:
         try:
             total = mx.distributed.all_sum(array, group=self._group)  # type: ignore[arg-type]
             mx.eval(total)
         except RuntimeError as error:
-            raise LostPeer(f"{socket.gethostname()}: another machine is gone ({_line(error)})") from None
+            raise lost(error) from None
         return total
+
+
+def lost(error: RuntimeError) -> LostPeer:
+    """What an exchange that failed means."""
+    return LostPeer(f"{socket.gethostname()}: another machine is gone ({_line(error)})")
 
 
 def _line(error: Any) -> str:
