@@ -50,14 +50,13 @@ class Timings:
         return {name: round(value, 4) for name, value in told.items()}
 
     def draft(self, full_side: int, full_steps: int) -> dict[str, Any]:
-        """The size and steps of a live draft: the best whose first sketch and picture come within the budget."""
-        options = [(min(side, full_side), min(steps, full_steps)) for side, steps in DRAFTS]
-        for side, steps in options:
+        """The size and steps of a live draft: the best whose first sketch and picture come within the budget; the
+        smallest before anything is known."""
+        for side, steps in [(min(side, full_side), min(steps, full_steps)) for side, steps in DRAFTS]:
             found = self.predict(side, side, steps)
-            if found is None or (found["sketch"] <= BUDGET_SECONDS and found["seconds"] <= PICTURE_SECONDS):
-                return {"side": side, "steps": steps, "predicted": found}
-        side, steps = options[-1]
-        return {"side": side, "steps": steps, "predicted": self.predict(side, side, steps)}
+            if found and found["sketch"] <= BUDGET_SECONDS and found["seconds"] <= PICTURE_SECONDS:
+                break
+        return {"side": side, "steps": steps, "predicted": found}
 
 
 def tokens(width: int, height: int) -> int:

@@ -16,8 +16,10 @@ from serving_tools import opened, picture_bytes, running, until
 
 from klein_mlx.server.app import STUDIO, STUDIO_TYPES
 from klein_mlx.server.serving import Background
+from klein_mlx.server.timings import Timings
 
 MAX_BYTES = 60_000
+LORAS = Path(__file__).parents[2] / "examples" / "tiny"  # silhouettes.safetensors
 WHOLE = "a red circle left of a blue square"
 
 
@@ -85,9 +87,32 @@ def test_every_element_that_the_modules_use_is_in_the_page(tags: Tags) -> None:
         assert {one or other for one, other in used} <= ids, path.name
 
 
+@pytest.mark.parametrize(
+    ("encode", "step", "decode", "draft"),
+    [
+        (2.2, 3.6, 0.5, (256, 1)),  # seconds of 256 px on an M1
+        (0.25, 0.42, 0.06, (256, 2)),  # M4 Max
+        (0.07, 0.12, 0.02, (512, 4)),  # M5 Max
+    ],
+)
+def test_drafts_are_as_large_as_the_machine_makes_at_once(
+    encode: float, step: float, decode: float, draft: tuple[int, int]
+) -> None:
+    timings = Timings()
+    before = timings.draft(1024, 4)
+    assert (before["side"], before["steps"], before["predicted"]) == (256, 1, None)
+    timings.start({"encode": encode, "step": step, "decode": decode})
+    found = timings.draft(1024, 4)
+    assert (found["side"], found["steps"]) == draft
+    for _ in range(12):
+        timings.learn((512, 512), 4, {"encode": 0.01, "steps": 0.04, "decode": 0.01})
+    found = timings.draft(1024, 4)
+    assert (found["side"], found["steps"]) == (512, 4)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Background]:
-    with running(hosts=("studio.test",)) as server:
+    with running(hosts=("studio.test",), loras=str(LORAS)) as server:
         yield server
 
 
@@ -384,6 +409,82 @@ def test_a_worker_that_stays_down_is_told_in_the_banner(page: Any) -> None:
     assert "stopped" in page.locator("#worker").text_content()
     page.unroute("**/api/status")
     page.get_by_role("alert").wait_for(state="hidden")
+
+
+def test_a_slow_picture_is_announced_before_it_starts(page: Any) -> None:
+    status = page.evaluate("fetch('/api/status').then((reply) => reply.json())")
+    slow = {"encode": 2.2, "step": 3.6, "decode": 0.5, "sketch": 5.8, "seconds": 17.1}
+    slow = {**status, "seconds": slow, "draft": {"side": 256, "steps": 4, "predicted": slow}}
+    page.route("**/api/status", lambda route: route.fulfill(json=slow))
+    page.reload()
+    page.locator("#budget", has_text="256 px in 4 steps, about 17 s").wait_for()
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const status = document.getElementById("status");
+            new MutationObserver(() => seen.push(status.textContent)).observe(status, { childList: true });
+        }"""
+    )
+    page.get_by_label("Describe a picture").fill("a red circle")
+    wait_for_results(page, 1)
+    assert page.evaluate("seen")[0] == "A picture takes about 17 s on this machine."
+
+
+def test_what_is_typed_while_the_model_loads_is_made_in_its_own_size(page: Any) -> None:
+    status = page.evaluate("fetch('/api/status').then((reply) => reply.json())")
+    loading = {**status, "worker": "loading", "model": {"name": "tiny"}}
+    page.route("**/api/status", lambda route: route.fulfill(json=loading))
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda one: asked.append(one.post_data_json) if one.url.endswith("/api/generate") else None)
+    page.reload()
+    page.locator("#worker", has_text="loading").wait_for()
+    page.get_by_label("Describe a picture").fill("a red circle")
+    page.wait_for_timeout(600)
+    assert asked == []
+    assert page.locator("#status").text_content() == "The model is being loaded ..."
+    page.unroute("**/api/status")
+    wait_for_results(page, 1)
+    assert {(one["width"], one["height"]) for one in asked} == {(128, 128)}
+
+
+def test_loras_have_sliders(page: Any) -> None:
+    page.locator("summary", has_text="More settings").click()
+    page.get_by_label("Describe a picture").fill("a red circle")
+    wait_for_results(page, 1)
+    with page.expect_request(lambda one: one.url.endswith("/api/generate")) as asked:
+        page.get_by_label("silhouettes").fill("0.8")
+    assert asked.value.post_data_json["lora"] == [{"name": "silhouettes", "scale": 0.8}]
+    wait_for_results(page, 2)
+    with page.expect_request(lambda one: one.url.endswith("/api/generate")) as asked:
+        page.get_by_label("silhouettes").fill("0")
+    assert "lora" not in asked.value.post_data_json
+
+
+def test_escape_stops_the_run(page: Any, server: Background) -> None:
+    page.get_by_label("make it while I type").evaluate("box => { box.checked = false; }")
+    page.locator("#steps").evaluate("box => { box.value = 100; }")
+    page.get_by_label("Describe a picture").fill("a red circle")
+    page.keyboard.press("Control+Enter")
+    page.locator("#status", has_text="Step").wait_for()
+    page.keyboard.press("Escape")
+    assert page.locator("#status").text_content() == "Stopped."
+    until(lambda: server.shared.jobs.running is None)
+    assert page.locator("#strip img").count() == 0
+
+
+@pytest.mark.slow
+def test_a_phone_in_the_network_has_a_token(chromium: Any) -> None:
+    with running(host="0.0.0.0", token="a-long-token") as guarded:
+        context = chromium.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+        page = context.new_page()
+        address = guarded.url.partition("?")[0].replace("0.0.0.0", "127.0.0.1")
+        page.goto(address)
+        assert "token" in page.content()
+        page.goto(f"{address}?token=a-long-token")
+        assert "token" not in page.url
+        page.get_by_label("Describe a picture").fill("a red circle")
+        wait_for_results(page, 1)
+        context.close()
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ let drafted = false; // whether it is a draft
 let kept = true;
 let visible = ""; // the prompt of what is seen
 let given = 0; // pictures of this run
+let known; // to be called once the model's size is known, or cannot be
+const sized = new Promise((done) => (known = done));
 
 const pictures = new Pictures(changed, tell);
 const results = new Results((result) => {
@@ -37,6 +39,8 @@ function changed() {
 async function body(draft) {
   const prompt = at("prompt").value.trim();
   if (!prompt) return null;
+  if (!facts?.model.size) tell("The model is being loaded ...");
+  await sized;
   const side = draft ? Math.min(facts?.draft.side ?? 256, fullSide()) : fullSide();
   const steps = draft ? Math.min(facts?.draft.steps ?? fullSteps(), fullSteps()) : fullSteps();
   const [width, height] = fit(Number(at("shape").value), side);
@@ -201,12 +205,13 @@ async function poll() {
     facts = found;
     state();
   } catch (error) {
+    known();
     at("worker").dataset.state = "down";
     at("worker").textContent = "not connected";
     alarm(error instanceof TypeError ? "The server cannot be reached. This page goes on when it is back." : error.message);
     facts = null;
   }
-  polling = setTimeout(poll, facts?.worker === "ready" ? 5000 : 1500);
+  polling = setTimeout(poll, facts?.worker === "ready" ? 5000 : facts && !facts.model.size ? 250 : 1500);
 }
 
 const WORDS = { off: "at rest", loading: "loading", ready: "ready", busy: "working", down: "stopped" };
@@ -224,6 +229,7 @@ function state() {
     at("size").replaceChildren(...sides.map((side) => new Option(`${side} px`, side, side === model.size, side === model.size)));
     at("steps").value = model.steps;
   }
+  if (model.size || facts.worker !== "loading") known();
 }
 
 function ideas(all) {
