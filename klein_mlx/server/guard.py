@@ -61,11 +61,11 @@ class Guard:
         try:
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
+            if scope["method"] == "OPTIONS":  # a preflight brings no token, and learns nothing
+                await self._preflight(origin)(scope, receive, send)
+                return
             if (reply := self._check_token(scope, headers)) is not None:
                 await reply(scope, receive, send)
-                return
-            if scope["method"] == "OPTIONS":
-                await self._preflight(origin)(scope, receive, send)
                 return
             self._check_body(headers)
         except ApiError as error:

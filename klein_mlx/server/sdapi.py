@@ -50,17 +50,17 @@ class Wish:
 
     def number(self, name: str, default: Any, low: float, high: float, own: Any, kind: type = int) -> Any:
         """A field's number if it is from low to high; else `own`, with a note. default: where it is missing."""
-        value = self.values.get(name)
+        value = _number(self.values.get(name))
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        if not isinstance(value, int | float) or not low <= value <= high:
             self.notes.append(f"{name} {str(value)[:40]} is not possible with this model; {own:g} is used")
             return own
         return kind(value)
 
     def side(self, name: str) -> int | None:
         """A width or height: the nearest that is possible."""
-        value = self.values.get(name)
+        value = _number(self.values.get(name))
         if not isinstance(value, int | float) or not value > 0:
             return None
         side = near(int(min(max(value, MIN_SIDE), MAX_SIDE)))
@@ -83,7 +83,7 @@ def sd_arguments(wish: Wish) -> tuple[dict[str, Any], list[list[Any]]]:
     count = wish.number("batch_size", 1, 1, MAX_IMAGES, 1) * wish.number("n_iter", 1, 1, MAX_IMAGES, 1)
     if count > MAX_IMAGES:
         wish.notes.append(f"{count} pictures are asked for; {MAX_IMAGES} are made")
-    seed = values.get("seed")
+    seed = _number(values.get("seed"))
     found = {
         "num_inference_steps": wish.number("steps", None, 1, most, own),
         "guidance_scale": guidance,
@@ -114,6 +114,13 @@ def sd_edit(wish: Wish) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
         found["invert_mask"] = bool(values.get("inpainting_mask_invert"))
         found["mask_blur"] = wish.number("mask_blur", None, 0, 1000, 0)
     return arguments_of(found, []), pictures
+
+
+def _number(value: Any) -> Any:
+    """A number that a client wrote as text; anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?", value):
+        return float(value) if "." in value else int(value)
+    return value
 
 
 def _loras_in(prompt: str) -> tuple[str, list[list[Any]]]:
@@ -231,7 +238,7 @@ async def progress(request: Request) -> Response:
             "eta_relative": round(step["seconds"] * (1 / done - 1), 2) if done else 0.0,
             "state": state,
             "current_image": base64.b64encode(image).decode() if image else None,
-            "textinfo": None if job else "waiting",
+            "textinfo": None,
         }
     )
 

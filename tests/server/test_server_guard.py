@@ -114,6 +114,14 @@ def test_preflights(server: Background) -> None:
     assert "access-control-allow-methods" in reply.lower()
 
 
+def test_a_preflight_needs_no_token_and_opens_nothing(locked: Background) -> None:
+    for path in ("/v1/images/generations", "/api/status"):
+        status, reply = ask(locked, host(locked), line=f"OPTIONS {path} HTTP/1.1")
+        assert status == 200
+        assert reply.endswith("\r\n\r\n")
+    assert ask(locked, host(locked), line="GET /api/status HTTP/1.1")[0] == 401
+
+
 def test_bodies_must_be_json_or_forms(server: Background) -> None:
     line = "POST /api/generate HTTP/1.1"
     for kind, status in (("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/json", 400)):
