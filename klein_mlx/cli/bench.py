@@ -264,33 +264,36 @@ def _predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureCost, Any]":
-    """(what is asked for, its cost, dtype); the model is one of the published sizes, or on disk."""
+def source_without_files(model: str, variant: str | None) -> Any:
+    """What is asked of a model's files before any is read: of a published one none need be there; else on disk."""
     from types import SimpleNamespace
 
+    from klein_mlx.bench.predict import klein
+    from klein_mlx.config import ONE_STEP, VARIANTS, settle_variant
+
+    known = {name: v for v in (*VARIANTS, ONE_STEP) for name in (v.name, v.hub_id)}
+    found = known.get(model)
+    if found is None:
+        from klein_mlx.formats.open import open_model
+
+        return open_model(model, local_files_only=True, variant=variant)
+    config = settle_variant(klein("9b" if "9b" in found.name else "4b"), variant or found.name)
+    return SimpleNamespace(path=found.name, config=config, quantization={})
+
+
+def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureCost, Any]":
+    """(what is asked for, its cost, dtype); the model is one of the published sizes, or on disk."""
     import mlx.core as mx
 
-    from klein_mlx.bench.predict import klein, picture_cost
-    from klein_mlx.config import ONE_STEP, VARIANTS, settle_variant
+    from klein_mlx.bench.predict import picture_cost
     from klein_mlx.request import check
     from klein_mlx.runtime.parts import compute_dtype
     from klein_mlx.weights.bits import settle
 
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
-    source: Any = None
-    known = {hub_id: v for v in (*VARIANTS, ONE_STEP) for hub_id in (v.name, v.hub_id)}
-    variant = known.get(args.model or DEFAULT_MODEL)
-    if variant is not None:
-        config = settle_variant(klein("9b" if "9b" in variant.name else "4b"), args.variant or variant.name)
-        steps, guidance = config.variant.steps, config.variant.guidance
-        name = config.variant.name
-        source = SimpleNamespace(path=name, config=config, quantization={})  # all that is asked of a model's files
-    else:
-        from klein_mlx.formats.open import open_model
-
-        source = open_model(args.model, local_files_only=True, variant=args.variant)
-        config, steps, guidance = source.config, source.config.variant.steps, source.config.variant.guidance
-        name = config.variant.name
+    source = source_without_files(args.model or DEFAULT_MODEL, args.variant)
+    config, variant = source.config, source.config.variant
+    steps, guidance, name = variant.steps, variant.guidance, variant.name
     quantization = {**source.quantization, **settle(asked_bits(args), source)}
     width, height = _size(args, config)
     steps = args.num_inference_steps or steps

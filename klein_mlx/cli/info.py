@@ -9,6 +9,7 @@ from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_s
 from klein_mlx.cli.output import cleaned, say, say_json
 from klein_mlx.errors import RequestError, integer
 from klein_mlx.request import MAX_REFERENCES
+from klein_mlx.train.options import METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     references = "include N one-megapixel reference images in the estimate"
     parser.add_argument("--references", type=int, default=0, metavar="N", help=references)
     add_options(parser, ("dtype", "keep", "variant", *BITS))
+    parser.add_argument("--train", action="store_true", help="estimate the memory of training it, on a Mac")
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of a LoRA, with --train (default: 16)")
+    methods = {"choices": METHODS, "default": "lora", "help": "what is trained, with --train (default: lora)"}
+    parser.add_argument("--method", **methods)
     parser.add_argument("--json", action="store_true", help="as a JSON object on stdout")
 
 
@@ -30,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.part import PartFile
 
     typed_options(args)
+    if args.train:
+        return _training(args)
     if (code := _other(args)) is not None:
         return code
     source = open_any(obtain(args.model, yes=args.yes, tokenizer=False), variant=args.variant)
@@ -77,7 +84,6 @@ def _is_lora(path: Path) -> bool:
 def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The estimate of a picture of --size, as plain values."""
     from klein_mlx.formats.part import PartFile
-    from klein_mlx.request import check_area, check_side
     from klein_mlx.runtime.memory import Work, estimate
     from klein_mlx.runtime.parts import chosen_device, compute_dtype
     from klein_mlx.weights.bits import settle
@@ -85,12 +91,8 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(source, PartFile):
         raise RequestError(f"--size needs a whole model, and {args.model} is a {source.part}")
     multiple = source.config.pixels_per_token
-    width, height = parse_size(args.size, multiple, source.config.default_size)
-    check_side("width", width, multiple)
-    check_side("height", height, multiple)
-    check_area(width, height)
-    count = integer("--references", args.references, 0, MAX_REFERENCES)
-    references = ((1024, 1024),) * count
+    (width, height), references = _asked_size(args, source.config)
+    count = len(references)
     work = Work(
         height,
         width,
@@ -110,3 +112,54 @@ def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
         "machine": found.machine,
         "fits": found.fits,
     }
+
+
+def _asked_size(args: argparse.Namespace, config: Any) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """--size and the sizes of --references, (width, height). Raises RequestError."""
+    from klein_mlx.request import check_area, check_side
+
+    multiple = config.pixels_per_token
+    width, height = parse_size(args.size, multiple, config.default_size)
+    check_side("width", width, multiple)
+    check_side("height", height, multiple)
+    check_area(width, height)
+    return (width, height), ((1024, 1024),) * integer("--references", args.references, 0, MAX_REFERENCES)
+
+
+def _training(args: argparse.Namespace) -> int:
+    """What training a model would take of a Mac's memory, for plain and quantized weights."""
+    import mlx.core as mx
+
+    from klein_mlx.cli.bench import source_without_files
+    from klein_mlx.model.layers import Gpu
+    from klein_mlx.runtime.parts import compute_dtype
+    from klein_mlx.train.memory import estimate_training, mac_for
+    from klein_mlx.train.options import make_options
+    from klein_mlx.weights.bits import parse, settle
+
+    source = source_without_files(args.model, args.variant)
+    args.size = args.size or "512"
+    if args.size.isdecimal():  # as a run's resolution is given
+        args.size = f"{args.size}x{args.size}"
+    size, references = _asked_size(args, source.config)
+    full = args.method == "full"
+    values = {"data": "-", "output": "-" if full else "-.safetensors", "method": args.method, "rank": args.rank}
+    dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
+    asked = [args.quantize] if args.quantize or source.quantization else [None, *([] if full else ["8", "4"])]
+    rows = []
+    for bits in asked:
+        options = make_options(values | ({"bits": bits} if bits else {}))
+        found = estimate_training(source, options, dtype, settle(parse(bits), source), size, references, Gpu())
+        rows.append({"bits": bits, "phases": dict(found.phases), "peak": found.peak, "mac": mac_for(found.peak)})
+    what = "all weights" if full else f"{'DoRA' if args.method == 'dora' else 'LoRA'} of rank {args.rank}"
+    if args.json:
+        say_json({"model": args.model, "method": args.method, "rank": args.rank, "size": size, "training": rows})
+        return 0
+    shown = f", {len(references)} reference{'s' * (len(references) > 1)}" * bool(references)
+    say(f"{args.model}: {what}, {size[0]} x {size[1]}{shown}")
+    say("memory in GB, estimated: pictures and captions are encoded first, and leave")
+    say(f"{'bits':<8}{'pictures':>10}{'captions':>10}{'training':>10}  fits a Mac of")
+    for row in rows:
+        told = "".join(f"{row['phases'][name] / 1e9:>10.1f}" for name in ("pictures", "captions", "training"))
+        say(f"{row['bits'] or '-':<8}{told}  {row['mac'] or 'none'}{' GB' * bool(row['mac'])}")
+    return 0

@@ -22,9 +22,10 @@ from klein_mlx.weights.quantize import Quantization
 
 # What a block's forward pass has of arrays: in units of its stream and, where attention is not one kernel, of its
 # scores. In full training the way back has fewer, but new gradients too: in units of a double block's weights.
-_STREAMS, _SCORES, _BACK, _CHANGED = 34, 1.2, 14, 1.65
+_STREAMS, _SCORES, _BACK, _CHANGED = 33, 1.2, 14, 1.65
 # Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
 _ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 40, 4, 24, 32
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
 _STATE = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}  # float32 numbers for each that is trained
 
 
@@ -56,18 +57,20 @@ def estimate_training(
     quantization: Mapping[str, Quantization],
     size: tuple[int, int],
     references: tuple[tuple[int, int], ...] = (),
+    device: Device = None,
 ) -> TrainEstimate:
-    """size: (width, height) of the largest picture; references: those of the largest sample. options: checked."""
+    """size: (width, height) of the largest picture; references: those of the largest sample. options: checked. device:
+    None: the default one."""
     config, weights = source.config, weight_bytes(source, dtype, quantization)
     side = config.pixels_per_token
     tokens = sum(width // side * (height // side) for width, height in (size, *references))
     work = Work(size[1], size[0], length=config.max_sequence_length)
     quantized = {part: part in quantization or part in source.quantization for part in ("text_encoder", "transformer")}
-    pictures = [vae_bytes(config.vae, height, width, dtype, encodes=True) for width, height in (size, *references)]
-    arrays = block_bytes(config, options, dtype, tokens + work.length, quantized["transformer"])
+    pictures = [vae_bytes(config.vae, height, width, dtype, True, device) for width, height in (size, *references)]
+    arrays = block_bytes(config, options, dtype, tokens + work.length, quantized["transformer"], device)
     phases = {
         "pictures": weights["vae"] + max(pictures),
-        "captions": weights["text_encoder"] + encoder_bytes(config, work, dtype, quantized["text_encoder"]),
+        "captions": weights["text_encoder"] + encoder_bytes(config, work, dtype, quantized["text_encoder"], device),
         "training": weights["transformer"] + trained_bytes(config, options) + arrays,
     }
     return TrainEstimate(phases, machine_memory())
@@ -119,6 +122,11 @@ def trained_bytes(config: ModelConfig, options: TrainOptions) -> int:
     )
     numbers = options.rank * sum(sum(shapes[f"{path}.weight"]) for path in chosen)
     return 4 * numbers * (1 + 2 + state)  # the sum of gradients and a new one
+
+
+def mac_for(needed: int) -> int | None:
+    """GB of the smallest Mac whose GPU may use so many bytes; None: no Mac's may."""
+    return next((size for size in MACS if needed <= (size << 30) * (3 / 4 if size > 36 else 2 / 3)), None)
 
 
 def check_training_fits(

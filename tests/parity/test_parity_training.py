@@ -10,6 +10,7 @@ import pytest
 from folders import GOLDEN
 from test_parity_lora import check
 
+from klein_mlx.cli.main import main
 from klein_mlx.formats.names import diffusers_name, to_ours
 from klein_mlx.formats.open import open_model
 from klein_mlx.model.sampler import join_references
@@ -32,13 +33,46 @@ def as_torch(array: mx.array) -> Any:
     return torch.from_numpy(np.array(array))
 
 
-@pytest.mark.parametrize("references", [False, True])
-def test_loss_and_gradients_are_torchs(references: bool) -> None:
-    """On random weights float32 itself is 9e-5 from float64."""
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    assert main(["convert", "tiny", str(folder), "--to", "diffusers", "--quiet"]) == 0
+    return folder
+
+
+def separated(found: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Gradients of an arranged model by the names of one that is not: q and k apart, linear_out in one."""
+    result: dict[str, mx.array] = {}
+    for path, gradient in found.items():
+        if path.endswith("to_qk.weight"):
+            result |= {path.replace("to_qk", f"to_{name}"): gradient[rows] for name, rows in halves(gradient)}
+        elif path.endswith("norm_qk"):
+            result |= {path.replace("norm_qk", f"norm_{name}.weight"): gradient[i] for i, name in enumerate("qk")}
+        elif path.endswith("linear_out.first.weight"):
+            columns = [gradient, found[path.replace("first", "second")]]
+            result[path.replace("first.", "")] = mx.concatenate(columns, axis=1)
+        elif not path.endswith("linear_out.second.weight"):
+            result[path] = gradient
+    return result
+
+
+def halves(array: mx.array) -> list[tuple[str, slice]]:
+    half = len(array) // 2
+    return [("q", slice(half)), ("k", slice(half, None))]
+
+
+# Relative L2 errors of a gradient, 50 times those of the loss. float32 itself is 9e-5 from float64 on random weights.
+@pytest.mark.parametrize("arranged", [False, True], ids=["plain", "arranged"])
+@pytest.mark.parametrize("references", [False, True], ids=["alone", "references"])
+@pytest.mark.parametrize(("model", "most"), [("tiny", 5e-5), ("random", 2e-4)])
+def test_loss_and_gradients_are_torchs(model: str, most: float, references: bool, arranged: bool, tiny: Path) -> None:
     from parity_reference import load
 
-    source = open_model(str(GOLDEN))
+    folder = tiny if model == "tiny" else GOLDEN
+    source = open_model(str(folder))
     transformer: Any = load_part("transformer", source, mx.float32)
+    if arranged:
+        transformer.arrange()
     c = source.config.transformer
     latents, noise = (mx.random.normal((1, 8, 6, c.in_channels), key=mx.random.key(k)) for k in (1, 2))
     embeds = mx.random.normal((1, TEXT, c.joint_attention_dim), key=mx.random.key(3))
@@ -49,8 +83,8 @@ def test_loss_and_gradients_are_torchs(references: bool) -> None:
     sample = Sample(latents, noise, embeds, SIGMA, joined)
     loss = blockwise.loss_and_gradients(sample, lambda stage, own: found.update(own))
 
-    pipe = load(GOLDEN)
-    model = pipe.transformer.requires_grad_(True)
+    pipe = load(folder)
+    net = pipe.transformer.requires_grad_(True)
     tokens, target = as_torch(((1 - SIGMA) * latents + SIGMA * noise).flatten(1, 2)), noise - latents
     ids = pipe._prepare_latent_ids(torch.zeros(1, c.in_channels, 8, 6))
     if joined is not None:
@@ -58,17 +92,19 @@ def test_loss_and_gradients_are_torchs(references: bool) -> None:
         ids = torch.cat([ids, pipe._prepare_image_ids([torch.zeros(1, c.in_channels, 4, 6)])], dim=1)
     text = as_torch(embeds)
     timestep = torch.tensor([np.float32(SIGMA)])
-    out = model(tokens, text, timestep, ids, pipe._prepare_text_ids(text), None, return_dict=False)[0][:, :48]
+    out = net(tokens, text, timestep, ids, pipe._prepare_text_ids(text), None, return_dict=False)[0][:, :48]
     right = (out - as_torch(target.flatten(1, 2))).square().mean()
     right.backward()
-    assert loss == pytest.approx(float(right.detach()), rel=1e-5)
-    theirs = dict(model.named_parameters())
-    assert len(found) == len(theirs)
-    for path, gradient in found.items():
+    assert loss == pytest.approx(float(right.detach()), rel=most / 50)
+    theirs = dict(net.named_parameters())
+    ours = separated(found)
+    assert len(ours) == len(theirs)
+    errors = {}
+    for path, gradient in ours.items():
         name, layout = diffusers_name("transformer", path)
         other = to_ours(layout, mx.array(theirs[name].grad.numpy()))
-        error = mx.linalg.norm(gradient - other) / mx.linalg.norm(other)
-        assert error.item() < 2e-4, path
+        errors[path] = (mx.linalg.norm(gradient - other) / mx.linalg.norm(other)).item()
+    assert max(errors.values()) < most, max(errors, key=errors.__getitem__)
 
 
 def test_adamw_is_torchs() -> None:

@@ -21,7 +21,7 @@ def scenes(count: int, seed: int = 0) -> list[tuple[str, world.Scene]]:
         scene = world.random_scene(rng)
         words = world.caption(scene, rng)
         if world.is_captioned(scene) and COLOUR not in words and scene.background != COLOUR:
-            found.append((words, replace(scene, shapes=tuple(replace(s, colour=COLOUR) for s in scene.shapes))))
+            found.append((words, blackened(scene)))
     return found
 
 
@@ -34,16 +34,41 @@ def make(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
-def right(pipe: KleinPipeline, count: int) -> int:
-    """Of pictures of so many unseen prompts: how many show every shape as it was asked for, but black."""
+INSTRUCTION = "make every shape black"
+
+
+def make_pairs(folder: Path, count: int, seed: int = 0) -> Path:
+    """A folder of pictures whose references, in control_1, show the shapes in their colours."""
+    (folder / "control_1").mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    number = 0
+    while number < count:
+        scene = world.random_scene(rng)
+        if COLOUR in {scene.background, *(shape.colour for shape in scene.shapes)}:
+            continue
+        Image.fromarray(world.render(scene)).save(folder / "control_1" / f"{number:02}.png")
+        Image.fromarray(world.render(blackened(scene))).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(INSTRUCTION)
+        number += 1
+    return folder
+
+
+def blackened(scene: world.Scene) -> world.Scene:
+    return replace(scene, shapes=tuple(replace(shape, colour=COLOUR) for shape in scene.shapes))
+
+
+def right(pipe: KleinPipeline, count: int, edits: bool = False) -> int:
+    """Of pictures of so many unseen prompts: how many show every shape as it was asked for, but black. edits: the
+    scenes are not told but shown, and the prompt is the instruction."""
     prompts = []
     for words, scene in world.held_out_prompts(4 * count, seed=3):
         if COLOUR not in {scene.background, *(shape.colour for shape in scene.shapes)}:
             prompts.append((words, scene))
     good = 0
     for seed, (words, scene) in enumerate(prompts[:count]):
-        picture = np.asarray(pipe(words, seed=seed).images[0])
-        meant = replace(scene, shapes=tuple(replace(shape, colour=COLOUR) for shape in scene.shapes))
+        shown = Image.fromarray(world.render(scene)) if edits else None
+        output = pipe(INSTRUCTION, shown, seed=seed) if edits else pipe(words, seed=seed)
+        picture, meant = np.asarray(output.images[0]), blackened(scene)
         verdict, regions = judge_scene(picture, meant), read(picture).regions
         black = len(regions) == len(scene.shapes) and all(region.colour == COLOUR for region in regions)
         good += bool(black and verdict["background"] and all(verdict["kinds"]))  # type: ignore[arg-type]

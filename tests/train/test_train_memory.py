@@ -1,5 +1,6 @@
 """The estimate of a training run: near what MLX measures, and a plan where it does not fit."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,10 +8,11 @@ import mlx.core as mx
 import pytest
 from test_gradients import NARROW, measured
 
+from klein_mlx.cli.main import main
 from klein_mlx.config import ModelConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.paths import TINY_FOLDER
-from klein_mlx.train.memory import block_bytes, check_training_fits, estimate_training
+from klein_mlx.train.memory import block_bytes, check_training_fits, estimate_training, mac_for
 from klein_mlx.train.options import make_options
 from klein_mlx.weights.checkpoint import open_checkpoint
 
@@ -21,7 +23,7 @@ TINY = open_checkpoint(TINY_FOLDER)
 @pytest.mark.parametrize(
     ("config", "method", "grid", "length"),
     [
-        (NARROW, "lora", (8, 6), 80),
+        (NARROW, "lora", (8, 6), 208),
         (TINY.config, "lora", (16, 16), 192),
         (TINY.config, "full", (16, 16), 192),
         (NARROW, "full", (4, 4), 48),
@@ -32,7 +34,8 @@ def test_the_arrays_of_a_step(config: ModelConfig, method: str, grid: tuple[int,
     """Within 15 % of the measured peak above the weights."""
     _, backward, _ = measured(config, grid, length, method)
     tokens = length + grid[0] * grid[1]
-    assert block_bytes(config, replace(OPTIONS, method=method), mx.float32, tokens) == pytest.approx(backward, rel=0.15)
+    told = block_bytes(config, replace(OPTIONS, method=method), mx.float32, tokens)
+    assert told == pytest.approx(backward, rel=0.15)
 
 
 def test_phases_grow_with_what_is_asked() -> None:
@@ -54,3 +57,24 @@ def test_a_refusal_has_a_plan_that_fits() -> None:
         check_training_fits(TINY, options, replace(own, machine=own.peak - 1), mx.float32, size)
     with pytest.raises(RequestError, match="this needs .* of 0.000 GB of memory; nothing smaller is left"):
         check_training_fits(TINY, options, replace(own, machine=1), mx.float32, size)
+
+
+def test_info_tells_what_fits_which_mac(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model need not be there."""
+    assert main(["info", "base-4b", "--train", "--rank", "16", "--size", "512", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["training"]
+    assert [row["bits"] for row in rows] == [None, "8", "4"]
+    assert 8e9 < rows[0]["peak"] < 10e9
+    assert 4.5e9 < rows[1]["peak"] < 6e9
+    assert rows[2]["mac"] == 8
+    assert main(["info", "base-4b", "--train", "--method", "full", "--size", "1024x768", "--references", "1"]) == 0
+    assert "all weights, 1024 x 768, 1 reference" in capsys.readouterr().out
+    for words, error in (("--rank 0", "rank is 0"), ("--size 500", "must be a multiple of 16"), ("--size x", "--size")):
+        assert main(["info", "base-4b", "--train", *words.split()]) == 2
+        assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("needed", "mac"), [(5 * 10**9, 8), (6 * 10**9, 16), (36 << 30, 48), (1 << 50, None)])
+def test_macs(needed: int, mac: int | None) -> None:
+    """Two thirds of 36 GB or less are the GPU's, three quarters of more."""
+    assert mac_for(needed) == mac
