@@ -24,7 +24,7 @@ from klein_mlx.weights.quantize import Quantization
 # scores. In full training the way back has fewer, but new gradients too: in units of a double block's weights.
 _STREAMS, _SCORES, _BACK, _CHANGED = 31, 1.2, 14, 1.65
 # Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
-_ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 40, 4, 24, 32
+_ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 64, 4, 24, 32
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
 _STATE = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}  # float32 numbers for each that is trained
 

@@ -67,7 +67,7 @@ def right(pipe: KleinPipeline, count: int, edits: bool = False) -> int:
     good = 0
     for seed, (words, scene) in enumerate(prompts[:count]):
         shown = Image.fromarray(world.render(scene)) if edits else None
-        output = pipe(INSTRUCTION, shown, seed=seed) if edits else pipe(words, seed=seed)
+        output = pipe(INSTRUCTION, image=shown, seed=seed) if edits else pipe(words, seed=seed)
         picture, meant = np.asarray(output.images[0]), blackened(scene)
         verdict, regions = judge_scene(picture, meant), read(picture).regions
         black = len(regions) == len(scene.shapes) and all(region.colour == COLOUR for region in regions)
