@@ -22,7 +22,7 @@ from klein_mlx.weights.quantize import Quantization
 
 # What a block's forward pass has of arrays: in units of its stream and, where attention is not one kernel, of its
 # scores. In full training the way back has fewer, but new gradients too: in units of a double block's weights.
-_STREAMS, _SCORES, _BACK, _CHANGED = 31, 1.2, 14, 1.65
+_STREAMS, _SCORES, _BACK, _CHANGED = 27, 1.2, 14, 1.65
 # Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
 _ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 64, 4, 24, 32
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
