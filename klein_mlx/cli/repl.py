@@ -3,9 +3,10 @@
 import argparse
 import os
 import re
+import secrets
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 PROMPT = "klein> "
 HISTORY = 1000  # lines that are kept
 WELCOME = "{model}. A line is a prompt; !help lists the rest; Ctrl-C cancels a picture, Ctrl-D ends."
-HELP = """a prompt makes a picture; its number and file are told
+HELP = """a prompt makes a picture; its number and file are told; {red|blue} and __name__ vary it by its seed
   512x768 a lighthouse     its size first
   $ make it autumn         changes the last picture; $2 the second; several are several references; $$ is a dollar sign
   !seed 7                  the seed of all that follows; !seed random
   !size 768x1024           the size of all that follows; !size 16:9, !size 2mp; !size default
   !steps 8                 denoising steps; !steps default
+  !model 4b-q4             another model, with its own defaults; !model
   !guidance 4              guidance scale, with base variants; !negative TEXT: what to steer away from
   !lora FILE:0.8           applies a LoRA; !lora off
   !open 2                  opens picture 2, or the last, in the system's viewer
@@ -78,7 +80,8 @@ def _number(text: str, pictures: int) -> int:
 class Session:
     """What a session remembers. say: prints a line for the user. settings: arguments of `stream` for every picture.
 
-    suffix: of the pictures' names. metadata: whether they hold their recipes.
+    suffix: of the pictures' names. metadata: whether they hold their recipes. vary: a prompt and its pictures' seeds ->
+    each picture's prompt. reopen: opens another model by its name.
     """
 
     pipe: "KleinPipeline"
@@ -88,6 +91,9 @@ class Session:
     show_steps: bool = False
     suffix: str = ".png"
     metadata: bool = True
+    vary: Callable[[str, Sequence[int]], list[str]] = lambda prompt, seeds: [prompt] * len(seeds)
+    reopen: "Callable[[str], KleinPipeline] | None" = None
+    model: str = ""
     pictures: "list[tuple[Image.Image, Path]]" = field(default_factory=list)
     recipes: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
@@ -114,6 +120,7 @@ class Session:
             "guidance": self.guidance,
             "negative": self.negative,
             "lora": self.lora,
+            "model": self.another,
             "open": self.open,
             "show": self.shows,
             "save": self.save,
@@ -127,9 +134,7 @@ class Session:
 
     def draw(self, asked: Asked) -> None:
         """Make a picture, save it under a new name, and show it."""
-        from klein_mlx.cli.batch import free_names
-        from klein_mlx.cli.terminal import keep_sketches, pictures, view_of
-        from klein_mlx.images.saving import save_image_free
+        from klein_mlx.cli.terminal import keep_sketches
 
         settings = dict(self.settings)
         if asked.references:
@@ -138,9 +143,24 @@ class Session:
             settings["width"], settings["height"] = asked.size
         if self.show_steps and self.pipe.sketcher is None:
             keep_sketches(self.pipe)
-        run = self.pipe.stream(asked.prompt, **settings)
+        seeds = self._seeds(settings)
+        prompts = self.vary(asked.prompt, seeds)
+        if set(prompts) == {asked.prompt}:
+            self._draw(asked.prompt, settings)
+            return
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            self.say(prompt)
+            self._draw(prompt, settings | {"seed": seed, "num_images_per_prompt": 1})
+
+    def _draw(self, prompt: str, settings: Mapping[str, Any]) -> None:
+        """Pictures of one prompt."""
+        from klein_mlx.cli.batch import free_names
+        from klein_mlx.cli.terminal import pictures, view_of
+        from klein_mlx.images.saving import save_image_free
+
+        run = self.pipe.stream(prompt, **settings)
         seeds = [seed for _, seed in run.request.pictures]
-        names = free_names(asked.prompt, seeds, self.suffix)
+        names = free_names(prompt, seeds, self.suffix)
         try:
             images = pictures(run, quiet=False, view=view_of(self.show, self.show_steps))
             for picture, path, seed in zip(images, names, seeds, strict=True):
@@ -152,6 +172,21 @@ class Session:
                 self.say(f"${len(self.pictures)}  {path}  seed {seed}  {sum(run.seconds.values()):.1f} s")
         finally:
             run.close()
+
+    def _seeds(self, settings: Mapping[str, Any]) -> list[int]:
+        """Every picture's seed; drawn once here, and noted in `settings`, where none is set."""
+        seed, count = settings.get("seed"), settings.get("num_images_per_prompt") or 1
+        if isinstance(seed, list):
+            return seed
+        first = secrets.randbits(32) if seed is None else seed
+        return list(range(first, first + count))
+
+    def another(self, rest: str) -> None:
+        """Another model in this one's place, with the LoRAs and the size, steps and guidance that are its own."""
+        if rest and self.reopen:
+            self.pipe, self.model = self.reopen(rest), rest
+            self.settings |= dict.fromkeys(("width", "height", "num_inference_steps", "guidance_scale"))
+        self.say(f"model {self.pipe.config.variant.name}: {self.model}")
 
     def help(self, rest: str) -> None:
         self.say(*HELP.split("\n"))
@@ -267,6 +302,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.cli.generate import open_pipeline
     from klein_mlx.cli.options import call_arguments, typed_options
     from klein_mlx.cli.output import note, say
+    from klein_mlx.cli.prompts import expand, is_template
     from klein_mlx.cli.settings import complete
     from klein_mlx.cli.terminal import protocol
 
@@ -282,7 +318,27 @@ def run(args: argparse.Namespace) -> int:
     suffix = f".{options.format or 'png'}"
     steps = draws and options.show_steps
     settings = call_arguments(options, pipe.config)
-    session = Session(pipe, settings, say, draws, steps, suffix, not options.no_metadata)
+
+    def reopen(model: str) -> "KleinPipeline":
+        return open_pipeline(replace(options, model=model))
+
+    def vary(prompt: str, seeds: Sequence[int]) -> list[str]:
+        if options.no_wildcards or not is_template(prompt):
+            return [prompt] * len(seeds)
+        return [expand(prompt, seed, options.wildcards) for seed in seeds]
+
+    session = Session(
+        pipe,
+        settings,
+        say,
+        show=draws,
+        show_steps=steps,
+        suffix=suffix,
+        metadata=not options.no_metadata,
+        vary=vary,
+        reopen=reopen,
+        model=str(options.model),
+    )
     if not options.quiet:
         say(WELCOME.format(model=f"{pipe.config.variant.name}: {options.model}"))
     with _history():

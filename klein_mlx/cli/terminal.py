@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
 import mlx.core as mx
@@ -150,7 +151,7 @@ def _repeated(line: str) -> str:
 def half_blocks(image: "Image.Image", columns: int, colours: int = 1 << 24) -> str:
     """Two pixels a cell, the upper as the colour of a half block, the lower as its background.
 
-    colours: 256 for the cube of 6 x 6 x 6, else 24 bits.
+    colours: 256 for the usual palette's cube and greys, else 24 bits.
     """
     small = _scaled(image, columns, enlarge=True)
     width, height = small.size
@@ -159,7 +160,7 @@ def half_blocks(image: "Image.Image", columns: int, colours: int = 1 << 24) -> s
     def colour(x: int, y: int) -> str:
         red, green, blue = data[3 * (y * width + x) : 3 * (y * width + x) + 3]
         if colours == 256:
-            return "5;" + str(16 + sum(round(v / 51) * step for v, step in ((red, 36), (green, 6), (blue, 1))))
+            return f"5;{_of_256(red, green, blue)}"
         return f"2;{red};{green};{blue}"
 
     lines = []
@@ -172,6 +173,24 @@ def half_blocks(image: "Image.Image", columns: int, colours: int = 1 << 24) -> s
             last = now
         lines.append("".join(cells) + f"{ESC}[0m\n")
     return "".join(lines)
+
+
+_LEVELS = (0, 95, 135, 175, 215, 255)  # of the cube, xterm's
+
+
+@cache
+def _of_256(red: int, green: int, blue: int) -> int:
+    """The nearest of the cube of 6 x 6 x 6 (16 to 231) and of the 24 greys (232 to 255)."""
+    nearest = [min(range(6), key=lambda i: abs(_LEVELS[i] - value)) for value in (red, green, blue)]
+    grey = min(23, max(0, round(((red + green + blue) / 3 - 8) / 10)))
+    cube = tuple(_LEVELS[index] for index in nearest)
+
+    def far(color: tuple[int, ...]) -> int:
+        return sum((a - b) ** 2 for a, b in zip(color, (red, green, blue), strict=True))
+
+    if far((8 + 10 * grey,) * 3) < far(cube):
+        return 232 + grey
+    return 16 + 36 * nearest[0] + 6 * nearest[1] + nearest[2]
 
 
 def _png(image: "Image.Image") -> bytes:

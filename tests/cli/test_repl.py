@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from klein_mlx import KleinPipeline, RequestError
+from klein_mlx import CheckpointError, KleinPipeline, RequestError
+from klein_mlx.cli.prompts import expand
 from klein_mlx.cli.repl import Asked, Session, read_prompt
 
 
@@ -102,6 +103,31 @@ def test_commands(session: Any, tmp_path: Path) -> None:
     session.line("!help")
     assert "!undo" in session.told[-1]
     assert not session.line("!quit")
+
+
+def test_a_prompt_varies_by_its_seed(session: Any) -> None:
+    """As on the command line: the same template and seed give the same prompt."""
+    session.vary = lambda prompt, seeds: [expand(prompt, seed, []) for seed in seeds]
+    session.settings["num_images_per_prompt"] = 3
+    session.line("a {red|green|blue|yellow} star")
+    wanted = [expand("a {red|green|blue|yellow} star", seed, []) for seed in (7, 8, 9)]
+    assert len(set(wanted)) > 1
+    assert [recipe["prompt"] for recipe in session.recipes.values()] == wanted
+    assert [recipe["seed"] for recipe in session.recipes.values()] == [7, 8, 9]
+
+
+def test_another_model(session: Any) -> None:
+    """Its own size and steps, the same seed; one that is not there changes nothing."""
+    session.reopen = lambda name: KleinPipeline.from_pretrained(name, quantize=8)
+    before = session.pipe
+    session.line("!model tiny")
+    assert session.told[-1] == "model tiny: tiny"
+    assert session.pipe is not before
+    assert (session.settings["seed"], session.settings["num_inference_steps"]) == (7, None)
+    kept = session.pipe
+    with pytest.raises(CheckpointError):
+        session.line("!model ./nothing")
+    assert session.pipe is kept
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,11 @@ def decode_blocks(drawn: str) -> list[list[tuple[int, int, int]]]:
     def colour(code: list[int]) -> tuple[int, int, int]:
         if code[0] == 2:
             return code[1], code[2], code[3]
-        cube = code[1] - 16
-        return cube // 36 * 51, cube // 6 % 6 * 51, cube % 6 * 51
+        if code[1] >= 232:
+            grey = 8 + 10 * (code[1] - 232)
+            return grey, grey, grey
+        levels, cube = (0, 95, 135, 175, 215, 255), code[1] - 16
+        return levels[cube // 36], levels[cube // 6 % 6], levels[cube % 6]
 
     rows: list[list[tuple[int, int, int]]] = []
     for line in drawn.splitlines():
@@ -133,7 +136,7 @@ def decode_blocks(drawn: str) -> list[list[tuple[int, int, int]]]:
     return rows
 
 
-@pytest.mark.parametrize(("colours", "tolerance"), [(1 << 24, 0), (256, 26)])  # the cube's steps are 51
+@pytest.mark.parametrize(("colours", "tolerance"), [(1 << 24, 0), (256, 48)])  # half of the cube's longest step
 def test_half_blocks(image: Image.Image, colours: int, tolerance: int) -> None:
     rows = decode_blocks(half_blocks(image, 30, colours))
     small = image.resize((30, 20), Image.Resampling.BOX)
@@ -146,6 +149,15 @@ def test_half_blocks(image: Image.Image, colours: int, tolerance: int) -> None:
         for got, wanted in zip(pixel, data[x, y], strict=True)
     )
     assert worst <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("color", "code"),
+    [((0, 0, 0), 16), ((255, 255, 255), 231), ((255, 0, 0), 196), ((128, 128, 128), 244), ((95, 135, 175), 67)],
+)
+def test_256_colors_are_the_palette_s(color: tuple[int, int, int], code: int) -> None:
+    """Of a mid grey the cube's nearest, 135, would be brighter by 7, and a linear cube's 153 by 25."""
+    assert f"38;5;{code};48;5;{code}m" in half_blocks(Image.new("RGB", (8, 8), color), 8, 256)
 
 
 def test_half_blocks_of_an_odd_height_and_of_a_small_picture() -> None:
