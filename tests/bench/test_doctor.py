@@ -89,12 +89,14 @@ QUARTERS = vae_layers._quarters
 
 
 def transposed(patch: pytest.MonkeyPatch) -> None:
-    original = Cpu.matmul
+    def turned(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def call(self: Cpu, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+            return original(self, x, weight.T if weight.shape[0] == weight.shape[1] else weight[:, ::-1], added)
 
-    def matmul(self: Cpu, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
-        return original(self, x, weight.T if weight.shape[0] == weight.shape[1] else weight[:, ::-1], added)
+        return call
 
-    patch.setattr(Cpu, "matmul", matmul)
+    patch.setattr(Cpu, "matmul", turned(Cpu.matmul))
+    patch.setattr(Cpu, "linear", turned(Cpu.linear))
 
 
 def swapped_rotation(patch: pytest.MonkeyPatch) -> None:
@@ -126,7 +128,7 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("matmul", transposed),
+        pytest.param("matmul", transposed, marks=pytest.mark.slow),
         ("lora", transposed),
         ("gated-sum", transposed),
         ("attention", swapped_attention),
@@ -137,7 +139,9 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         ("quantized", shifted_bits),
         ("dequantized", shifted_bits),
         ("group-norm", lambda patch: patch.setattr(vae_layers, "EPS", 1e-5)),
-        ("single-block", swapped_swiglu),
+        pytest.param("single-block", swapped_swiglu, marks=pytest.mark.slow),
+        pytest.param("double-block", swapped_swiglu, marks=pytest.mark.slow),
+        pytest.param("encoder-layer", swapped_swiglu, marks=pytest.mark.slow),
         ("decoder-level", lambda patch: patch.setattr(vae_layers, "_quarters", mixed_quarters)),
     ],
 )
