@@ -38,7 +38,7 @@ MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 def fields() -> dict[str, Any]:
     """The options that a client may set, pictures left out, and their types."""
     hints = typing.get_type_hints(klein_mlx.request.Options)
-    hidden = {"prompt", "latents", "prompt_embeds", "output_type", *PICTURES}
+    hidden = {"prompt", "latents", "prompt_embeds", "output_type", "progress", *PICTURES}
     return {name: kind for name, kind in hints.items() if name not in hidden and (name in TEXTS or _is_plain(kind))}
 
 

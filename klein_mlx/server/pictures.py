@@ -30,7 +30,9 @@ def open_picture(data: bytes, what: str) -> "Image.Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes; MAX_PIXELS is the limit here
             image = Image.open(io.BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN])
-    except (*_UNREADABLE, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise RequestError(f"{what} has too many pixels; it may have {MAX_PIXELS // 10**6} million pixels") from None
+    except _UNREADABLE:
         raise RequestError(f"{what} is not a picture; it must be one of {', '.join(FORMATS)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise RequestError(

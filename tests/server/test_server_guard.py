@@ -230,7 +230,7 @@ def test_huge_bodies_cost_no_memory(server: Background) -> None:
 def test_malformed_headers(server: Background, headers: list[str]) -> None:
     kind = "Content-Type: application/json"
     status, _ = ask(server, host(server), kind, *headers, line="POST /api/generate HTTP/1.1", body=b"{}")
-    assert 400 <= status < 500 or status == 501
+    assert status == 400
 
 
 def test_slow_headers_and_bodies_are_hung_up_on(server: Background) -> None:
@@ -245,7 +245,7 @@ def test_slow_headers_and_bodies_are_hung_up_on(server: Background) -> None:
     ):
         start = time.monotonic()
         received = raw(server, data, 20)
-        assert reply in received
+        assert reply in received if reply else not received
         assert time.monotonic() - start < 15
 
 
@@ -270,7 +270,7 @@ def test_malformed_forms(server: Background) -> None:
         (b"", "multipart/form-data; boundary=b"),
     ):
         status, reply = form(server, body, kind)
-        assert status in (400, 415), (body[:40], reply)
+        assert status == 400, (body[:40], reply)
 
 
 @pytest.mark.parametrize(
@@ -298,12 +298,16 @@ def test_huge_pictures_are_known_by_their_header(server: Background) -> None:
     import struct
     import zlib
 
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", 65_000, 65_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    with client(server) as http:
-        reply = http.post("/api/uploads", files={"file": ("x.png", bomb, "image/png")})
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (7_100, 65_000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+        with client(server) as http:
+            reply = http.post("/api/uploads", files={"file": ("x.png", bomb, "image/png")})
         assert reply.status_code == 400
-        assert "million pixels" in reply.text or "not a picture" in reply.text
+        assert "it may have 50 million pixels" in reply.text
 
 
 def test_log_lines_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:
