@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -181,6 +182,34 @@ def test_typing_makes_pictures_and_the_last_is_of_the_whole_text(page: Any) -> N
     assert "Seed 42, 128 x 128" in page.locator("#status").text_content()
 
 
+@pytest.mark.clock
+def test_a_sketch_comes_within_80_ms_of_a_key_and_a_picture_within_250(page: Any) -> None:
+    words = "a green star above a yellow circle, then a purple cross !"
+    assert len(words) == 57
+    page.get_by_label("Describe a picture").fill("a red circle")  # what a draft takes is learned
+    wait_for_results(page, 1)
+    page.evaluate(
+        """() => {
+            window.keys = {}, window.sketches = {}, window.pictures = {}, window.order = [];
+            const prompt = document.getElementById("prompt"), picture = document.getElementById("picture");
+            prompt.addEventListener("input", () => (keys[prompt.value] = performance.now()), true);
+            new MutationObserver(() => {
+                const seen = picture.src.startsWith("data:") ? sketches : pictures;
+                seen[picture.alt] ??= performance.now() - keys[picture.alt];
+                order.push(picture.alt.length);
+            }).observe(picture, { attributeFilter: ["src"] });
+        }"""
+    )
+    page.get_by_label("Describe a picture").clear()
+    page.get_by_label("Describe a picture").press_sequentially(words, delay=120)
+    until(lambda: page.wait_for_timeout(30) or prompts(page)[:1] == [words], 60)
+    sketches, pictures, order = (page.evaluate(f"{name}") for name in ("sketches", "pictures", "order"))
+    assert order == sorted(order), "an older answer was shown"
+    assert len(sketches) > 30
+    assert statistics.median(sketches.values()) <= 80
+    assert statistics.median(pictures.values()) <= 250
+
+
 def test_results_survive_a_reload_and_fill_with_variations(page: Any) -> None:
     page.get_by_label("Describe a picture").fill("a green star")
     wait_for_results(page, 1)
@@ -193,6 +222,30 @@ def test_results_survive_a_reload_and_fill_with_variations(page: Any) -> None:
     page.locator("#strip button").last.click()
     page.locator("#picture[alt='a green star']").wait_for()
     assert page.get_by_label("Seed", exact=True).input_value() == "42"
+
+
+@pytest.mark.slow
+def test_the_last_200_results_are_kept(page: Any) -> None:
+    page.evaluate(
+        """async () => {
+            const { Results } = await import("/results.js"), results = new Results(() => {});
+            const board = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+            const blob = await new Promise((done) => board.toBlob(done));
+            const told = { blob, seed: 1, seconds: 0, width: 8, height: 8, recipe: {} };
+            for (let index = 0; index < 203; index++) await results.add({ ...told, prompt: `number ${index}` });
+        }"""
+    )
+    page.reload()
+    wait_for_results(page, 200)
+    found = prompts(page)
+    assert (found[0], found[-1]) == ("number 202", "number 3")
+    kept = """() => new Promise((done) => {
+        indexedDB.open("klein").onsuccess = ({ target }) => {
+            const count = target.result.transaction("pictures").objectStore("pictures").count();
+            count.onsuccess = () => done(count.result);
+        };
+    })"""
+    until(lambda: page.evaluate(kept) == 200)
 
 
 def test_a_picture_is_edited_under_a_mask(page: Any) -> None:

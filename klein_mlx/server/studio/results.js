@@ -29,6 +29,7 @@ export class Results {
       this.store = await answer(asked);
       const [keys, thumbs] = await Promise.all(["getAllKeys", "getAll"].map((name) => answer(this.in("thumbs", "readonly")[name]())));
       keys.forEach((key, index) => at("strip").prepend(this.item(thumbs[index], key)));
+      this.trim();
     } catch {
       this.store = null; // a private window: results live as long as the page
     }
@@ -56,7 +57,7 @@ export class Results {
     const item = this.item(thumb, key, result), pending = at("strip").querySelector(".pending")?.closest("li");
     if (pending) pending.replaceWith(item);
     else at("strip").prepend(item);
-    while (at("strip").children.length > LIMIT) this.drop(at("strip").lastElementChild);
+    this.trim();
     this.tally();
   }
 
@@ -86,6 +87,10 @@ export class Results {
     item.append(open);
     item.key = key;
     return item;
+  }
+
+  trim() {
+    while (at("strip").children.length > LIMIT) this.drop(at("strip").lastElementChild);
   }
 
   drop(item) {
