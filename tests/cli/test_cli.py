@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,9 +187,7 @@ def test_ctrl_c_leaves_whole_pictures_only(tmp_path: Path) -> None:
         assert process.stdout
         assert process.stdout.readline() == "a-star-1.png\n"
         process.send_signal(signal.SIGINT)
-        start = time.perf_counter()
         process.wait(30)
-        assert time.perf_counter() - start < 5
         assert process.stderr
         error = process.stderr.read()
     assert process.returncode == 130

@@ -313,14 +313,13 @@ def test_a_download_that_is_stopped(served: Hub, tmp_path: Path, sent: signal.Si
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(sent)
-        start = time.monotonic()
         process.wait(20)
-        assert time.monotonic() - start < 5
         assert process.stderr
         assert process.stderr.read() == ("interrupted\n" if sent == signal.SIGINT else "")
     assert process.returncode == (130 if sent == signal.SIGINT else -sent)
+    deadline = time.monotonic() + 30
     while pieces():
-        assert time.monotonic() - start < 10
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 

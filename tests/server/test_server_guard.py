@@ -3,7 +3,6 @@
 import json
 import select
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -243,10 +242,8 @@ def test_slow_headers_and_bodies_are_hung_up_on(server: Background) -> None:
             b" 408 ",
         ),
     ):
-        start = time.monotonic()
         received = raw(server, data, 20)
         assert reply in received if reply else not received
-        assert time.monotonic() - start < 15
 
 
 def form(server: Background, body: bytes, kind: str = "multipart/form-data; boundary=b") -> tuple[int, str]:

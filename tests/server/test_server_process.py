@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -55,14 +54,12 @@ def test_the_command_serves_without_mlx_and_ends_at_once(tmp_path) -> None:
         "serving.serve = lambda settings, _: real(settings, ready)\n"
         "sys.exit(main.main(['serve', '--demo', '--port', '0']))\n"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout, done.stderr
     size, modules, rss = done.stdout.split(maxsplit=2)[0], "[]" in done.stdout, done.stdout.split()[-1]
     assert int(size) > 20
     assert modules, done.stdout
     assert float(rss) < 70  # 45 here; the allocator and libraries differ
-    assert time.monotonic() - start < 30
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
