@@ -19,6 +19,7 @@ from klein_mlx.model import layers, transformer, vae_layers
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.velocity import Tables, in_parts, velocity
 from klein_mlx.runtime import memory
+from klein_mlx.runtime.parts import chosen_device
 
 TOLERANCE = 0.15
 MEDIUM = ModelConfig(  # 80 million parameters in the transformer, the heads of klein's size
@@ -81,8 +82,10 @@ def check_speed(setting: Setting) -> Iterator[Row]:
         peak = 0.0 if chip is None else chip.bandwidth if name == "bandwidth" else chip.tflops
         share = f", {flops / peak:.0%} of the {peak:g} of {chip.name}" if chip and peak else ""
         yield Row("speed", f"{name}: {flops:.3g} {unit}{share}", None, "", {name: round(flops, 4)})
+    own = chosen_device()
+    device = own if isinstance(own, layers.Gpu) else layers.Gpu()
     for side in (512, 1024):
-        cost = picture_cost(klein("4b"), side, side, 4, setting.dtype)
+        cost = picture_cost(klein("4b"), side, side, 4, setting.dtype, device=device)
         seconds = picture_seconds(cost, {name: rate for name, (rate, _) in rates.items()})
         beside = f"; bench --predict says {predict(cost, chip, setting.dtype).picture:.1f} s" if chip else ""
         text = f"klein 4B, {side} x {side}, 4 steps: about {seconds:.3g} s by these rates{beside}"

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import RequestError
-from klein_mlx.model.layers import Gpu, place, wide
+from klein_mlx.model.layers import Gpu, gpu, place, wide
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
@@ -49,6 +49,11 @@ class Chip:
     def generation(self) -> int:
         """1 of M1 Max."""
         return int(self.name[1])
+
+    @property
+    def device(self) -> Gpu:
+        """How it computes where nothing was measured on it."""
+        return gpu(f"applegpu_g{12 + self.generation}")
 
     @property
     def is_estimated(self) -> bool:
@@ -107,8 +112,8 @@ EFFICIENCY = {1: (0.45, 0.53, 0.63), 2: (0.45, 0.53, 0.63), 3: (0.65, 0.80, 0.89
 EFFICIENCY |= {5: (0.55, 0.75, 0.85)}
 
 
-# On an M5 MLX's convolutions do not use the matrix units (mlx's conv.cpp, pull request 4214): what one GPU core's other
-# units reach, of 15 TFLOPS on an M5 Max (ComfyUI-AppleSilicon-FP8, pull request 1). A matmul in their place does.
+# On an M5 MLX's own convolutions do not use the matrix units (mlx's conv.cpp, pull request 4214): what one GPU core's
+# other units reach, of 15 TFLOPS on an M5 Max (ComfyUI-AppleSilicon-FP8, pull request 1). A matmul in their place does.
 CONVOLUTION_TFLOPS_PER_CORE = 15 / 40
 
 
@@ -162,38 +167,47 @@ def picture_cost(
     dtype: mx.Dtype = mx.bfloat16,
     quantization: Mapping[str, Quantization] | None = None,
     passes: int = 1,
+    device: Gpu = Gpu(),  # noqa: B008
 ) -> PictureCost:
     """Trace a picture's three graphs at full size, as on a GPU; nothing is evaluated but the rotary tables.
 
-    width, height: pixels. quantization: per part. passes: through the transformer per step, 2 with guidance. The
-    decoder is counted in one piece: strips launch more kernels, but do the same arithmetic.
+    width, height: pixels. quantization: per part. passes: through the transformer per step, 2 with guidance. device:
+    with a chip's own choices. The decoder is counted in one piece: strips launch more kernels, but do the same
+    arithmetic.
     """
     side = config.pixels_per_token
     h, w, length = height // side, width // side, config.max_sequence_length
     bits = quantization or {}
-    encode = _encode(config, length, dtype, bits.get("text_encoder"))
-    step = _step(config, h, w, dtype, bits.get("transformer"), passes)
-    decode = _decode(config, h, w, dtype)
+    encode = _encode(config, length, dtype, bits.get("text_encoder"), device)
+    step = _step(config, (h, w), dtype, bits.get("transformer"), passes, device)
+    decode = _decode(config, (h, w), dtype, device)
     return PictureCost(encode, step, decode, steps)
 
 
-def _encode(config: ModelConfig, length: int, dtype: mx.Dtype, quantization: Quantization | None) -> Cost:
+def _encode(config: ModelConfig, length: int, dtype: mx.Dtype, quantization: Quantization | None, device: Gpu) -> Cost:
     encoder = TextEncoder(config.text_encoder, config.taps)
     if quantization:
         prepare(encoder, "text_encoder", quantization)
     encoder.set_dtype(dtype)
-    place(encoder, Gpu())
+    place(encoder, device)
     encoder.arrange()
     return trace(encoder, encoder, mx.zeros((1, length), mx.int32), mx.ones((1, length), mx.bool_))
 
 
-def _step(config: ModelConfig, h: int, w: int, dtype: mx.Dtype, quantization: Quantization | None, passes: int) -> Cost:
-    t = config.transformer
+def _step(
+    config: ModelConfig,
+    grid: tuple[int, int],
+    dtype: mx.Dtype,
+    quantization: Quantization | None,
+    passes: int,
+    device: Gpu,
+) -> Cost:
+    t, (h, w) = config.transformer, grid
     transformer = Transformer(t)
     if quantization:
         prepare(transformer, "transformer", quantization)
     transformer.set_dtype(dtype)
-    place(transformer, Gpu())
+    place(transformer, device)
     transformer.arrange()
     length = config.max_sequence_length
     rope = rope_tables(mx.concatenate([text_ids(length), image_ids(h, w)]), t.axes_dims_rope, t.rope_theta, length)
@@ -219,9 +233,9 @@ def _modulations(hidden: int, dtype: mx.Dtype) -> Modulations:
     return Modulations((modulation(), modulation()), (modulation(), modulation()), modulation(), (vector(), vector()))
 
 
-def _decode(config: ModelConfig, h: int, w: int, dtype: mx.Dtype) -> Cost:
-    vae = VAE(config.vae)
-    place(vae, Gpu())
+def _decode(config: ModelConfig, grid: tuple[int, int], dtype: mx.Dtype, device: Gpu) -> Cost:
+    vae, (h, w) = VAE(config.vae), grid
+    place(vae, device)
     vae.update(tree_map(lambda array: array.astype(dtype), vae.parameters()))
     return trace(vae, vae.decode, mx.zeros((1, 2 * h, 2 * w, config.vae.latent_channels), dtype))
 

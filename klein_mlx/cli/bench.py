@@ -7,6 +7,9 @@ import argparse
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.options import (
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from klein_mlx.bench.measure import Measured
     from klein_mlx.bench.predict import PictureCost, Prediction
     from klein_mlx.config import ModelConfig
+    from klein_mlx.model.layers import Gpu
     from klein_mlx.pipeline import KleinPipeline
 
 __all__ = ["add_arguments", "run"]
@@ -245,23 +249,31 @@ def _predict(args: argparse.Namespace) -> int:
     from klein_mlx.bench.predict import CHIPS, named_chip, predict
 
     chips = CHIPS if args.predict.lower() == "all" else (named_chip(args.predict),)
-    asked, cost, dtype = _predicted_cost(args)
-    rows = [predict(cost, chip, dtype) for chip in chips]
+    asked, cost_on, dtype = _predicted_cost(args)
+    costs = {device: cost_on(device) for device in dict.fromkeys(chip.device for chip in chips)}
+    rows = [predict(costs[chip.device], chip, dtype) for chip in chips]
+    cost = costs[chips[0].device]
     report = {
         "predicted": True,
         **asked,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "steps": cost.steps,
         "tflop": {part: round(getattr(cost, part).flops / 1e12, 4) for part in ("encode", "step", "decode")},
-        "kernels": {part: getattr(cost, part).total for part in ("encode", "step", "decode")},
-        "traffic": {part: getattr(cost, part).traffic for part in ("encode", "step", "decode")},
-        "chips": {row.chip.name: _row(row) for row in rows},
+        "chips": {row.chip.name: {**_row(row), **_counts(costs[row.chip.device])} for row in rows},
     }
     if args.json:
         say_json(report)
     else:
         say(*_predicted_table(report, rows).split("\n"))
     return 0
+
+
+def _counts(cost: "PictureCost") -> dict[str, Any]:
+    parts = {part: getattr(cost, part) for part in ("encode", "step", "decode")}
+    return {
+        "kernels": {part: own.total for part, own in parts.items()},
+        "traffic": {part: own.traffic for part, own in parts.items()},
+    }
 
 
 def source_without_files(model: str, variant: str | None) -> Any:
@@ -281,8 +293,8 @@ def source_without_files(model: str, variant: str | None) -> Any:
     return SimpleNamespace(path=found.name, config=config, quantization={})
 
 
-def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureCost, Any]":
-    """(what is asked for, its cost, dtype); the model is one of the published sizes, or on disk."""
+def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], Callable[[Gpu], PictureCost], Any]":
+    """(what is asked for, its cost on a device, dtype); the model is one of the published sizes, or on disk."""
     import mlx.core as mx
 
     from klein_mlx.bench.predict import picture_cost
@@ -299,7 +311,14 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], PictureC
     steps = args.num_inference_steps or steps
     request = check(config, prompt="", width=width, height=height, num_inference_steps=steps, seed=0)
     passes = 2 if guidance > 1 else 1
-    cost = picture_cost(config, width, height, request.steps, dtype, quantization, passes)
+
+    @cache
+    def traced(device: "Gpu") -> "PictureCost":
+        return picture_cost(config, width, height, request.steps, dtype, quantization, passes, device)
+
+    def cost(device: "Gpu") -> "PictureCost":
+        return traced(device if quantization else replace(device, dense_from=None))  # which would change nothing
+
     bits = {part: own.bits for part, own in quantization.items()}
     asked = {"model": name, "bits": bits, "width": width, "height": height}
     return asked, cost, dtype

@@ -225,7 +225,8 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
     if not device.widens:
         dequantized = quantized and device.is_dequantized(work.rows * tokens)
         expanded = (c.hidden_size + 2 * c.mlp_size) * c.hidden_size if dequantized else 0
-        return (16 * stream + expanded) * dtype.size + rope + given
+        streams = 18 if device.rows and work.rows * tokens >= 2 * device.rows else 16  # pieces, and what they become
+        return (streams * stream + expanded) * dtype.size + rope + given
     queries = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
     scores = work.rows * c.num_attention_heads * tokens * queries
     expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
@@ -235,8 +236,8 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
 def vae_bytes(
     config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encodes: bool = False, device: Device = None
 ) -> int:
-    """Beside the VAE's weights: a resnet's input, middle and result, and what one strip of it is made of. device: None:
-    the default one."""
+    """Beside the VAE's weights: a resnet's input, middle and result, and what its strips are made of: on a GPU two of
+    them, since one is started before the one before it is done. device: None: the default one."""
     device = device or here()
     channels = config.block_out_channels
     if not encodes:
@@ -250,8 +251,11 @@ def vae_bytes(
     neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])
     for level, (own, neighbour) in enumerate(zip(channels, neighbours, strict=False)):
         pixels = (height >> level) * (width >> level)
-        whole = dtype.size * (neighbour + 2 * own)
-        most = max(most, pixels * (whole + strip * 3 * (neighbour + own)))
+        whole, made = dtype.size * (neighbour + 2 * own), strip * 3 * (neighbour + own)
+        if not device.widens:
+            one = 5 * neighbour + own if device.conv == "matmul" else neighbour + 2 * own
+            whole, made = (dtype.size * neighbour, strip * one) if rows is None else (whole, 2 * strip * one)
+        most = max(most, pixels * (whole + made))
     return round(most)
 
 

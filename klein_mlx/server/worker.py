@@ -260,7 +260,11 @@ def predicted(pipe: "KleinPipeline") -> dict[str, float] | None:
     chip = find_chip(str(mx.device_info().get("device_name", "")))
     if chip is None:
         return None
-    found = predict(picture_cost(pipe.config, 256, 256, 1, pipe.dtype, pipe.parts.quantization), chip, pipe.dtype)
+    found = predict(
+        picture_cost(pipe.config, 256, 256, 1, pipe.dtype, pipe.parts.quantization, device=chip.device),
+        chip,
+        pipe.dtype,
+    )
     return {"encode": found.encode, "step": found.step, "decode": found.decode}
 
 

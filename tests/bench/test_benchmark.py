@@ -174,6 +174,25 @@ def test_an_m5_convolves_without_its_matrix_units(cost: PictureCost) -> None:
     assert seconds(as_matmuls, m5, EFFICIENCY[5][1]) < predict(cost, m5).decode / 2
 
 
+def test_a_chip_is_predicted_with_its_own_choices(cost: PictureCost) -> None:
+    """An M5's convolutions are matmuls; an M4 dequantizes 4-bit weights but for the text stream's 512 tokens."""
+    m5, m4 = chip("M5 Max"), chip("M4 Max")
+    own = picture_cost(klein("4b"), 1024, 1024, 4, device=m5.device)
+    assert own.decode.counts["Convolution"] < cost.decode.counts["Convolution"] / 10
+    assert own.step.flops == cost.step.flops
+    assert predict(own, m5).decode < 0.6 * predict(cost, m5).decode
+    bits = dict.fromkeys(QUANTIZED_PARTS, Quantization(4))
+    packed = picture_cost(klein("4b"), 1024, 1024, 4, quantization=bits, device=m4.device)
+    assert packed.step.counts["QuantizedMatmul"] == 5 * 5
+    assert packed.step.counts["dequantize"] >= 100
+    assert packed.encode.counts["dequantize"] == 0
+
+
+def test_a_launch_takes_microseconds() -> None:
+    """A thousand kernels that do nothing: 3 to 8 ms. A step of 344 is not to be told as waiting for its launches."""
+    assert 3e-3 <= seconds([Kernel("Add", 0, 0)] * 1000, chip("M3 Max"), 1.0) <= 8e-3
+
+
 def test_predictions_are_monotone(cost: PictureCost) -> None:
     for generation in range(1, 6):
         times = [predict(cost, c).picture for c in CHIPS if c.generation == generation]

@@ -10,13 +10,16 @@ import mlx.nn as nn
 import pytest
 
 from klein_mlx.bench.cost import Cost, trace
+from klein_mlx.bench.predict import klein
 from klein_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
-from klein_mlx.model.vae import VAE
+from klein_mlx.model.vae import VAE, strip_rows
+from klein_mlx.model.vae_layers import Conv, GroupNorm
+from klein_mlx.runtime.memory import Work, encoder_bytes, step_bytes, vae_bytes
 from klein_mlx.weights.quantize import Quantization, prepare
 
 CONFIG = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
@@ -93,14 +96,20 @@ def test_the_step_without_fused_chains(bits: int | None, kernels: int) -> None:
     assert cost.traffic <= 65e9, cost.counts
 
 
-@pytest.mark.parametrize(("chains", "kernels"), [(True, 386), (False, 440)])
-def test_the_text_encoder(chains: bool, kernels: int) -> None:
+def encode(chains: bool = True, bits: int | None = None, device: Gpu | None = None) -> Cost:
     encoder = TextEncoder(TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128), (9, 18, 27))
+    if bits:
+        prepare(encoder, "text_encoder", Quantization(bits))
     encoder.set_dtype(mx.bfloat16)
-    place(encoder, Gpu())
+    place(encoder, device or Gpu())
     encoder.arrange()
     ids, mask = mx.zeros((1, 512), mx.int32), mx.ones((1, 512), mx.bool_)
-    cost = trace(encoder, encoder, ids, mask, chains=chains)
+    return trace(encoder, encoder, ids, mask, chains=chains)
+
+
+@pytest.mark.parametrize(("chains", "kernels"), [(True, 386), (False, 440)])
+def test_the_text_encoder(chains: bool, kernels: int) -> None:
+    cost = encode(chains=chains)
     assert cost.flops == pytest.approx(2.85e12, rel=0.02)
     assert cost.total <= kernels, cost.counts
 
@@ -165,16 +174,80 @@ def test_convolutions_and_attention_with_wide_heads() -> None:
     assert cost.traffic == 2 * 2 * 64 * 64  # the softmax reads and writes the scores
 
 
+def vae_cost(what: str, side: int, device: Gpu | None = None) -> Cost:
+    """A square picture in one piece."""
+    vae = VAE(VAEConfig((128, 256, 512, 512), 2, 32))
+    vae.set_dtype(mx.bfloat16)
+    place(vae, device or Gpu())
+    vae.arrange()
+    x = mx.zeros((1, side // 8, side // 8, 32) if what == "decode" else (1, side, side, 3), mx.bfloat16)
+    return trace(vae, getattr(vae, what), x)
+
+
 @pytest.mark.parametrize(("what", "tera", "kernels", "giga"), [("decode", 8.936, 996, 34), ("encode", 4.89, 670, 22)])
 def test_the_vae(what: str, tera: float, kernels: int, giga: float) -> None:
     """1024 x 1024 in one piece. Nothing is copied but what Downsample pads."""
-    vae = VAE(VAEConfig((128, 256, 512, 512), 2, 32))
-    vae.set_dtype(mx.bfloat16)
-    place(vae, Gpu())
-    vae.arrange()
-    x = mx.zeros((1, 128, 128, 32) if what == "decode" else (1, 1024, 1024, 3), mx.bfloat16)
-    cost = trace(vae, getattr(vae, what), x)
+    cost = vae_cost(what, 1024)
     assert cost.flops == pytest.approx(tera * 1e12, rel=0.001)
     assert cost.total <= kernels, cost.counts
     assert cost.traffic <= giga * 1e9, cost.counts
     assert not cost.copies
+
+
+# ---- what a GPU's memory is estimated to be, against what is alive in the graph ----
+
+
+@pytest.mark.parametrize(
+    ("side", "references", "bits", "device"),
+    [
+        (16, 0, None, Gpu()),
+        (64, 0, None, Gpu()),
+        (64, 1, None, Gpu()),
+        (64, 0, 4, Gpu(dense_from=0)),
+        (96, 0, None, Gpu(rows=4096)),
+    ],
+)
+def test_a_step_takes_what_is_estimated(side: int, references: int, bits: int | None, device: Gpu) -> None:
+    """The estimate holds the graph's inputs and the rotary tables as well, and what the block before has left."""
+    alive = step(references, bits, side=side, device=device).live
+    work = Work(16 * side, 16 * side, tokens=references * side**2)
+    assert alive <= step_bytes(klein("4b"), work, mx.bfloat16, bool(bits), device) <= 1.4 * alive
+
+
+@pytest.mark.parametrize(("bits", "device"), [(None, Gpu()), (4, Gpu(dense_from=0))])
+def test_encoding_takes_what_is_estimated(bits: int | None, device: Gpu) -> None:
+    alive = encode(bits=bits, device=device).live
+    assert 1.1 * alive <= encoder_bytes(klein("4b"), Work(1024, 1024), mx.bfloat16, bool(bits), device) <= 1.45 * alive
+
+
+@pytest.mark.parametrize("what", ["decode", "encode"])
+@pytest.mark.parametrize("conv", ["direct", "matmul"])
+def test_a_picture_in_one_piece_takes_what_is_estimated(what: str, conv: str) -> None:
+    device = Gpu(conv=conv)
+    alive = vae_cost(what, 512, device).live
+    assert alive <= vae_bytes(klein("4b").vae, 512, 512, mx.bfloat16, what == "encode", device) <= 1.5 * alive
+
+
+@pytest.mark.parametrize(("side", "share"), [(1024, 0.3), (2048, 0.1)])
+@pytest.mark.parametrize("conv", ["direct", "matmul"])
+def test_two_strips_are_alive_and_small(conv: str, side: int, share: float) -> None:
+    """Beside a resnet's input of 256 channels, its middle and its result of 128: those of the decoder's last level."""
+    device, whole = Gpu(conv=conv), 2 * side**2 * (256 + 128 + 128)
+    rows = strip_rows(device, side, side)
+    assert rows
+    layer, norm = Conv(256, 128), GroupNorm(32, 256)
+    layer.set_dtype(mx.bfloat16)
+    layer.arrange()
+    place(layer, device)
+    affine = mx.zeros((1, 1, 1, 256)), mx.zeros((1, 1, 1, 256))
+
+    def strip(x: mx.array, residual: mx.array) -> mx.array:
+        norm.affine = lambda *_: affine  # type: ignore[method-assign]
+        return residual + layer(norm(x, activate=True))
+
+    place(norm, device)
+    shapes = [(1, rows, side, channels) for channels in (256, 128)]
+    alive = trace(layer, strip, *(mx.zeros(shape, mx.bfloat16) for shape in shapes)).live
+    strips = vae_bytes(klein("4b").vae, side, side, mx.bfloat16, False, device) - whole
+    assert 2 * alive <= strips <= 3 * alive
+    assert strips <= (2.75 if conv == "matmul" else 1) * share * whole

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import zygote
 from hub_server import COMMIT, Hub, hub
 from huggingface_hub import constants
 
 from klein_mlx import CheckpointError
-from klein_mlx.weights.hub import plan_download
+from klein_mlx.weights.hub import plan_download, reason
 
 TINY = Path(__file__).parents[2] / "klein_mlx" / "tiny"
 NAMES = ["klein.json", "text_encoder.safetensors", "tokenizer.json", "transformer.safetensors", "vae.safetensors"]
@@ -328,3 +329,19 @@ def test_a_short_name_is_told_with_its_origin(served: Hub, tmp_path: Path) -> No
     assert "model is '4b-q44'; did you mean 4b-q4?" in done.stderr
     done = klein(served, tmp_path, "a star", "--model", "4b-q4", "--yes")
     assert done.stderr.startswith("error: mlx-community/flux2-klein-4b-4bit: no such repository")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (httpx.ProxyError("403 Forbidden"), "the proxy refused (403 Forbidden): check HTTPS_PROXY"),
+        (httpx.ConnectError("refused"), "the Hub was not reached (refused): check the network, or give a folder"),
+        (httpx.ReadError("x"), "the connection broke in the middle of a file"),
+    ],
+)
+def test_each_failure_of_the_network_has_its_own_line(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert reason(error, None).startswith(words)
