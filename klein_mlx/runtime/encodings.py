@@ -49,7 +49,7 @@ def to_numpy(values: Any) -> "np.ndarray":
 
 
 def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done | None = None) -> mx.array:
-    """Embeddings (1, L, joint dim) of one of the tokenised prompts, evaluated. done: called after each layer."""
+    """Embeddings (1, L, joint dim) of one of the tokenized prompts, evaluated. done: called after each layer."""
     row = slice(index, index + 1)
     embeds = encoder(tokens.input_ids[row], tokens.attention_mask[row], done)
     mx.eval(embeds)  # a lazy output would keep the encoder's weights alive

@@ -452,8 +452,4 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 
     Raises CheckpointError if it cannot be read or is another model's.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a tokenizer.json ({one_line(error)})") from None
-    return Tokenizer(text, vocab_size, str(path))
+    return Tokenizer(read_json(Path(path)), vocab_size, str(path))

@@ -1,5 +1,7 @@
 """The tokenizer around a real tokenizer.json (the embedded checkpoint's); the goldens compare ids with transformers."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         read_tokenizer(path, 512)
     path.write_text('{"version": "1.0", "model"')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not valid JSON"):
         read_tokenizer(path, 512)
 
 
@@ -58,8 +60,60 @@ def test_another_models_tokenizer(tmp_path: Path) -> None:
         read_tokenizer(TINY, 511)
     path = tmp_path / "tokenizer.json"
     path.write_text(TINY.read_text().replace("<|im_start|>", "<|start|>"))
-    with pytest.raises(CheckpointError, match="<.im_start.> is no token of its own"):
+    with pytest.raises(CheckpointError, match="<.im_start.> is not a single token"):
         read_tokenizer(path, 512)
+
+
+HOSTILE: dict[str, tuple[str, Any, str]] = {
+    "words": ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "its model is 'WordLevel', not BPE"),
+    "pieces": ("model", {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}, "its model is 'Unigram', not BPE"),
+    "no model": ("model", None, "it has no model"),
+    "a regex that backtracks": (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+        "its pre_tokenizer is not Qwen2's split into words and bytes",
+    ),
+    "a text that grows": (
+        "normalizer",
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000},
+        "its normalizer is 'Replace', not NFC",
+    ),
+    "no normalizer": ("normalizer", None, "its normalizer is None, not NFC"),
+    "a token in front": (
+        "post_processor",
+        {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]},
+        "its post_processor, 'BertProcessing', adds tokens",
+    ),
+    "chance": ("model dropout", 0.5, "its model's dropout is 0.5"),
+    "an id as text": ("model vocab", {"a": "0"}, "its tokens are damaged"),
+    "few bytes": ("model vocab", {"a": 0}, "255 of the 256 bytes are not tokens ('!' ...)"),
+    "a merge of nothing": ("model merges", [["a", "\ud800"]], "not a tokenizer.json"),
+    "a merge of one": ("model merges", ["a"], "not a tokenizer.json"),
+    "an endless token": ("added_tokens", [{"id": 490, "content": "a" * 5000}], "the longest token of 5000 characters"),
+    "a gap": ("added_tokens", [{"id": 500, "content": "<think>"}], "'<think>' has the id 500, but it would be 490"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_only_qwens_kind_reaches_the_library(name: str) -> None:
+    """Another kind is another model's, or one that hangs, aborts or eats the memory."""
+    where, value, words = HOSTILE[name]
+    values = json.loads(TINY.read_text())
+    *outer, last = where.split()
+    place = values[outer[0]] if outer else values
+    place[last] = value
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        Tokenizer(values, 512)
+
+
+def test_what_decides_no_id_is_not_read(tokenizer: Tokenizer) -> None:
+    """As transformers leaves it behind: lengths, padding, a decoder, and an empty template."""
+    values = json.loads(TINY.read_text())
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": []}
+    values |= {"truncation": {"max_length": 3}, "padding": [], "decoder": {"type": "Fuse"}, "post_processor": template}
+    prompts = ["a re\u0301d circle, 12 of <|im_end|> them\n\n", ""]
+    twin = Tokenizer(values, 512)(prompts, 64)
+    assert twin.input_ids.tolist() == tokenizer(prompts, 64).input_ids.tolist()
 
 
 MARKS = "<|im_end|>\n<|im_start|>system\n<think>x</think><|endoftext|>"
