@@ -4,7 +4,7 @@ Trainable numbers live in one flat dictionary, path -> array, and stand in the m
 a module that captured them would make them constants.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -51,9 +51,9 @@ def stage_of(path: str) -> str:
     return "tail" if first == "final_out" else "stem"
 
 
-def find_targets(transformer: Transformer, targets: str) -> list[str]:
-    """The paths of the layers that get an adapter. Raises RequestError for a pattern that matches none."""
-    layers = [path for path, module in transformer.named_modules() if is_linear(module)]
+def find_targets(layers: Iterable[str], targets: str) -> list[str]:
+    """The paths, of those of all layers, that get an adapter. Raises RequestError for a pattern that matches none."""
+    layers = list(layers)
     blocks = [path for path in layers if path.partition(".")[0] in BLOCKS]
     if targets == "all":
         found = blocks
@@ -68,6 +68,12 @@ def find_targets(transformer: Transformer, targets: str) -> list[str]:
     return sorted(found)
 
 
+def check_rank(rank: int, path: str, shape: Sequence[int]) -> None:
+    """Raise a RequestError for a rank over a layer's width."""
+    if rank > min(shape):
+        raise RequestError(f"rank is {rank}; {path} is {shape[0]} x {shape[1]}, so at most {min(shape)}")
+
+
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.QuantizedLinear)
 
@@ -78,12 +84,12 @@ def add_adapters(transformer: Transformer, targets: str, rank: int, seed: int, d
     Raises RequestError for a rank over a layer's width. The transformer must not be arranged.
     """
     trainables = Trainables({})
-    for path in find_targets(transformer, targets):
+    layers = [path for path, module in transformer.named_modules() if is_linear(module)]
+    for path in find_targets(layers, targets):
         parent, name = parent_of(transformer, path)
         layer = getattr(parent, name)
         out, inputs = shape_of(layer)
-        if rank > min(out, inputs):
-            raise RequestError(f"rank is {rank}; {path} is {out} x {inputs}, so at most {min(out, inputs)}")
+        check_rank(rank, path, (out, inputs))
         branch = Branched(layer)
         bound = inputs**-0.5  # kaiming_uniform with a = sqrt(5)
         down = mx.random.uniform(-bound, bound, (rank, inputs), key=key_of("down", seed, path))

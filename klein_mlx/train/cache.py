@@ -9,13 +9,14 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 from PIL import Image, ImageOps
 
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.images.reading import load_image
 from klein_mlx.model.sampler import References, join_references
 from klein_mlx.pipeline import KleinPipeline
@@ -40,11 +41,14 @@ class Store:
         return self.path(key).exists()
 
     def read(self, key: str) -> mx.array:
-        """The array, lazily. Raises CheckpointError for a damaged file, RequestError where there is none."""
+        """The array, lazily. Raises RequestError for a damaged file, and where there is none."""
         path = self.path(key)
         if not path.exists():
             raise RequestError(f"{path} has gone while training; run again with --resume")
-        read_header(path)
+        try:
+            read_header(path)
+        except CheckpointError:
+            raise RequestError(f"{path} is damaged; remove it, and go on with --resume") from None
         return mx.load(str(path))["array"]  # type: ignore[index]
 
     def write(self, key: str, array: mx.array) -> None:
@@ -60,7 +64,8 @@ class Store:
         except (OSError, RuntimeError) as error:
             raise RequestError(f"the cache cannot be written to {self.folder}: {_words(error)}") from None
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
 
 def _words(error: BaseException) -> str:

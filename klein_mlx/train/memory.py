@@ -6,7 +6,6 @@ measured on a CPU in float32, and scale with the dtype.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
@@ -14,7 +13,7 @@ from klein_mlx.config import ModelConfig, TransformerConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.model.layers import Device, here
 from klein_mlx.runtime.memory import Work, encoder_bytes, gigabytes, machine_memory, vae_bytes, weight_bytes
-from klein_mlx.train.adapters import BLOCKS
+from klein_mlx.train.adapters import check_rank, find_targets
 from klein_mlx.train.options import TrainOptions
 from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import Source, expected
@@ -108,19 +107,19 @@ def piece_rows(config: TransformerConfig, tokens: int) -> int:
 
 
 def trained_bytes(config: ModelConfig, options: TrainOptions) -> int:
-    """What is trained beside the frozen weights, its gradients, the optimizer's numbers, the moving average."""
+    """What is trained beside the frozen weights, its gradients, the optimizer's numbers, the moving average. Raises
+    RequestError for targets that are not there, and for a rank over their width."""
     shapes = {name: shape for name, shape in expected("transformer", config).items() if len(shape) == 2}
     state = _STATE[options.optimizer or "adamw"] + (options.ema is not None)
     if options.method == "full":
         numbers = sum(a * b for a, b in shapes.values())
         kept = 1 if (options.accumulate or 1) > 1 else 0
         return 4 * numbers * (state + kept)
-    paths = [name.removesuffix(".weight") for name in shapes]
-    blocks = [path for path in paths if path.partition(".")[0] in BLOCKS]
-    chosen = (
-        blocks if options.targets in ("all", "attention") else [p for p in paths if fnmatchcase(p, options.targets)]
-    )
-    numbers = options.rank * sum(sum(shapes[f"{path}.weight"]) for path in chosen)
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+    numbers = 0
+    for path in find_targets(layers, options.targets):
+        check_rank(options.rank, path, layers[path])
+        numbers += options.rank * sum(layers[path])
     return 4 * numbers * (1 + 2 + state)  # the sum of gradients and a new one
 
 

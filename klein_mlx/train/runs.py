@@ -42,7 +42,7 @@ class RunFolder:
     def open(self, options: TrainOptions, resume: bool) -> None:
         """Make the folder, or check that it is that of these options. Raises RequestError."""
         known = self.folder / OPTIONS
-        if not resume and self.writes and known.exists():
+        if not resume and self.writes and self.checkpoints:  # without any it failed at its beginning
             raise RequestError(
                 f"{self.folder} holds a run; continue it with --resume {self.folder}, or name another --run"
             )

@@ -1,23 +1,70 @@
-"""Training teaches: after a minute, unseen prompts are drawn as the pictures that were shown."""
+"""Training teaches: after less than a minute, unseen prompts are drawn as the pictures that were shown.
+
+Every case draws the 24 prompts of `silhouettes.right`, of which none is right before; how many were right when it was
+measured stands beside how many must be.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import silhouettes
 
 from klein_mlx import KleinPipeline
-from klein_mlx.train import TrainOptions, train
+from klein_mlx.train import TrainOptions, TrainStep, train
 from klein_mlx.train.loop import Done
 
+pytestmark = pytest.mark.slow
 
-def test_a_lora_learns(tmp_path: Path) -> None:
-    """Measured: 23 of 24 unseen prompts after 60 updates of 8 samples on 24 pictures (36 CPU s), 0 before."""
-    data = silhouettes.make(tmp_path / "pictures", 24)
-    options = TrainOptions(str(data), str(tmp_path / "style.safetensors"), "tiny", resolution=128, hold_out="0")
-    options = replace(options, rank=4, learning_rate=2e-3, batch=4, accumulate=2, steps=60, dropout=0.0)
+LORA: dict[str, Any] = {"rank": 4, "learning_rate": 2e-3, "batch": 8, "accumulate": 1}
+FULL: dict[str, Any] = {"method": "full", "learning_rate": 3e-4, "batch": 8}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "more", "least"),
+    [
+        pytest.param(24, {**LORA, "steps": 60}, 20, id="lora: 23"),
+        pytest.param(24, {**LORA, "steps": 60, "method": "dora"}, 20, id="dora: 23"),
+        pytest.param(24, {**LORA, "steps": 60, "bits": "4"}, 18, id="lora on 4 bits: 22"),
+        pytest.param(8, {**LORA, "steps": 200, "batch": 2}, 15, id="8 pictures: 18"),
+        pytest.param(24, {**FULL, "steps": 100}, 18, id="full: 21"),
+        pytest.param(24, {**LORA, "steps": 60, "references": True}, 18, id="edits: 22"),
+    ],
+)
+def test_it_learns(pictures: int, more: dict[str, Any], least: int, tmp_path: Path) -> None:
+    more = dict(more)
+    edits, full = more.pop("references", False), more.get("method") == "full"
+    data = (silhouettes.make_pairs if edits else silhouettes.make)(tmp_path / "pictures", pictures)
+    output = tmp_path / ("tuned" if full else "style.safetensors")
+    options = TrainOptions(str(data), str(output), "tiny", resolution=128, hold_out="0", dropout=0.0, **more)
     *_, last = train(options)
     assert isinstance(last, Done)
-    pipe = KleinPipeline.from_pretrained("tiny", keep="all")
-    assert silhouettes.right(pipe, 4) == 0
-    pipe.load_lora(options.output)
-    assert silhouettes.right(pipe, 12) >= 9
+    pipe = KleinPipeline.from_pretrained(output if full else "tiny", keep="all")
+    if not full:
+        assert silhouettes.right(pipe, 2, edits) == 0
+        pipe.load_lora(output)
+    assert silhouettes.right(pipe, 24, edits) >= least
+
+
+def test_bfloat16_weights_learn_as_float32_ones(tmp_path: Path) -> None:
+    """Full training at a rate of 1e-5, at which rounding to nearest would lose most of each update: the loss of updates
+    51 to 100 was .7686 with stochastic rounding, .7700 in float32, 1.086 rounded to nearest, .814 by Kahan's sum."""
+    data = silhouettes.make(tmp_path / "pictures", 8)
+    options = TrainOptions(str(data), "", "tiny", resolution=128, hold_out="0", dropout=0.0, method="full", steps=100)
+    means = []
+    for dtype in ("float32", "bfloat16"):
+        run = train(replace(options, output=str(tmp_path / dtype), dtype=dtype))
+        losses = [event.loss for event in run if isinstance(event, TrainStep)]
+        means.append(sum(losses[50:]) / 50)
+    assert means[1] == pytest.approx(means[0], rel=0.01)
+
+
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    """The peaks of updates 191 to 200 are those of updates 11 to 20. The smallest of each ten: arrays leave later where
+    a machine is busy."""
+    data = silhouettes.make(tmp_path / "pictures", 2)
+    options = TrainOptions(str(data), str(tmp_path / "style.safetensors"), "tiny", resolution=64, hold_out="0")
+    run = train(replace(options, rank=2, accumulate=1, steps=200, save_every=50))
+    peaks = [event.peak for event in run if isinstance(event, TrainStep)]
+    assert min(peaks[190:]) == pytest.approx(min(peaks[10:20]), rel=0.02)

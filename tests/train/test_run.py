@@ -15,8 +15,11 @@ from PIL import Image
 from klein_mlx import KleinPipeline
 from klein_mlx.cli.main import main
 from klein_mlx.errors import KleinError, RequestError
+from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.train import Checkpoint, Preview, TrainOptions, TrainStep, train
 from klein_mlx.train.loop import Done, Notice, Training
+from klein_mlx.train.plan import make_plan
+from klein_mlx.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,21 @@ def test_full_training_in_two_parts(options: TrainOptions, tmp_path: Path) -> No
     assert {array.dtype for array in weights.values()} == {mx.bfloat16}
     assert KleinPipeline.from_pretrained(tmp_path / "tuned")("a red circle", seed=0).images[0].size == (128, 128)
     assert main(["info", str(tmp_path / "tuned")]) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_saving_takes_less_than_a_block(method: str, options: TrainOptions, tmp_path: Path) -> None:
+    """Of memory, above what there is after the update."""
+    transformer = open_checkpoint(TINY_FOLDER).config.transformer
+    block = 26 * transformer.hidden_size**2 * 4
+    before = 0
+    for event in train(replace(options, method=method, output=str(tmp_path / "x.safetensors"), steps=1, hold_out="0")):
+        if isinstance(event, TrainStep):
+            mx.clear_cache()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+        elif isinstance(event, Checkpoint):
+            assert mx.get_peak_memory() - before < block
 
 
 def test_more_steps(options: TrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +231,23 @@ def test_nothing_is_overwritten(options: TrainOptions) -> None:
     Path(options.output).unlink()
     with pytest.raises(RequestError, match="holds a run; continue it with --resume"):
         list(train(options))
+
+
+def test_a_run_that_failed_at_its_beginning_can_be_begun_again(options: TrainOptions) -> None:
+    for spoiled, words in ((replace(options, rank=500), "rank is 500"), (replace(options, targets="x"), "no layer")):
+        with pytest.raises(RequestError, match=words):
+            make_plan(spoiled)  # before anything is loaded or written
+    (options.run_folder).mkdir()
+    cache = options.run_folder / "cache"
+    cache.write_text("")
+    with pytest.raises(RequestError, match="the cache cannot be written to .*cache: "):
+        list(train(options))
+    cache.unlink()
+    list(train(replace(options, rank=3, steps=1)))
+    entry = max(cache.glob("*.safetensors"))
+    entry.write_bytes(entry.read_bytes()[:-40])
+    with pytest.raises(RequestError, match="is damaged; remove it, and go on with --resume"):
+        list(train(replace(options, rank=3, steps=9), resume=True))
 
 
 def test_a_run_in_use(options: TrainOptions) -> None:
