@@ -38,8 +38,10 @@ from klein_mlx.server.replies import Lines, compact, job_error, read_events
 from klein_mlx.server.settings import Settings
 
 STARTED = int(time.time())
-READ_HERE = ("model", "size", "response_format", "output_format", "output_compression", "stream", "partial_images")
-WITHOUT_MEANING = ("quality", "background", "moderation", "style", "user", "input_fidelity")
+READ_HERE = (
+    *("model", "size", "response_format", "output_format", "output_compression", "stream", "partial_images"),
+    *("lora", "loras"),
+)
 NUMBERS = ("stream", "partial_images", "output_compression")
 MAX_PARTIALS = 3
 
@@ -84,8 +86,7 @@ def image_ask(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes])
     """A request of generations or edits. Raises ApiError."""
     ignored: list[str] = []
     size = _size(values.get("size"))
-    used = (*READ_HERE, *WITHOUT_MEANING, "lora", "loras")
-    arguments = {"prompt": prompt_of(values), **arguments_of(values, ignored, used), **size}
+    arguments = {"prompt": prompt_of(values), **arguments_of(values, ignored, READ_HERE), **size}
     ignored += [name for name in size if values.get(name) is not None]
     pictures = pictures_of(values, uploads)
     if edits and all(argument == "mask_image" for argument, _ in pictures):

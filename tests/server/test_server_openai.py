@@ -124,7 +124,7 @@ def test_loras_by_extra_body_and_unknown_fields(api: Any) -> None:
     assert np.array_equal(plain, made())
     body = {"steps": 1, "other": [1], "ö,\n": 2, "quality": "high"}
     reply = api.images.with_raw_response.generate(**SMALL, user="me", extra_body=body)
-    assert reply.headers["x-klein-ignored"] == "other, %C3%B6%2C%0A"
+    assert sorted(reply.headers["x-klein-ignored"].split(", ")) == ["%C3%B6%2C%0A", "other", "quality", "user"]
     assert "x-klein-ignored" not in api.images.with_raw_response.generate(**SMALL, **ONE_STEP).headers
     with pytest.raises(openai.BadRequestError) as error:
         made(loras=["none"])
