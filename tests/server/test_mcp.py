@@ -301,26 +301,30 @@ def test_a_dead_worker_is_told_and_the_next_call_has_another(session: Session) -
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
-def test_the_public_client(mode: str) -> None:
+def test_the_public_client(mode: Any) -> None:
     mcp = pytest.importorskip("mcp", reason="the MCP client is not installed: klein-mlx[server-test]")
-    if not hasattr(mcp, "Client"):
-        pytest.skip("this MCP client has no modes")
     seen: list[tuple[float, float | None]] = []
 
     async def progress(done: float, total: float | None, message: str | None) -> None:
         seen.append((done, total))
 
-    async def talk() -> Any:
+    async def talk() -> tuple[Any, Any, Any]:
         server = mcp.StdioServerParameters(command=COMMAND[0], args=COMMAND[1:], env=dict(os.environ))
         async with mcp.Client(server, mode=mode) as client:
             listed = [tool.name for tool in (await client.list_tools()).tools]
             assert listed == ["generate_image", "edit_image", "list_models"]
-            return await client.call_tool("generate_image", SMALL, progress_callback=progress)
+            made = await client.call_tool("generate_image", SMALL, progress_callback=progress)
+            with pytest.raises(mcp.MCPError):  # it gives up, and says so to the server
+                await client.call_tool("generate_image", {**SMALL, "steps": 1000}, read_timeout_seconds=0.2)
+            edited = await client.call_tool("edit_image", {**SMALL, "images": ["picture-1"]})
+            return made, edited, await client.call_tool("edit_image", {**SMALL, "images": ["picture-3"]})
 
-    found = asyncio.run(talk())
-    assert not found.is_error
-    assert opened(found.content[0].data).size == (64, 64)
+    made, edited, none = asyncio.run(talk())
+    assert not made.is_error
+    assert opened(made.content[0].data).size == (64, 64)
     assert seen[-1] == (1, 1)
+    assert edited.content[1].text.startswith("picture-2: ")
+    assert none.is_error
 
 
 def test_options_are_checked_before_anything_is_read(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
