@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 
 from klein_mlx.server.serving import Background
@@ -78,6 +81,16 @@ def raw(server: Background, data: bytes, seconds: float = 10) -> bytes:
 
 def port_of(server: Background) -> int:
     return server.listener.getsockname()[1]
+
+
+def npm_install(folder: Path, package: str) -> Path:
+    """A package of npm's in a folder; its node_modules. Skips the test where it cannot be had."""
+    words = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", package]
+    try:
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip(f"{package} cannot be had: npm is not here, or has no network")
+    return folder / "node_modules"
 
 
 def picture_bytes(

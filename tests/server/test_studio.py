@@ -5,13 +5,12 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_tools import opened, picture_bytes, running, until
+from serving_tools import npm_install, opened, picture_bytes, running, until
 
 from klein_mlx.server.serving import Background
 
@@ -472,13 +471,7 @@ def test_the_worker_dies_and_the_newest_request_is_made_once_more(page: Any, ser
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """axe-core, as npm has it."""
-    folder = tmp_path_factory.mktemp("axe")
-    words = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4"]
-    try:
-        subprocess.run(words, check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("axe-core cannot be had: npm is not here, or has no network")
-    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    return (npm_install(tmp_path_factory.mktemp("axe"), "axe-core@4") / "axe-core" / "axe.min.js").read_text()
 
 
 @pytest.mark.slow
