@@ -19,7 +19,7 @@ from klein_mlx.formats.diffusers import STEMS
 from klein_mlx.formats.mflux import TOKENIZER_FILES
 from klein_mlx.formats.open import choose_part, hub_part, open_model
 from klein_mlx.formats.part import KLEIN
-from klein_mlx.weights.hub import wanted, wanted_files
+from klein_mlx.weights.hub import list_files, plan_download, wanted, wanted_files
 
 # ---- what a model argument may be ----
 
@@ -249,3 +249,23 @@ def test_a_model_that_is_one_file_of_a_repository(monkeypatch: Any, tmp_path: Pa
     assert [call["allow_patterns"] for call in hub.calls[1::2]] == [[f"checkpoints/{file.name}"], [TOKENIZER_FILES[0]]]
     assert [call["revision"] for call in hub.calls] == ["abc", "abc", None, None]
     assert (source.path, source.info["source"]["name"]) == (file, "all.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "vae/..\\..\\x", "C:/x", "vae//x", "", 7])
+def test_a_repository_lists_a_path_that_leads_out_of_it(name: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing decides where files are looked for and written; the library raises ValueError at best."""
+
+    class Api:
+        def __init__(self, token: str | None) -> None: ...
+
+        def list_repo_files(self, hub_id: str, revision: str | None) -> list[object]:
+            return [name]
+
+        def model_info(self, hub_id: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(gated=False, siblings=[SimpleNamespace(rfilename=name, size=1)], card_data=None)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    for ask in (list_files, plan_download):
+        told = refusal(lambda ask=ask: ask("a/b"))
+        assert "a/b: lists a file named" in told
+        assert "which is not a path inside of it" in told

@@ -108,6 +108,9 @@ COMMANDS = {
 }
 
 
+_LIGHT = ("show", "models", "lora", "completion")  # compute nothing
+_LIBRARIES, _PER_CORE = 1_100_000_000, 64_000_000  # bytes of address space: measured with tiny; a heap for each thread
+
 HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture; as klein-mlx generate
        klein-mlx [OPTIONS]              a session: prompt after prompt
        klein-mlx COMMAND [OPTIONS]      or --help
@@ -183,7 +186,10 @@ def _run(given: Sequence[str]) -> int:
         return 0
     log_as_notes()
     name, words = choose(given)
-    args = command_parser(name).parse_args(words)
+    parser = command_parser(name)
+    args = parser.parse_args(words)
+    if name not in _LIGHT:
+        check_address_space()
     if name == "generate":
         _read_stdin(args, asked=given[:1] == ["generate"])
     if name == "generate" and given[:1] != ["generate"]:
@@ -194,6 +200,25 @@ def _run(given: Sequence[str]) -> int:
 
             return repl.run(args)
     return importlib.import_module(COMMANDS[name].module).run(args)
+
+
+def check_address_space() -> None:
+    """RequestError where `ulimit -v` leaves less than the libraries themselves take.
+
+    They do not answer for a lack of it: OpenBLAS asks for its buffer again and again, and MLX aborts where a thread
+    cannot be started.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    least = _LIBRARIES + _PER_CORE * (os.cpu_count() or 1)
+    if limit != resource.RLIM_INFINITY and limit < least:
+        raise RequestError(
+            f"this process may address {limit / 1e9:.2f} GB (ulimit -v), but the libraries alone take up to"
+            f" {least / 1e9:.2f} GB; raise the limit to that and the model's size"
+        )
 
 
 def _read_stdin(args: Any, asked: bool) -> None:

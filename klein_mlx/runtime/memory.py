@@ -7,6 +7,7 @@ Those counts were measured on a CPU; on a GPU they are those of the traced graph
 """
 
 import os
+import resource
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ PHASES = ("references", "encode", "steps", "decode")
 _BESIDE = 5_000_000  # masks, rows of embeddings, a matrix on its way: what no formula below counts
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
+_LIBRARIES = 1_100_000_000  # bytes of address space that threads and libraries take once they work
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,16 @@ def _free() -> Iterator[int]:
     with suppress(OSError, KeyError, ValueError):  # no container, or one without a limit ("max")
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         yield limit - used + _table(_CGROUP / "memory.stat")["file"]  # what is cached of files leaves when asked for
+    with suppress(OSError, KeyError, ValueError):  # `ulimit -v`
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            yield max(0, limit - max(_table(_STATUS)["VmSize:"] * 1024, _LIBRARIES))
 
 
 def _table(path: Path) -> dict[str, int]:
-    """A file of names and numbers."""
-    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
+    """The numbers of a file of names and values."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def weight_bytes(source: Source, dtype: mx.Dtype, quantization: Mapping[str, Quantization]) -> dict[str, int]:

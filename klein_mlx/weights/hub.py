@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, gated_notice
-from klein_mlx.errors import CheckpointError, nearest
+from klein_mlx.errors import CheckpointError, nearest, short
 from klein_mlx.paths import precision_of
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -168,9 +168,18 @@ def list_files(hub_id: str, *, revision: str | None = None, token: str | None = 
     from huggingface_hub import HfApi
 
     try:
-        return list(HfApi(token=token).list_repo_files(hub_id, revision=revision))
+        names = list(HfApi(token=token).list_repo_files(hub_id, revision=revision))
     except Exception as error:  # as above
         raise CheckpointError(f"{hub_id}: {reason(error, revision)}") from error
+    return [checked_name(hub_id, name) for name in names]
+
+
+def checked_name(hub_id: str, name: object) -> str:
+    """A file's name as the Hub states it, if it stays inside of the repository; else a CheckpointError."""
+    parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]
+    if not all(parts) or {".", ".."} & set(parts) or ":" in parts[0] or "\0" in str(name):
+        raise CheckpointError(f"{hub_id}: lists a file named {short(name)}, which is not a path inside of it")
+    return str(name)
 
 
 @dataclass(frozen=True)
@@ -227,7 +236,8 @@ def plan_download(
             api.auth_check(hub_id)
     except Exception as error:  # as above
         raise CheckpointError(f"{hub_id}: {reason(error, revision)}") from error
-    found = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    listed = {checked_name(hub_id, file.rfilename): file.size for file in info.siblings or ()}
+    found = {name: size if isinstance(size, int) and size > 0 else 0 for name, size in listed.items()}
     names = list(choice(list(found)) if callable(choice) else filter_repo_objects(found, allow_patterns=list(choice)))
     if callable(choice) and not any(name.endswith(WEIGHTS) for name in names):
         raise CheckpointError(
@@ -236,8 +246,8 @@ def plan_download(
         )
     here = {name for name in names if isinstance(try_to_load_from_cache(hub_id, name, revision=info.sha), str)}
     missing = tuple(name for name in names if name not in here)
-    card = info.card_data or {}
-    licence = card.get("license_name") or card.get("license")
+    card = info.card_data
+    licence = (card.get("license_name") or card.get("license")) if card else None
     folder = cache_folder()
     sizes = {name: found[name] for name in names}
     return Plan(hub_id, revision, sizes, missing, folder, _free(folder), str(licence) if licence else None)

@@ -87,3 +87,16 @@ def test_a_recipe_too_long_for_jpeg(tmp_path: Path, sign: str) -> None:
     assert done.code == 0, done.stderr
     assert "the recipe is too long for .jpg" in done.stderr
     assert done.changes == ("+y.jpg",)
+
+
+def test_a_small_address_space(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenBLAS would ask for its buffer for ever. What computes nothing still runs."""
+    import resource
+
+    from klein_mlx.cli.main import main
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (400_000_000, resource.RLIM_INFINITY))
+    for words in ("generate x --model tiny", "convert tiny out", "info tiny", "doctor", "again x.png"):
+        assert main(words.split()) == 2, words
+        assert "this process may address 0.40 GB (ulimit -v), but the libraries alone" in capsys.readouterr().err
+    assert main(["completion", "bash"]) == 0

@@ -274,6 +274,18 @@ def test_the_machine_s_memory_has_every_limit(monkeypatch: pytest.MonkeyPatch, t
     assert memory.machine_memory() == 500_000 + own
 
 
+def test_the_address_space_is_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`ulimit -v`: what libraries take of it is not there for arrays."""
+    (tmp_path / "status").write_text("Name:\tpython\nVmSize:\t3000000 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (3_072_100_000, memory.resource.RLIM_INFINITY))
+    own = memory.mx.get_active_memory() + memory.mx.get_cache_memory()
+    assert memory.machine_memory() == 100_000 + own
+    (tmp_path / "status").write_text("VmSize:\t9 kB\n")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1_100_200_000, memory.resource.RLIM_INFINITY))
+    assert memory.machine_memory() == 200_000 + own
+
+
 def test_info_tells_the_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(model), "--size", "256x256", "--keep", "nothing", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
