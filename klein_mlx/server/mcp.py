@@ -26,7 +26,7 @@ from klein_mlx.server.pictures import decode_base64
 from klein_mlx.server.process import Worker
 from klein_mlx.server.settings import MAX_BODY, MAX_IMAGES, MAX_REFERENCES, Settings
 
-VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+VERSIONS = ("2024-11-05", "2025-06-18", "2025-11-25")  # 2025-03-26 alone has batches, which no client sends
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD, INVALID_PARAMS = -32700, -32600, -32601, -32602
 MAX_KEPT = 16  # results that a later call may name
 CHUNK = 1 << 16
@@ -121,8 +121,9 @@ class Mcp:
         from klein_mlx.paths import version
 
         wanted = params.get("protocolVersion")
+        agreed = [one for one in VERSIONS if isinstance(wanted, str) and one <= wanted] or VERSIONS
         return {
-            "protocolVersion": wanted if wanted in VERSIONS else VERSIONS[-1],
+            "protocolVersion": agreed[-1],
             "capabilities": {"tools": {}},
             "serverInfo": {"name": "klein-mlx", "version": version()},
             "instructions": "Makes and edits pictures with FLUX.2 [klein] on this machine. Results have names "

@@ -85,9 +85,15 @@ def test_a_notification_is_not_answered(line: str) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "agreed"),
-    [("2024-11-05", "2024-11-05"), ("2025-06-18", "2025-06-18"), ("2026-07-28", "2025-11-25"), (None, "2025-11-25")],
+    [
+        ("2024-11-05", "2024-11-05"),
+        ("2025-03-26", "2024-11-05"),
+        ("2025-06-18", "2025-06-18"),
+        ("2026-07-28", "2025-11-25"),
+        (None, "2025-11-25"),
+    ],
 )
-def test_the_version_is_the_clients_where_it_is_known(wanted: str | None, agreed: str) -> None:
+def test_the_version_is_the_newest_that_the_client_can_know(wanted: str | None, agreed: str) -> None:
     (told,) = answers(call("initialize", protocolVersion=wanted))
     assert told["result"]["protocolVersion"] == agreed
     assert told["result"]["capabilities"] == {"tools": {}}
