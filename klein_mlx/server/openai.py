@@ -47,11 +47,12 @@ MAX_PARTIALS = 3
 
 
 @dataclass
-class Ask:
-    """A request as a job. kind: its events' name. names: the client's, of arguments. ignored: fields of no effect.
+class ImageRequest:
+    """A checked request and its job.
 
-    start: the job's start event, with the tokens of prompt and references, once it has come. notes: lines on what the
-    run did not follow, or scaled.
+    kind: prefix of its stream's event types. format: OpenAI's name of the file format. names: from our arguments to the
+    client's fields, for errors. ignored: fields without effect. start: the job's start event, with the token counts of
+    prompt and references. notes: lines on what the run ignored or scaled.
     """
 
     job: Job
@@ -65,25 +66,24 @@ class Ask:
     notes: list[str] = field(default_factory=list)
 
     def stated(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """What replies state of a picture."""
+        """Fields that describe a picture in a reply."""
         size = f"{event['width']}x{event['height']}"
         return {"size": size, "quality": "high", "background": "opaque", "output_format": self.format}
 
     def usage(self, pictures: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        text, image = self.start.get("tokens", 0), self.start.get("image_tokens", 0)
-        made = sum(one["width"] * one["height"] // SIDE**2 for one in pictures)
-        inputs = {"text_tokens": text, "image_tokens": image}
-        total = text + image + made
+        """Token counts: of the prompt without padding, of the references, and one per 16 x 16 pixels of output."""
+        text, image = self.start["tokens"], self.start["image_tokens"]
+        output = sum(one["width"] * one["height"] // SIDE**2 for one in pictures)
         return {
             "input_tokens": text + image,
-            "output_tokens": made,
-            "total_tokens": total,
-            "input_tokens_details": inputs,
+            "output_tokens": output,
+            "total_tokens": text + image + output,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": image},
         }
 
 
-def image_ask(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes]) -> Ask:
-    """A request of generations or edits. Raises ApiError."""
+def image_request(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes]) -> ImageRequest:
+    """Check a request of generations or edits, and make its job. Raises ApiError."""
     ignored: list[str] = []
     size = _size(values.get("size"))
     arguments = {"prompt": prompt_of(values), **arguments_of(values, ignored, READ_HERE), **size}
@@ -91,9 +91,9 @@ def image_ask(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes])
     pictures = pictures_of(values, uploads)
     if edits and all(argument == "mask_image" for argument, _ in pictures):
         raise ApiError(400, "image is missing; send the picture to edit, or up to 10", "image")
-    given = [argument for argument, _ in pictures]
-    if "mask_image" in given and "init_image" not in given and "image" in given:
-        pictures[given.index("image")] = ("init_image", pictures[given.index("image")][1])  # the mask is the first's
+    arguments_used = [argument for argument, _ in pictures]
+    if "mask_image" in arguments_used and "init_image" not in arguments_used and pictures[0][0] == "image":
+        pictures[0] = ("init_image", pictures[0][1])  # the mask belongs to the first picture
     streams = choice(values, "stream", False, (True, False))
     partials = whole(values, "partial_images", 0, 0, MAX_PARTIALS)
     kind = choice(values, "output_format", "png", FORMATS)
@@ -109,7 +109,7 @@ def image_ask(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes])
         quality=whole(values, "output_compression", None, 0, 100),
     )
     names = {"init_image": "image", "lora": "loras", **{SHORT.get(name, name): name for name in values}}
-    return Ask(
+    return ImageRequest(
         job,
         kind="image_edit" if edits else "image_generation",
         format="jpeg" if kind == "jpg" else kind,
@@ -121,7 +121,7 @@ def image_ask(values: dict[str, Any], edits: bool, uploads: Mapping[str, bytes])
 
 
 def _size(value: Any) -> dict[str, int]:
-    """width and height of "1024x768", the nearest that are possible; none of "auto", the model's or the picture's."""
+    """Width and height of "1024x768", rounded to multiples of 16; {} for "auto": the model's or the picture's size."""
     if value is None or value == "auto":
         return {}
     found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value) if isinstance(value, str) else None
@@ -150,8 +150,8 @@ async def _values(request: Request) -> dict[str, Any]:
 
 
 def form_values(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """A form's fields as in JSON: a[] and repeated ones are lists, a[][b] lists of objects; numbers and flags where
-    they are meant. Raises ApiError."""
+    """Convert a form's fields to JSON values. Repeated fields and a[] become lists, a[][b] lists of objects; fields of
+    numeric or boolean type are parsed. Raises ApiError."""
     values: dict[str, Any] = {}
     objects: dict[str, dict[str, list[Any]]] = {}
     for name, value in parts:
@@ -178,7 +178,7 @@ def _is_number(name: str) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    """A number, a flag, null or a list of them; any other text as it is."""
+    """Parse a number, a flag, null or a list of them; return any other text unchanged."""
     try:
         value = parse_json(text.lower() if text in ("True", "False") else text)
     except (ValueError, RecursionError):
@@ -200,53 +200,53 @@ async def _answer(request: Request, edits: bool) -> Response:
     state = request.app.state
     values = await _values(request)
     check_model(state.settings, values.get("model"))
-    ask = image_ask(values, edits, state.uploads)
-    state.submit(ask.job)
-    headers = {"X-Klein-Job": ask.job.id}
-    if ask.ignored:
-        headers["X-Klein-Ignored"] = ", ".join(quote(name[:40], safe="[]") for name in ask.ignored[:20])
-    events = job_events(request, ask)
-    if not ask.streams:
+    call = image_request(values, edits, state.uploads)
+    state.submit(call.job)
+    headers = {"X-Klein-Job": call.job.id}
+    if call.ignored:
+        headers["X-Klein-Ignored"] = ", ".join(quote(name[:40], safe="[]") for name in call.ignored[:20])
+    events = job_events(request, call)
+    if not call.streams:
         async with aclosing(events):
             pictures = [event async for event in events if event["type"] == "image"]
-        data = [{**_picture(request, ask, one), "seed": one["seed"]} for one in pictures]
-        stated = {**ask.stated(pictures[0]), "usage": ask.usage(pictures), "notes": ask.notes}
+        data = [{**_picture(request, call, one), "seed": one["seed"]} for one in pictures]
+        stated = {**call.stated(pictures[0]), "usage": call.usage(pictures), "notes": call.notes}
         return JSONResponse({"created": int(time.time()), "data": data, **stated}, headers=headers)
     async for event in events:
-        if event["type"] == "start":  # what was wrong before has its own status
+        if event["type"] == "start":  # errors before that have an HTTP status of their own
             break
-    return Lines(_stream(ask, events), "text/event-stream", headers)
+    return Lines(_stream(call, events), "text/event-stream", headers)
 
 
-async def job_events(request: Request, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
-    """A job's events until it is done. Raises ApiError where it ends otherwise, or the client has left."""
-    async with aclosing(read_events(request, ask.job)) as events:
+async def job_events(request: Request, call: ImageRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield a job's events until it is done. Raises ApiError if it fails, is cancelled, or the client disconnects."""
+    async with aclosing(read_events(request, call.job)) as events:
         async for event in events:
             if event["type"] == "start":
-                ask.start = event
+                call.start = event
             if event["type"] == "done":
-                ask.notes = event["notes"]
+                call.notes = event["notes"]
                 return
             if event["type"] in FINAL:
-                raise job_error(event, ask.names)
+                raise job_error(event, call.names)
             yield event
     raise ApiError(499, "the client left", None, "cancelled")
 
 
-async def _stream(ask: Ask, events: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
-    """Server-sent events: partial pictures, each picture, an error."""
+async def _stream(call: ImageRequest, events: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+    """Server-sent events: partial pictures, pictures, and an error as an object."""
     partials = 0
     try:
         async for event in events:
             if "data" not in event:
                 continue
             told = {"b64_json": base64.b64encode(event["data"]).decode(), "created_at": int(time.time())}
-            told |= ask.stated(event)
+            told |= call.stated(event)
             if event["type"] == "step":
-                kind = {"type": f"{ask.kind}.partial_image", "partial_image_index": partials}
+                kind = {"type": f"{call.kind}.partial_image", "partial_image_index": partials}
                 partials += 1
             else:
-                kind = {"type": f"{ask.kind}.completed", "usage": ask.usage([event]), "seed": event["seed"]}
+                kind = {"type": f"{call.kind}.completed", "usage": call.usage([event]), "seed": event["seed"]}
                 partials = 0
             yield f"data: {compact(kind | told)}\n\n"
     except ApiError as error:
@@ -255,12 +255,12 @@ async def _stream(ask: Ask, events: AsyncGenerator[dict[str, Any], None]) -> Asy
         await events.aclose()
 
 
-def _picture(request: Request, ask: Ask, event: Mapping[str, Any]) -> dict[str, Any]:
-    """A picture in a reply: itself, or a URL that holds for a while and needs no token."""
-    if not ask.as_url:
+def _picture(request: Request, call: ImageRequest, event: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture as base64, or as a URL that is valid for native.FILE_SECONDS and needs no token."""
+    if not call.as_url:
         return {"b64_json": base64.b64encode(event["data"]).decode()}
     state = request.app.state
-    name = state.files.add(event["data"], ask.job.spec["format"])
+    name = state.files.add(event["data"], call.job.spec["format"])
     asyncio.get_running_loop().call_later(native.FILE_SECONDS, state.files.pop, name, None)
     token = state.settings.token
     query = f"?key={file_key(token, FILES + name)}" if token else ""

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from klein_mlx.request import MAX_SEED, MAX_SIDE, MAX_STEPS, MIN_SIDE
+from klein_mlx.request import MAX_BLUR, MAX_SEED, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from klein_mlx.server.asks import arguments_of, loras_of, make_job, near, picture, pictures_of, prompt_of
 from klein_mlx.server.bodies import read_json
 from klein_mlx.server.errors import ApiError
@@ -41,15 +41,18 @@ NAMES = {  # of our arguments
 _LORA = re.compile(r"<lora:([^:<>]{1,300})(?::([-+.0-9eE]{1,20}))?(?::[^<>]{0,100})?>")
 
 
-class Wish:
-    """What was asked for, and what is done instead. notes: a line for each difference."""
+class WebRequest:
+    """A web UI's request, values that suit the model, and notes: a line for each value that was replaced.
+
+    facts: the model's, as `klein_mlx.server.worker.model_facts`.
+    """
 
     def __init__(self, values: Mapping[str, Any], facts: Mapping[str, Any]):
         self.values, self.facts = values, facts
         self.notes: list[str] = []
 
     def number(self, name: str, default: Any, low: float, high: float, own: Any, kind: type = int) -> Any:
-        """A field's number if it is from low to high; else `own`, with a note. default: where it is missing."""
+        """A numeric field; `own`, with a note, if it is outside low..high; `default` if it is missing."""
         value = _number(self.values.get(name))
         if value is None:
             return default
@@ -59,7 +62,7 @@ class Wish:
         return kind(value)
 
     def side(self, name: str) -> int | None:
-        """A width or height: the nearest that is possible."""
+        """A width or height, rounded to a possible one; None if it is missing."""
         value = _number(self.values.get(name))
         if not isinstance(value, int | float) or not value > 0:
             return None
@@ -69,65 +72,65 @@ class Wish:
         return side
 
 
-def sd_arguments(wish: Wish) -> tuple[dict[str, Any], list[list[Any]]]:
+def sd_arguments(web: WebRequest) -> tuple[dict[str, Any], list[list[Any]]]:
     """The product's arguments, and the LoRAs, of a web UI's request. Raises ApiError."""
-    values, facts = wish.values, wish.facts
+    values, facts = web.values, web.facts
     prompt, loras = _loras_in(prompt_of(values))
     distilled, own = facts["distilled"], facts["steps"]
     most = MOST_STEPS * own if distilled else MAX_STEPS
-    guidance = wish.number("cfg_scale", None, 1, 1 if distilled else 100, facts["guidance"], float)
+    guidance = web.number("cfg_scale", None, 1, 1 if distilled else 100, facts["guidance"], float)
     negative = values.get("negative_prompt")
     if negative and (guidance or facts["guidance"]) <= 1:
-        wish.notes.append("negative_prompt has no effect with this model")
+        web.notes.append("negative_prompt has no effect with this model")
         negative = None
-    count = wish.number("batch_size", 1, 1, MAX_IMAGES, 1) * wish.number("n_iter", 1, 1, MAX_IMAGES, 1)
+    count = web.number("batch_size", 1, 1, 10**6, 1) * web.number("n_iter", 1, 1, 10**6, 1)
     if count > MAX_IMAGES:
-        wish.notes.append(f"{count} pictures are asked for; {MAX_IMAGES} are made")
+        web.notes.append(f"{count} pictures are requested; {MAX_IMAGES} are made")
     seed = _number(values.get("seed"))
-    found = {
-        "num_inference_steps": wish.number("steps", None, 1, most, own),
+    arguments = {
+        "num_inference_steps": web.number("steps", None, 1, most, own),
         "guidance_scale": guidance,
         "negative_prompt": negative if isinstance(negative, str) else None,
         "num_images_per_prompt": min(count, MAX_IMAGES),
         "seed": int(seed) if isinstance(seed, int | float) and 0 <= seed <= MAX_SEED else None,
-        "width": wish.side("width"),
-        "height": wish.side("height"),
+        "width": web.side("width"),
+        "height": web.side("height"),
     }
     sampler = values.get("sampler_name") or values.get("sampler_index")
     if isinstance(sampler, str) and sampler != SAMPLER:
-        wish.notes.append(f"sampler {sampler[:40]} is not known; {SAMPLER} is used")
+        web.notes.append(f"sampler {sampler[:40]} is not known; {SAMPLER} is used")
     if values.get("enable_hr"):
-        wish.notes.append("enable_hr has no effect: ask for the full size at once")
-    return {"prompt": prompt, **arguments_of(found, [])}, loras
+        web.notes.append("enable_hr has no effect: ask for the full size at once")
+    return {"prompt": prompt, **arguments_of(arguments, [])}, loras
 
 
-def sd_edit(wish: Wish) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+def sd_edit(web: WebRequest) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     """Arguments and pictures of img2img. Raises ApiError."""
-    values = wish.values
+    values = web.values
     first = values.get("init_images")
     first = first[0] if isinstance(first, list) and first else first
     if not first:
         raise ApiError(400, "init_images is missing; send a picture, as base64", "init_images")
     pictures = [("init_image", picture(first, "init_images", {})), *pictures_of({"mask": values.get("mask")}, {})]
-    found = {"strength": wish.number("denoising_strength", 0.75, 0.01, 1, 0.75, float)}
+    arguments: dict[str, Any] = {"strength": web.number("denoising_strength", 0.75, 0.01, 1, 0.75, float)}
     if len(pictures) > 1:
-        found["invert_mask"] = bool(values.get("inpainting_mask_invert"))
-        found["mask_blur"] = wish.number("mask_blur", None, 0, 1000, 0)
-    return arguments_of(found, []), pictures
+        arguments["invert_mask"] = bool(values.get("inpainting_mask_invert"))
+        arguments["mask_blur"] = web.number("mask_blur", None, 0, MAX_BLUR, MAX_BLUR)
+    return arguments_of(arguments, []), pictures
 
 
 def _number(value: Any) -> Any:
-    """A number that a client wrote as text; anything else as it is."""
+    """Parse a number that a client sent as text; return anything else unchanged."""
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?", value):
         return float(value) if "." in value else int(value)
     return value
 
 
 def _loras_in(prompt: str) -> tuple[str, list[list[Any]]]:
-    """A prompt without its <lora:NAME:SCALE>, and those. Raises ApiError."""
-    found = [f"{match[1]}:{match[2] or 1}" for match in _LORA.finditer(prompt)]
-    rest = _LORA.sub("", prompt).strip() if found else prompt
-    return prompt_of({"prompt": rest}), loras_of({"lora": found})
+    """Split a prompt into its text and its <lora:NAME:SCALE> tags. Raises ApiError."""
+    tags = [f"{match[1]}:{match[2] or 1}" for match in _LORA.finditer(prompt)]
+    text = _LORA.sub("", prompt).strip() if tags else prompt
+    return prompt_of({"prompt": text}), loras_of({"lora": tags})
 
 
 # ---- requests ----
@@ -144,7 +147,7 @@ async def img2img(request: Request) -> Response:
 
 
 async def _facts(request: Request) -> dict[str, Any]:
-    """The model's, for which its worker is started once."""
+    """The model's facts; starts the worker if it has never run."""
     worker = request.app.state.jobs.worker
     if not worker.facts:
         await worker.ready()
@@ -154,14 +157,14 @@ async def _facts(request: Request) -> dict[str, Any]:
 async def _make(request: Request, edits: bool) -> Response:
     state = request.app.state
     values = await read_json(request)
-    wish = Wish(values, await _facts(request))
+    web = WebRequest(values, await _facts(request))
     override = values.get("override_settings")
     try:
         check_model(state.settings, override.get("sd_model_checkpoint") if isinstance(override, dict) else None)
     except ApiError as error:
-        wish.notes.append(error.message)
-    arguments, loras = sd_arguments(wish)
-    more, pictures = sd_edit(wish) if edits else ({}, [])
+        web.notes.append(error.message)
+    arguments, loras = sd_arguments(web)
+    more, pictures = sd_edit(web) if edits else ({}, [])
     job = make_job(arguments | more, pictures, loras=loras, previews="sketch", preview_format=".png")
     job.source = SOURCE
     state.submit(job)
@@ -172,22 +175,22 @@ async def _make(request: Request, edits: bool) -> Response:
             if event["type"] == "image":
                 made.append(event)
             elif event["type"] == "done":
-                cancelled, wish.notes = False, [*wish.notes, *event["notes"]]
+                cancelled, web.notes = False, [*web.notes, *event["notes"]]
             elif event["type"] in FINAL and event["type"] != "cancelled":
                 raise job_error(event, NAMES)
     blobs = [event["data"] for event in made]
-    if not blobs and job.latest:  # interrupted: how far it came
+    if not blobs and job.latest:  # interrupted before the first picture: its last preview
         blobs = [job.latest]
     if cancelled:
-        wish.notes.append("interrupted")
-    pictures_sent = [base64.b64encode(data).decode() for data in blobs]
-    shown = {name: value for name, value in values.items() if name not in ("init_images", "mask")}
-    info = _info(state.settings.name, values, job, made, wish)
-    return JSONResponse({"images": pictures_sent, "parameters": shown, "info": json.dumps(info)})
+        web.notes.append("interrupted")
+    images = [base64.b64encode(data).decode() for data in blobs]
+    parameters = {name: value for name, value in values.items() if name not in ("init_images", "mask")}
+    info = _info(state.settings.name, job, made, web.notes)
+    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
-def _info(name: str, values: Mapping[str, Any], job: Job, made: list[dict[str, Any]], wish: Wish) -> dict[str, Any]:
-    """What was really done, in the words of a web UI."""
+def _info(model: str, job: Job, made: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """The reply's `info`: the values that were used, under a web UI's names."""
     from klein_mlx.images.saving import parameters_text
 
     recipe = made[0]["recipe"] if made else {}
@@ -206,15 +209,15 @@ def _info(name: str, values: Mapping[str, Any], job: Job, made: list[dict[str, A
         "denoising_strength": recipe.get("strength"),
         "sampler_name": SAMPLER,
         "batch_size": len(seeds),
-        "sd_model_name": name,
+        "sd_model_name": model,
         "infotexts": [parameters_text(event["recipe"]) for event in made],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
-        "notes": wish.notes,
+        "notes": notes,
     }
 
 
 async def progress(request: Request) -> Response:
-    """GET progress: of the job that runs, whose ever it is."""
+    """GET progress of the running job, also of one that came by another API."""
     jobs = request.app.state.jobs
     job = jobs.running
     step = job.step if job else {}
@@ -244,7 +247,7 @@ async def progress(request: Request) -> Response:
 
 
 async def interrupt(request: Request) -> Response:
-    """POST interrupt, or skip: end the job that runs, if it came by these routes."""
+    """POST interrupt or skip: cancel the running job if it came by these routes."""
     jobs = request.app.state.jobs
     if jobs.running is not None and jobs.running.source == SOURCE:
         jobs.cancel(jobs.running)
@@ -252,7 +255,7 @@ async def interrupt(request: Request) -> Response:
 
 
 async def options(request: Request) -> Response:
-    """GET options; POST options, of which the model's name is looked at."""
+    """GET options; POST options, which may only name the served model."""
     settings = request.app.state.settings
     if request.method == "POST":
         check_model(settings, (await read_json(request)).get("sd_model_checkpoint"))
@@ -261,10 +264,10 @@ async def options(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """GET sd-models: the one that is served."""
+    """GET sd-models: the served one."""
     name = request.app.state.settings.name
-    told = {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
-    return JSONResponse([told])
+    model = {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
+    return JSONResponse([model])
 
 
 async def samplers(request: Request) -> Response:
@@ -278,29 +281,29 @@ async def schedulers(request: Request) -> Response:
 
 
 async def loras(request: Request) -> Response:
-    """GET loras: names for <lora:NAME:1> in a prompt; paths are not told."""
-    found = await request.app.state.jobs.worker.ask("loras")
-    return JSONResponse([{"name": name, "alias": name, "path": name, "metadata": {}} for name in found["loras"]])
+    """GET loras: names for <lora:NAME:1> in a prompt, without paths."""
+    answer = await request.app.state.jobs.worker.ask("loras")
+    return JSONResponse([{"name": name, "alias": name, "path": name, "metadata": {}} for name in answer["loras"]])
 
 
 async def png_info(request: Request) -> Response:
-    """POST png-info: how a picture says that it was made."""
+    """POST png-info: the generation parameters in a picture's metadata."""
     from klein_mlx.images.saving import metadata_of, parse_parameters
 
     data = picture((await read_json(request)).get("image"), "image", {})
     with open_picture(data, "image") as image:
-        found = metadata_of(image.info)
-    text = found.parameters or ""
-    told = parse_parameters(text)
-    parameters = {"Prompt": told["prompt"], "Negative prompt": told.get("negative", ""), **told["settings"]}
+        metadata = metadata_of(image.info)
+    text = metadata.parameters or ""
+    parsed = parse_parameters(text)
+    parameters = {"Prompt": parsed["prompt"], "Negative prompt": parsed.get("negative", ""), **parsed["settings"]}
     items = {"parameters": text} if text else {}
-    if found.recipe is not None:
-        items["klein_mlx"] = json.dumps(found.recipe)
+    if metadata.recipe is not None:
+        items["klein_mlx"] = json.dumps(metadata.recipe)
     return JSONResponse({"info": text, "items": items, "parameters": parameters if text else {}})
 
 
 async def nothing(request: Request) -> Response:
-    """GET of lists that clients ask for and that are empty here."""
+    """GET of a list that clients request and that is always empty."""
     return JSONResponse([])
 
 

@@ -497,12 +497,12 @@ def test_steps_and_sizes_that_klein_can_do_are_followed(http: httpx.Client) -> N
 
 
 def test_base_models_take_a_web_uis_guidance() -> None:
-    from klein_mlx.server.sdapi import Wish, sd_arguments
+    from klein_mlx.server.sdapi import WebRequest, sd_arguments
 
     facts = {"distilled": False, "steps": 50, "guidance": 4.0}
     body = {"prompt": "a", "steps": 20, "cfg_scale": 7, "negative_prompt": "b", "n_iter": 3, "batch_size": 4}
-    wish = Wish(body, facts)
-    arguments, _ = sd_arguments(wish)
+    web = WebRequest(body, facts)
+    arguments, _ = sd_arguments(web)
     assert arguments == {
         "prompt": "a",
         "num_inference_steps": 20,
@@ -510,7 +510,7 @@ def test_base_models_take_a_web_uis_guidance() -> None:
         "negative_prompt": "b",
         "num_images_per_prompt": 10,
     }
-    assert wish.notes == ["12 pictures are asked for; 10 are made"]
+    assert web.notes == ["12 pictures are requested; 10 are made"]
 
 
 def test_img2img(http: httpx.Client) -> None:
