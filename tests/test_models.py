@@ -13,6 +13,7 @@ from foreign import all_in_one
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
+from klein_mlx.cli.download import obtain
 from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
 from klein_mlx.formats.diffusers import STEMS
@@ -269,3 +270,26 @@ def test_a_repository_lists_a_path_that_leads_out_of_it(name: object, monkeypatc
         told = refusal(lambda ask=ask: ask("a/b"))
         assert "a/b: lists a file named" in told
         assert "which is not a path inside of it" in told
+
+
+def test_the_command_fetches_that_file_and_a_tokenizer(monkeypatch: Any, tmp_path: Path) -> None:
+    file = all_in_one(tmp_path / "checkpoints" / "all.safetensors")
+    here: dict[str, Any] = {}
+
+    def snapshot(hub_id: str, **options: Any) -> str:
+        if hub_id not in here:
+            raise hub_errors.LocalEntryNotFoundError("not there")
+        return str(tmp_path)
+
+    def bring(hub_id: str, choice: Any, **options: Any) -> None:
+        here[hub_id] = choice(["checkpoints/all.safetensors", "b.gguf"]) if callable(choice) else choice
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("klein_mlx.cli.download.bring", bring)
+    name = "owner/name/all.safetensors"
+    told = refusal(lambda: open_model(obtain(name, offline=True), local_files_only=True))
+    assert told.startswith("owner/name: its model is not whole in ")
+    assert obtain(name, tokenizer=False) == str(file)
+    assert here == {"owner/name": ["checkpoints/all.safetensors"]}
+    assert obtain(name) == str(file)
+    assert here[detect.TOKENIZER_REPOSITORY] == ["tokenizer/tokenizer.json"]

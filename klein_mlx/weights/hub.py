@@ -241,8 +241,8 @@ def plan_download(
     names = list(choice(list(found)) if callable(choice) else filter_repo_objects(found, allow_patterns=list(choice)))
     if callable(choice) and not any(name.endswith(WEIGHTS) for name in names):
         raise CheckpointError(
-            f"{hub_id}: has no weights in diffusers' layout or ours; download the file that you want, and give it as "
-            "--transformer, --text-encoder or --vae"
+            f"{hub_id}: has no weights in diffusers' layout or ours; give it as --transformer, --text-encoder or "
+            f"--vae, or a file of it as --model {hub_id}/FILE"
         )
     here = {name for name in names if isinstance(try_to_load_from_cache(hub_id, name, revision=info.sha), str)}
     missing = tuple(name for name in names if name not in here)

@@ -159,7 +159,8 @@ def test_klein_json_may_state_a_shift(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_files_that_state_their_precision(folder: Path, part: str, sharded: bool) -> None:
     """`save_pretrained(variant="fp16")`: model.fp16.safetensors, or shards with model.safetensors.index.fp16.json."""
-    right = {name: array.astype(mx.float16) for name, array in open_model(folder).weights(part).items()}
+    weights: Any = open_model(folder).weights(part)
+    right = {name: array.astype(mx.float16) for name, array in weights.items()}
     edit_weights(folder, part, lambda weights: weights.update({n: a.astype(mx.float16) for n, a in weights.items()}))
     path = weight_file(folder, part)
     if sharded:

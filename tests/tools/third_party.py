@@ -175,9 +175,10 @@ def mlx_lm_case(
         ids = mx.array([[3, 7, 11, 2]])
         found = load_part("text_encoder", source, mx.float32)(ids, mx.ones(ids.shape, mx.bool_))
         qwen.update(tree_map(_widened, qwen.parameters()))
-        hidden, states = qwen.model.embed_tokens(ids), []
+        decoder: Any = qwen.model
+        hidden, states = decoder.embed_tokens(ids), []
         mask = create_attention_mask(hidden, None)
-        for layer in qwen.model.layers:
+        for layer in decoder.layers:
             hidden = layer(hidden, mask)
             states.append(hidden)
         right = mx.concatenate([states[tap - 1] for tap in source.config.taps], axis=-1)
