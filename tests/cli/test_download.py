@@ -251,9 +251,7 @@ def test_a_repository_of_something_else(tmp_path: Path) -> None:
     with hub(folder) as server:
         done = klein(server, tmp_path, *ASK, "--yes")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert (
-        "has no weights in diffusers' layout or ours; give it as --transformer" in done.stderr
-    )
+    assert "has no weights in diffusers' layout or ours; give it as --transformer" in done.stderr
 
 
 def asked_in_a_terminal(server: Hub, tmp_path: Path, answer: str, *given: str) -> tuple[int, str]:
