@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import peers
+import pair
 import pytest
 
 from klein_mlx.bench.cost import Kernel
@@ -249,46 +249,36 @@ def test_errors_are_one_line(options: list[str], line: str, capsys: pytest.Captu
 
 
 def stub(folder: Path, answers: list[str]) -> str:
-    """A Python that has "mflux": it answers the runner's protocol with given lines."""
+    """A Python that has a program: it answers the protocol with given lines."""
     script = folder / "python"
-    body = "\n".join(
-        [
-            f"#!{sys.executable}",
-            "import sys",
-            "if sys.argv[1] == '-c': sys.exit(0)",
-            'print(\'{"version": "0", "import": 0.1}\', flush=True)',
-            f"for answer in {answers!r}:",
-            "    sys.stdin.readline()",
-            "    print(answer, flush=True)",
-            "sys.exit('Traceback ...\\nValueError: no such weights')",
-        ]
-    )
-    script.write_text(body)
+    body = [f"#!{sys.executable}", "import sys", 'print(\'{"version": "0"}\', flush=True)']
+    body += [f"for answer in {answers!r}:", "    sys.stdin.readline()", "    print(answer, flush=True)"]
+    script.write_text("\n".join([*body, "sys.exit('Traceback ...\\nValueError: no such weights')"]))
     script.chmod(0o755)
     return str(script)
 
 
-def test_another_program_is_measured_in_turn(tmp_path: Path) -> None:
-    """The protocol alone: mflux itself is too large for a test."""
-    peaks = {"peak_memory": 100, "peak_rss": 400}
-    answer = json.dumps({"seconds": {"load": 0.5, "encode": 1.0, "step 1": 2.0}, "cpu_seconds": 4, **peaks})
-    process = peers.Mflux(stub(tmp_path, [answer, answer]), "model", "4b", None, one_picture=False)
-    pictures = [process.picture({"prompt": "a fox"}) for _ in range(2)]
-    other = peers.summary(process, pictures)
-    assert other["seconds"]["total"] == {"min": 3.5, "median": 3.5, "max": 3.5}
-    seconds = {"encode": {"min": 0.5}, "step 1": {"min": 1.0}, "import": {"min": 0.1}}
-    ours = {"seconds": seconds, "cpu_seconds": 1, "peak_memory": {"load": 1, "decode": 50}, "peak_rss": {"load": 100}}
-    wanted = {"encode": 0.5, "step 1": 0.5, "CPU": 0.25, "MLX peak": 0.5, "RSS peak": 0.25}
-    assert peers.ratios(ours, other) == wanted
-    with pytest.raises(RequestError, match="mflux cannot run this: ValueError: no such weights"):
-        process.picture({"prompt": "a fox"})
-    process.close()
+def test_programs_are_measured_in_turn(tmp_path: Path) -> None:
+    """The protocol alone: others' programs are too large for a test. The first picture of each does not count."""
+    programs = []
+    for name, factor in (("klein_mlx", 1.0), ("mflux", 2.0)):
+        (tmp_path / name).mkdir()
+        lines = [{phase: factor * n for phase in pair.PHASES} for n in (9.0, 1.0, 2.0)]
+        programs.append(pair.Program(stub(tmp_path / name, [json.dumps(one) for one in lines]), {"program": name}))
+    found = pair.compare(programs, {"width": 64}, 2)
+    assert found["klein_mlx"]["all"] == {"min": 3.0, "median": 4.5, "max": 6.0}
+    assert found["mflux"]["ratio"] == dict.fromkeys((*pair.PHASES, "all"), 0.5)
+    assert "mflux       all           6.00     9.00    12.00            0.50" in pair.table(found)
+    with pytest.raises(RuntimeError, match="mflux cannot run this: ValueError: no such weights"):
+        programs[1].picture({})
+    for program in programs:
+        program.close()
 
 
-def test_the_runner_knows_nothing_of_ours() -> None:
-    """It runs where klein_mlx is not installed, and says in one line that mflux is missing."""
+def test_a_program_that_is_missing_is_named() -> None:
+    """Its process runs where klein_mlx is not installed."""
+    asked = {"program": "mflux", "model": "x", "dtype": "float32"}
     done = subprocess.run(
-        [sys.executable, "-I", str(peers.RUNNER), json.dumps({"float32": False})], capture_output=True, text=True
+        [sys.executable, "-I", pair.__file__, "--serve", json.dumps(asked)], capture_output=True, text=True
     )
-    assert "klein_mlx" not in peers.RUNNER.read_text().split('"""')[2]
     assert done.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'mflux'"
