@@ -87,7 +87,6 @@ def image_request(values: dict[str, Any], edits: bool, uploads: Mapping[str, byt
     ignored: list[str] = []
     size = _size(values.get("size"))
     arguments = {"prompt": prompt_of(values), **arguments_of(values, ignored, READ_HERE), **size}
-    ignored += [name for name in size if values.get(name) is not None]
     pictures = pictures_of(values, uploads)
     if edits and all(argument == "mask_image" for argument, _ in pictures):
         raise ApiError(400, "image is missing; send the picture to edit, or up to 10", "image")
@@ -97,6 +96,12 @@ def image_request(values: dict[str, Any], edits: bool, uploads: Mapping[str, byt
     streams = choice(values, "stream", False, (True, False))
     partials = whole(values, "partial_images", 0, 0, MAX_PARTIALS)
     kind = choice(values, "output_format", "png", FORMATS)
+    without_effect = [
+        *size,
+        *([] if streams else ["partial_images"]),
+        *(["output_compression"] if kind == "png" else []),
+    ]
+    ignored += [name for name in without_effect if values.get(name) is not None]
     job = make_job(
         arguments,
         pictures,

@@ -123,9 +123,11 @@ def test_loras_by_extra_body_and_unknown_fields(api: Any) -> None:
     assert not np.array_equal(plain, styled)
     assert np.array_equal(plain, made(loras=["silhouettes:0"]))
     assert np.array_equal(plain, made())
-    body = {"steps": 1, "other": [1], "ö,\n": 2, "quality": "high"}
+    body = {"steps": 1, "other": [1], "ö,\n": 2, "quality": "high", "width": 512, "output_compression": 5}
     reply = api.images.with_raw_response.generate(**SMALL, user="me", extra_body=body)
-    assert sorted(reply.headers["x-klein-ignored"].split(", ")) == ["%C3%B6%2C%0A", "other", "quality", "user"]
+    assert sorted(reply.headers["x-klein-ignored"].split(", ")) == [
+        *("%C3%B6%2C%0A", "other", "output_compression", "quality", "user", "width")
+    ]
     assert "x-klein-ignored" not in api.images.with_raw_response.generate(**SMALL, **ONE_STEP).headers
     with pytest.raises(openai.BadRequestError) as error:
         made(loras=["none"])

@@ -45,6 +45,7 @@ def test_the_command_serves_without_mlx_and_ends_at_once(tmp_path) -> None:
         "def ready(url):\n"
         "    def look():\n"
         "        page = urllib.request.urlopen(url).read()\n"
+        "        import klein_mlx.images.saving\n"  # as web UIs' routes do
         "        mlx = [m for m in sys.modules if m == 'mlx' or m.startswith(('mlx.', 'mlx_lm'))]\n"
         "        rss = int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6\n"
         "        print(len(page), mlx, rss, flush=True)\n"
@@ -59,7 +60,7 @@ def test_the_command_serves_without_mlx_and_ends_at_once(tmp_path) -> None:
     size, modules, rss = done.stdout.split(maxsplit=2)[0], "[]" in done.stdout, done.stdout.split()[-1]
     assert int(size) > 20
     assert modules, done.stdout
-    assert float(rss) < 70  # 45 here; the allocator and libraries differ
+    assert float(rss) < 60  # 45 here; the allocator and libraries differ
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
