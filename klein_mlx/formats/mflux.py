@@ -78,8 +78,9 @@ def part_folders(folder: Path) -> dict[str, Path] | None:
 
 def open_mflux(folder: Path, parts: Mapping[str, Path], name: str | None, revision: str | None) -> Assembly:
     """Open a folder of parts without a model_index.json. name, revision: as in `assemble`."""
-    tokenizer = next((folder / file for file in TOKENIZER_FILES if os.path.lexists(folder / file)), None)
-    require_file(tokenizer or folder / TOKENIZER_FILES[0])
+    places = [*(folder / file for file in TOKENIZER_FILES), parts["text_encoder"] / TOKENIZER_FILES[1]]
+    tokenizer = next((file for file in places if os.path.lexists(file)), places[0])
+    require_file(tokenizer)
     return assemble(folder, parts, tokenizer, format="mflux", name=name, revision=revision)
 
 

@@ -295,9 +295,11 @@ def _file_and_index(folder: Path, stem: str) -> tuple[Path, Path]:
     plain = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if any(map(os.path.lexists, plain)):
         return plain
-    pairs = [
-        (folder / f"{stem}.{kind}.safetensors", folder / f"{stem}.safetensors.index.{kind}.json") for kind in PRECISIONS
-    ]
+    pairs = []
+    for kind in PRECISIONS:
+        older = folder / f"{stem}.{kind}.safetensors.index.json"
+        index = older if os.path.lexists(older) else folder / f"{stem}.safetensors.index.{kind}.json"
+        pairs.append((folder / f"{stem}.{kind}.safetensors", index))
     present = [pair for pair in pairs if any(map(os.path.lexists, pair))]
     if len(present) > 1:
         names = " and ".join(next(path.name for path in pair if os.path.lexists(path)) for pair in present)

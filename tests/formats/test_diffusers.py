@@ -156,9 +156,9 @@ def test_klein_json_may_state_a_shift(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_files_that_state_their_precision(folder: Path, part: str, sharded: bool) -> None:
-    """`save_pretrained(variant="fp16")`: model.fp16.safetensors, or shards with model.safetensors.index.fp16.json."""
+@pytest.mark.parametrize("sharded", ["", ".safetensors.index.fp16.json", ".fp16.safetensors.index.json"])
+def test_files_that_state_their_precision(folder: Path, part: str, sharded: str) -> None:
+    """`save_pretrained(variant="fp16")`: model.fp16.safetensors, or shards with an index, of either name."""
     weights: Any = open_model(folder).weights(part)
     right = {name: array.astype(mx.float16) for name, array in weights.items()}
     edit_weights(folder, part, lambda weights: weights.update({n: a.astype(mx.float16) for n, a in weights.items()}))
@@ -169,14 +169,14 @@ def test_files_that_state_their_precision(folder: Path, part: str, sharded: bool
             (path.parent / name).rename(path.parent / name.replace("-0", ".fp16-0", 1))
         index["weight_map"] = {key: name.replace("-0", ".fp16-0", 1) for key, name in index["weight_map"].items()}
         path.with_name(f"{path.name}.index.json").unlink()
-        path.with_name(f"{path.name}.index.fp16.json").write_text(json.dumps(index))
+        path.with_name(f"{path.stem}{sharded}").write_text(json.dumps(index))
     else:
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
     assert_equal(open_model(folder).weights(part), right)  # type: ignore[arg-type]
     assert_equal(open_model(GOLDEN, parts={part: folder / part}).weights(part), right)  # type: ignore[arg-type]
     save(path.with_name(f"{path.stem}.bf16.safetensors"), {"x": mx.zeros(1)})
     told = refusal(lambda: open_model(folder).weights(part))
-    held = f"{path.name}.index.fp16.json" if sharded else f"{path.stem}.fp16.safetensors"
+    held = f"{path.stem}{sharded or '.fp16.safetensors'}"
     assert told == f"{path.parent}: holds {path.stem}.bf16.safetensors and {held}; keep the one that you want"
     save(path, {})
     assert "missing" in refusal(lambda: open_model(folder).weights(part)), "the plain file comes first"

@@ -239,6 +239,10 @@ def test_prismml_s_folder_is_a_model(tmp_path: Path, model: Path, bits: int, ind
     edit_json(model / "scheduler" / "scheduler_config.json", lambda stated: stated.update(use_dynamic_shifting=False))
     (model / "transformer").rename(model / "transformer-packed-mflux")
     (model / "text_encoder").rename(model / "text_encoder-mlx-4bit")
+    if indexed:  # the tokenizer lies beside the encoder as well
+        (model / "tokenizer").rename(tmp_path / "tokenizer")
+        assert "tokenizer.json: is missing" in refusal(lambda: open_model(model))
+        shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", model / "text_encoder-mlx-4bit")
     source = open_model(model)
     assert source.config.time_shift == 3
     kinds = {part: quantization.told() for part, quantization in source.quantization.items()}
