@@ -13,11 +13,13 @@ import silhouettes
 
 from klein_mlx.train import TrainOptions, train
 
+pytestmark = pytest.mark.slow
+
 WORDS = [
     "--model",
     "tiny",
     "--resolution",
-    "128",
+    "64",
     "--rank",
     "2",
     "--warmup",
@@ -60,7 +62,7 @@ def test_two_processes_are_one_that_accumulates_twice(hosts: Path, tmp_path: Pat
     assert [peer.returncode for peer in peers] == [0, 0], told
     assert told[0][0].strip() == str(outputs[0])
     assert told[1][0] == told[1][1] == ""  # only the first one speaks
-    options = TrainOptions(str(data), str(outputs[1]), "tiny", resolution=128, rank=2, warmup=0, hold_out="0", seed=3)
+    options = TrainOptions(str(data), str(outputs[1]), "tiny", resolution=64, rank=2, warmup=0, hold_out="0", seed=3)
     list(train(options.__class__(**{**vars(options), "steps": 2, "accumulate": 2, "save_every": 1})))
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 

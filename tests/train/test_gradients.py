@@ -1,5 +1,6 @@
 """Gradients block by block equal those of one value_and_grad; memory stays that of a block."""
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -50,10 +51,10 @@ def trainables_of(transformer: Any, method: str, targets: str = "all") -> Traina
     return trainables
 
 
-def sample(config: ModelConfig, references: bool = False, batch: int = 1, length: int | None = None) -> Sample:
+def sample(config: ModelConfig, references: bool = False, batch: int = 1) -> Sample:
     c = config.transformer
     latents, noise = (mx.random.normal((batch, 8, 6, c.in_channels), key=mx.random.key(k)) for k in (1, 2))
-    shape = (batch, length or config.max_sequence_length, c.joint_attention_dim)
+    shape = (batch, 24, c.joint_attention_dim)
     embeds = mx.random.normal(shape, key=mx.random.key(3))
     grids = [mx.random.normal((batch, 4, 6, c.in_channels), key=mx.random.key(k)) for k in (4, 5)]
     return Sample(latents, noise, embeds, 0.6, join_references(grids) if references else None)
@@ -149,10 +150,10 @@ def test_doras_norm_is_a_constant() -> None:
     assert worst(found, pairs) < 1e-5  # float32, other order of operations
 
 
-@pytest.mark.parametrize("policy", ["auto", "direct", "expand"])
 @pytest.mark.parametrize("bits", ["4-g32", "8-g32", "mxfp4", "mxfp8", "nvfp4"])
-def test_a_quantized_base(bits: str, policy: str) -> None:
-    """Factors beside packed layers get the gradients that they get beside the same numbers, unpacked."""
+def test_a_quantized_base(bits: str) -> None:
+    """Factors beside packed layers get the gradients that they get beside the same numbers, unpacked: where the packed
+    ones are multiplied as they are, where they are unpacked first, and as a CPU does it."""
     source = open_checkpoint(TINY_FOLDER)
     settings = settle(parse(bits), source)["transformer"]
     packed: Any = load_part("transformer", source, mx.float32, settings)
@@ -161,11 +162,12 @@ def test_a_quantized_base(bits: str, policy: str) -> None:
         if isinstance(layer, nn.QuantizedLinear):
             parent, name = parent_of(plain, path)
             getattr(parent, name).weight = dense(layer)
-    one, found = sample(source.config), []
-    for model in (packed, plain):
-        place(model, Gpu() if policy == "direct" else Cpu())
-        found.append(gradients_of(Blockwise(model, trainables_of(model, "lora"), mx.float32), one)[1])
-    assert worst(*found) < 1e-3  # MLX's packed matmul adds in another order
+    one = sample(source.config)
+    _, right = gradients_of(Blockwise(plain, trainables_of(plain, "lora"), mx.float32), one)
+    blockwise = Blockwise(packed, trainables_of(packed, "lora"), mx.float32)
+    for device in (Gpu(compiles=False), Gpu(dense_from=0, compiles=False), Cpu()):
+        place(packed, device)
+        assert worst(gradients_of(blockwise, one)[1], right) < 1e-3  # MLX's packed matmul adds in another order
 
 
 def test_targets() -> None:
@@ -201,6 +203,7 @@ def peaks(config: ModelConfig, grid: tuple[int, int], length: int, method: str =
     mx.eval(tree_flatten(transformer.parameters()), trainables.weights, latents, noise, one.prompt_embeds)
 
     def peak(call: Callable[[], Any]) -> int:
+        gc.collect()  # of what other tests left
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
