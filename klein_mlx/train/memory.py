@@ -25,6 +25,7 @@ _STREAMS, _SCORES, _BACK, _CHANGED = 27, 1.2, 14, 1.65
 # Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
 _ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 64, 4, 24, 32
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
+_UPDATED = 6  # arrays of a weight while it is changed
 _STATE = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}  # float32 numbers for each that is trained
 
 
@@ -67,6 +68,8 @@ def estimate_training(
     quantized = {part: part in quantization or part in source.quantization for part in ("text_encoder", "transformer")}
     pictures = [vae_bytes(config.vae, height, width, dtype, True, device) for width, height in (size, *references)]
     arrays = block_bytes(config, options, dtype, tokens + work.length, quantized["transformer"], device)
+    if options.method == "full":
+        arrays = max(arrays, update_bytes(config, options, dtype, tokens + work.length))
     phases = {
         "pictures": weights["vae"] + max(pictures),
         "captions": weights["text_encoder"] + encoder_bytes(config, work, dtype, quantized["text_encoder"], device),
@@ -97,6 +100,15 @@ def block_bytes(
     if options.method == "full":
         arrays = max(arrays, width * (_BACK * stream + plain * matrices) + round(_CHANGED * 2 * matrices) * dtype.size)
     return kept + rope + arrays
+
+
+def update_bytes(config: ModelConfig, options: TrainOptions, dtype: mx.Dtype, tokens: int) -> int:
+    """Beside weights and what is trained, while full training changes a single block: its gradients, and the largest
+    matrix's arrays in float32."""
+    c = config.transformer
+    kept = (c.num_layers + c.num_single_layers) * options.batch * tokens * c.hidden_size
+    largest, block = 3 * c.hidden_size + 2 * c.mlp_size, 4 * c.hidden_size + 3 * c.mlp_size
+    return _UPDATED * largest * c.hidden_size * 4 + (block * c.hidden_size + kept) * dtype.size
 
 
 def piece_rows(config: TransformerConfig, tokens: int) -> int:

@@ -59,20 +59,25 @@ class Updater:
         self._lost: Weights = {}  # Kahan's: what rounding took from each weight
 
     def update(self, stage: str, gradients: Weights, step: int) -> None:
-        """One update of what `gradients` name, evaluated. stage: whose state."""
+        """One update of what `gradients` name, each evaluated before the next; they are used up. stage: whose state."""
         if stage not in self._optimizers:
             self._optimizers[stage] = make_optimizer(self._options)
             self._optimizers[stage].init(_flat_names({path: self._weights[path] for path in gradients}))
         optimizer = self._optimizers[stage]
         optimizer.learning_rate = mx.array(rate_at(self._options, step))  # type: ignore[assignment]
-        before = {path: self._weights[path].astype(mx.float32) for path in gradients}
-        if self._options.rounding == "kahan":
-            before = {path: a + self._lost[path] if path in self._lost else a for path, a in before.items()}
-        wide = {path: g.astype(mx.float32) for path, g in gradients.items()}
-        after = optimizer.apply_gradients(_flat_names(wide), _flat_names(before))
-        for path in gradients:
-            self._weights[path] = self._rounded(path, after[path.replace(".", "/")], step)
-        mx.eval([self._weights[path] for path in gradients], optimizer.state, self._lost)
+        optimizer.state["step"] = optimizer.step + 1
+        for path in list(gradients):
+            before = self._weights[path].astype(mx.float32)
+            if path in self._lost:
+                before = before + self._lost[path]
+            state: Any = optimizer.state[path.replace(".", "/")]
+            after = optimizer.apply_single(gradients.pop(path).astype(mx.float32), before, state)
+            del before
+            mx.eval(after, state)
+            self._weights[path] = self._rounded(path, after, step)
+            del after
+            mx.eval(self._weights[path], self._lost.get(path))
+        mx.eval(optimizer.state)
 
     def _rounded(self, path: str, array: mx.array, step: int) -> mx.array:
         """In the dtype that the weight has."""

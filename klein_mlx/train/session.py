@@ -97,17 +97,19 @@ class Session:
                 total[path] = total[path] + gradient if path in total else gradient
             mx.eval(total)
 
-        def apply(stage: str, gradients: Weights) -> None:
+        def apply(stage: str, given: Weights) -> None:
             nonlocal sound
             self._changing = True
-            gradients, _ = self.group.mean(gradients, 0.0)
+            gradients, _ = self.group.mean(given, 0.0)
             norms = {path: norm_of({path: gradient}) for path, gradient in gradients.items()}
             mx.eval(norms)
             finite = {path for path, norm in norms.items() if mx.isfinite(norm).item()}
             sound = sound and len(finite) == len(norms)
             squares.extend(mx.square(norms[path]) for path in finite)
             ready = {path: clipped({path: gradients[path]}, norms[path], options.clip)[path] for path in sorted(finite)}
-            if len(ready) == len(gradients):
+            gradients.clear()  # each one leaves as soon as it was used
+            given.clear()
+            if len(ready) == len(norms):
                 self.updater.update(stage, ready, step)
 
         for number in range(count):

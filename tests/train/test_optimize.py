@@ -81,8 +81,8 @@ def test_a_state_that_is_restored_goes_on(optimizer: str) -> None:
     whole, part = {"a.b": mx.ones((4, 3))}, {"a.b": mx.ones((4, 3))}
     one, two = Updater(options, whole), Updater(options, part)
     for step in range(4):
-        one.update("all", gradients[step], step)
-        two.update("all", gradients[step], step)
+        one.update("all", dict(gradients[step]), step)
+        two.update("all", dict(gradients[step]), step)
         if step == 1:
             state = two.state()
             two = Updater(options, part)
