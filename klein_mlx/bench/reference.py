@@ -18,6 +18,7 @@ from klein_mlx.model import sampler as grids
 from klein_mlx.model.layers import Device, Gpu, here, place, wide
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.pipeline import KleinPipeline
+from klein_mlx.runtime.parts import chosen_device
 from klein_mlx.runtime.run import Step
 from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import load_part
@@ -62,7 +63,7 @@ def check_reference(setting: Setting) -> Iterator[Row]:
 
 
 def _device(setting: Setting, compiled: str) -> Device:
-    own = here()
+    own = chosen_device() if setting.gpu else here()
     if compiled == "always":
         return own if setting.gpu else Gpu()
     return replace(own, compiles=False) if setting.gpu else own

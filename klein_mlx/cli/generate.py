@@ -159,7 +159,7 @@ def _shared(batch: "Batch", group: "Group") -> str:
     tokens = request.max_sequence_length + width // side * (height // side)
     sent = group.peers.sent(tokens, config.transformer, batch.pipe.dtype.size) * (1 + (request.guidance > 1))
     return (
-        f"{group.size} processes share each picture; a step sends {sent / 1e6:.0f} MB from each, more with references"
+        f"{group.size} processes share each picture; a step sends {sent / 1e6:.3g} MB from each, more with references"
     )
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.config import TransformerConfig
+from klein_mlx.model.compile import CompiledBlocks
+from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.sampler import join_references
-from klein_mlx.model.transformer import Transformer
-from klein_mlx.model.velocity import Peers, Tables, guided_velocity, velocity
+from klein_mlx.model.transformer import Transformer, call_block
+from klein_mlx.model.velocity import Peers, Tables, guided_velocity, in_parts, velocity
 
 CONFIG = TransformerConfig(16, 2, 3, 32, 2, 64, 3.0, (8, 8, 8, 8))
 SIGMAS = (0.9, 0.5)
@@ -24,6 +26,7 @@ def main() -> None:
     model = Transformer(CONFIG)
     model.arrange()
     mx.eval(model.parameters())
+    blocks = CompiledBlocks()
     references = join_references([normal((1, 2, 3, 16), 1)])
     embeds, negative = normal((1, 7, 64), 2), normal((1, 7, 64), 3)
 
@@ -34,7 +37,8 @@ def main() -> None:
             predict = guided_velocity(model, embeds, negative, tables, 3.0, kind == "batched", peers=peers)
         else:
             reuse: Any = kind if kind in ("alone", "first step") else None
-            predict = velocity(model, embeds, tables, reuse, peers=peers)
+            run = in_parts(blocks, mx.async_eval) if kind == "compiled" else call_block
+            predict = velocity(model, embeds, tables, reuse, run, peers)
         x = normal((1, 3, 5, 16), 4)
         for sigma in SIGMAS:
             x = x - 0.4 * predict(x, sigma)
@@ -42,9 +46,16 @@ def main() -> None:
         return x
 
     found = {}
-    for kind in ("plain", "references", "alone", "first step", "guided", "batched"):
+
+    def compare(kind: str) -> None:
         ours, alone = latents(Peers(group.rank(), group.size()), kind), latents(Peers(), kind)
         found[kind] = float(mx.abs(ours - alone).max().item() / mx.abs(alone).max().item())  # type: ignore[operator]
+
+    for kind in ("plain", "references", "alone", "first step", "guided", "batched"):
+        compare(kind)
+    mx.disable_compile()  # compiled functions run as Python: what reaches them is the same, and no compiler is needed
+    place(model, Gpu())
+    compare("compiled")
     print(json.dumps(found))
 
 
