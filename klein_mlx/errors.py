@@ -138,3 +138,11 @@ def short(value: Any) -> str:
     except ValueError:  # Python writes no integer of over 4300 digits
         text = f"a {type(value).__name__} too long to be written"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def human_bytes(count: float) -> str:
+    """12.3 GB, 340.0 MB, 9.8 kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

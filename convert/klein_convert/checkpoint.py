@@ -12,7 +12,7 @@ import mlx.core as mx
 from klein_convert.destination import checked_destination, publish, require_space, workspace, write_card, write_failure
 from klein_convert.writer import Counter, Hashing, Warn, flush, write_json, write_weights
 from klein_mlx.config import ONE_STEP, PARTS, TIME_SHIFTS, TINY, VARIANTS, ModelConfig
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.formats.mflux import with_variant
 from klein_mlx.formats.open import open_model
 from klein_mlx.paths import version
@@ -48,14 +48,14 @@ class Plan:
         """For a person."""
         total = sum(self.written.values())
         told = [
-            f"read     {self.source}: {self.read / 1e9:.3f} GB",
-            f"write    {self.destination}: {total / 1e9:.3f} GB",
+            f"read     {self.source}: {human_bytes(self.read)}",
+            f"write    {self.destination}: {human_bytes(total)}",
         ]
         for part, size in self.written.items():
             stored = self.quantization.get(part)
             bits = stored.told() if stored else "not quantised"
-            told.append(f"  {part:<12} {size / 1e9:7.3f} GB  {bits}")
-        return [*told, f"free     {self.free / 1e9:.3f} GB, {(total + _MARGIN) / 1e9:.3f} GB needed"]
+            told.append(f"  {part:<12} {human_bytes(size):>10}  {bits}")
+        return [*told, f"free     {human_bytes(self.free)}, {human_bytes(total + _MARGIN)} needed"]
 
 
 def plan_conversion(source: Source, destination: str | Path, *, quantize: Quantize = None, force: bool = False) -> Plan:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_convert.writer import flush, flush_descriptor
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.errors import CheckpointError, RequestError, human_bytes
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import one_line
@@ -59,7 +59,7 @@ def _is_within(path: Path, folder: Path) -> bool:
 def require_space(parent: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        raise CheckpointError(f"{parent}: {human_bytes(needed)} are needed, {human_bytes(free)} are free")
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def flush_folder(folder: Path) -> None:
 
 def write_failure(target: Path, needed: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{target}: the disk is full; {needed / 1e9:.2f} GB are needed. Nothing was left behind"
+        return f"{target}: the disk is full; {human_bytes(needed)} are needed. Nothing was left behind"
     return f"{target}: cannot be written ({error.strerror or error})"
 
 

@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from klein_mlx.bench.checks import Row, Setting
 from klein_mlx.bench.measure import device_name
+from klein_mlx.errors import human_bytes
 from klein_mlx.paths import cache_folder, cached_models, own_models, version
-from klein_mlx.runtime.memory import gigabytes, machine_memory
+from klein_mlx.runtime.memory import machine_memory
 from klein_mlx.runtime.parts import choices_told, chosen_device
 from klein_mlx.weights.hub import cache_folder as hub_cache
 
@@ -96,9 +97,9 @@ def _command(*words: str) -> str:
 
 def _memory() -> Row:
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = f"memory: {gigabytes(whole)}, of which {gigabytes(machine_memory())} may be used"
+    text = f"memory: {human_bytes(whole)}, of which {human_bytes(machine_memory())} may be used"
     largest = mx.device_info().get("max_buffer_length") if _on_gpu() else None
-    return _row(text + (f", {gigabytes(int(largest))} in one array" if largest else ""))
+    return _row(text + (f", {human_bytes(int(largest))} in one array" if largest else ""))
 
 
 def _versions(setting: Setting) -> Iterator[Row]:
@@ -139,8 +140,8 @@ def _disk() -> Iterator[Row]:
             yield _row(f"disk for {what}: there is no home folder")
             continue
         free = shutil.disk_usage(_existing(folder)).free
-        remedy = f"free some disk: less than {gigabytes(NEEDED_DISK)} is left for {what}"
-        yield _row(f"disk for {what}: {gigabytes(free)} free", free >= NEEDED_DISK, remedy)
+        remedy = f"free some disk: less than {human_bytes(NEEDED_DISK)} is left for {what}"
+        yield _row(f"disk for {what}: {human_bytes(free)} free", free >= NEEDED_DISK, remedy)
     cached = cached_models()
     yield _row(f"models on disk: {len(own_models())} of one's own, {len(cached)} in the Hub's cache")
 

@@ -22,7 +22,7 @@ from klein_mlx.cli.options import (
     typed_options,
 )
 from klein_mlx.cli.output import note, say, say_json
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, human_bytes
 
 if TYPE_CHECKING:
     from klein_mlx.bench.measure import Measured
@@ -239,7 +239,7 @@ def _bits(bits: dict[str, int]) -> str:
 
 
 def _memory(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+    return "" if nbytes is None else human_bytes(nbytes)
 
 
 # Predicting

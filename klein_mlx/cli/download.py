@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import ask, has_bar, note
 from klein_mlx.config import PARTS, VARIANTS
-from klein_mlx.errors import CheckpointError, Declined, RequestError, printable
+from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes, printable
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
 
@@ -271,7 +271,8 @@ def bring(
     if not yes and not asked:
         instead = instead or f"first: klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         raise RequestError(
-            f"{hub_id} is not on this machine: {_gb(plan.bytes)} from {_host()}; add --yes to download it, or {instead}"
+            f"{hub_id} is not on this machine: {human_bytes(plan.bytes)} from {_host()}; "
+            f"add --yes to download it, or {instead}"
         )
     if not quiet or not yes:
         note(*facts(plan))
@@ -283,16 +284,16 @@ def bring(
 def facts(plan: "Plan") -> list[str]:
     """What a person wants to know before a download, a line each."""
     total = sum(plan.sizes.values())
-    size = f"{_gb(plan.bytes)} in {len(plan.missing)} files"
+    size = f"{human_bytes(plan.bytes)} in {len(plan.missing)} files"
     if plan.bytes < total:
-        size += f"; {_gb(total - plan.bytes)} are here already"
+        size += f"; {human_bytes(total - plan.bytes)} are here already"
     row = next((row for row in VARIANTS if row.hub_id == plan.hub_id), None)
     note = next((alias.note for alias in ALIASES.values() if alias.hub_id == plan.hub_id and row is None), None)
     lines = [
         f"{plan.hub_id} is not on this machine yet.",
         f"  from     {_host()}/{plan.hub_id}{f' ({note})' if note else ''}",
         f"  size     {size}",
-        f"  into     {plan.folder} ({_gb(plan.free)} free)",
+        f"  into     {plan.folder} ({human_bytes(plan.free)} free)",
         f"  licence  {plan.licence or 'not stated'}{f' ({row.licence})' if row else ''}",
     ]
     if memory := _memory(plan):
@@ -305,11 +306,12 @@ def facts(plan: "Plan") -> list[str]:
 def _memory(plan: "Plan") -> str | None:
     """What the weights will take, told from the parts' files, and what there is."""
     sizes = {part: sum(size for name, size in plan.sizes.items() if name.startswith(part)) for part in PARTS}
-    told = ", ".join(f"{part.replace('_', ' ')} {_gb(size)}" for part, size in sizes.items() if size)
+    told = ", ".join(f"{part.replace('_', ' ')} {human_bytes(size)}" for part, size in sizes.items() if size)
     if not sizes["transformer"] or not sizes["text_encoder"]:
         return None
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"up to {_gb(max(sizes.values()))} of weights at a time ({told}), of {_gb(here)} here; -q 4 takes a third"
+    most = human_bytes(max(sizes.values()))
+    return f"up to {most} of weights at a time ({told}), of {human_bytes(here)} here; -q 4 takes a third"
 
 
 def _here() -> str | None:
@@ -341,10 +343,6 @@ def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], 
 def _agreed(question: str) -> bool:
     answer = ask(question)
     return bool(answer) and answer.strip().lower() in ("", "y", "yes")
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _host() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import ask, note, say, say_json
-from klein_mlx.errors import CheckpointError, RequestError, printable
+from klein_mlx.errors import CheckpointError, RequestError, human_bytes, printable
 from klein_mlx.paths import models_folder, own_model, own_models, own_names
 from klein_mlx.weights.hub import ALIASES, BASES, resolve, suggestion
 
@@ -151,7 +151,7 @@ def _list(args: argparse.Namespace) -> None:
         bits = "+".join(map(str, model.bits)) or ("-" if model.whole else "?")
         told = model.variant or "incomplete"
         used = "-" if model.where == "package" or not model.last_used else _ago(time.time() - model.last_used)
-        rows.append((printable(model.name), short.get(model.name, "-"), told, bits, _size(model.bytes), used))
+        rows.append((printable(model.name), short.get(model.name, "-"), told, bits, human_bytes(model.bytes), used))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -160,10 +160,6 @@ def _list(args: argparse.Namespace) -> None:
     if others and not args.quiet:
         note("to be had with klein-mlx models pull:", *(f"  {other}" for other in others))
         note(f"your own models, by name: the folders in {models_folder()}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _ago(seconds: float) -> str:
@@ -268,6 +264,6 @@ def _ask(args: argparse.Namespace, name: str, size: int, folder: Path) -> None:
     if args.yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise RequestError(f"{name} ({_size(size)} in {folder}) is not deleted without a question; add --yes")
-    if ask(f"Delete {name}, {_size(size)} in {folder}? [y/N]").strip().lower() not in ("y", "yes"):
+        raise RequestError(f"{name} ({human_bytes(size)} in {folder}) is not deleted without a question; add --yes")
+    if ask(f"Delete {name}, {human_bytes(size)} in {folder}? [y/N]").strip().lower() not in ("y", "yes"):
         raise RequestError(f"{name} was not deleted")

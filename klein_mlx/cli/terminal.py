@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from klein_mlx.cli.output import has_bar, json_line, note
+from klein_mlx.errors import human_bytes
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.runtime.run import Picture, Run, Step
 
@@ -325,7 +326,7 @@ class Progress:
         made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
         told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
         tail = f"; {failed} failed" if failed else ""
-        peak = f"; peak memory {mx.get_peak_memory() / 1e9:.2f} GB"
+        peak = f"; peak memory {human_bytes(mx.get_peak_memory())}"
         note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){peak}{tail}")
 
     def close(self) -> None:

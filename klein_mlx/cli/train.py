@@ -12,6 +12,7 @@ from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import note, say
+from klein_mlx.errors import human_bytes
 from klein_mlx.train.options import TrainOptions, kind_of, make_options, read_toml, stored_values, table
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class _Lines:
         told = f"loss {mean:.4f}"
         if self._held_out is not None:
             told += f", held out {self._held_out:.4f}"
-        told += f", {step.seconds:.2f} s/step, peak {step.peak / 1e9:.2f} GB"
+        told += f", {step.seconds:.2f} s/step, peak {human_bytes(step.peak)}"
         self._bar.n = step.index
         self._bar.set_postfix_str(told, refresh=True)
         if step.held_out is not None and self._bar.disable:

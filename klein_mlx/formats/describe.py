@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_mlx.config import PARTS
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.formats.lora import LoraFile, open_lora, tell_encoder
 from klein_mlx.formats.lora_factors import stated_alpha
 from klein_mlx.formats.lora_metadata import told
@@ -136,11 +136,11 @@ def format_description(description: dict[str, Any]) -> str:
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
     if "memory" in d:
         m = d["memory"]
-        phases = ", ".join(f"{phase} {_gigabytes(count)}" for phase, count in m["phases"].items())
+        phases = ", ".join(f"{phase} {human_bytes(count)}" for phase, count in m["phases"].items())
         outlook = "fits" if m["fits"] else "does not fit"
         lines.append(
             f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
-            f"{outlook} in {_gigabytes(m['machine'])}"
+            f"{outlook} in {human_bytes(m['machine'])}"
         )
     lines += [f"  note     {note}" for note in d["notes"]]
     if "verified" in d:
@@ -154,11 +154,6 @@ def _count(number: int) -> str:
 
 def _bytes(number: int) -> str:
     return _scaled(number, ((" B", 1), (" kB", 10**3), (" MB", 10**6), (" GB", 10**9)))
-
-
-def _gigabytes(number: int) -> str:
-    """For a person: 0.52 GB, 14.2 GB."""
-    return f"{number / 1e9:.3g} GB"
 
 
 def _scaled(number: int, units: tuple[tuple[str, int], ...]) -> str:

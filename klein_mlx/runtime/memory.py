@@ -18,7 +18,7 @@ from typing import Self
 import mlx.core as mx
 
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
-from klein_mlx.errors import DoesNotFit
+from klein_mlx.errors import DoesNotFit, human_bytes
 from klein_mlx.model.layers import Device, here
 from klein_mlx.model.transformer import LONGEST_ATTENTION
 from klein_mlx.model.vae import strip_rows
@@ -285,10 +285,10 @@ def check_fits(
     plans = _plans(source, work, quantization)
     given = {"machine": own.machine, "loras": own.loras, "device": device}
     estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", **given)) for p in plans]
-    told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
+    told = f"this needs {human_bytes(own.peak)} of {human_bytes(own.machine)} of memory"
     plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])
     outlook = "needs" if found.fits else "is the least that it can be, and needs"
-    raise DoesNotFit(f"{told}; {plan.words} {outlook} {gigabytes(found.peak)}")
+    raise DoesNotFit(f"{told}; {plan.words} {outlook} {human_bytes(found.peak)}")
 
 
 @dataclass(frozen=True)
@@ -314,11 +314,6 @@ def _plans(source: Source, work: Work, quantization: Mapping[str, Quantization])
             words = f"{least.words} --width {side} --height {side}"
             found.append(_Plan(words, least.quantization, replace(work, height=side, width=side)))
     return found
-
-
-def gigabytes(count: int) -> str:
-    """12.3 GB, or with two digits more below 1."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e9:.3f} GB"
 
 
 # ---- MLX's own limits while a run works, and files read ahead ----

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from klein_mlx.config import ModelConfig, TransformerConfig
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, human_bytes
 from klein_mlx.model.layers import Device, here
-from klein_mlx.runtime.memory import Work, encoder_bytes, gigabytes, machine_memory, vae_bytes, weight_bytes
+from klein_mlx.runtime.memory import Work, encoder_bytes, machine_memory, vae_bytes, weight_bytes
 from klein_mlx.train.adapters import check_rank, find_targets
 from klein_mlx.train.options import TrainOptions
 from klein_mlx.weights.bits import parse, settle
@@ -46,8 +46,8 @@ class TrainEstimate:
 
     def line(self) -> str:
         """For a person."""
-        told = ", ".join(f"{phase} {gigabytes(size)}" for phase, size in self.phases.items())
-        return f"memory     {told} (estimates; there are {gigabytes(self.machine)})"
+        told = ", ".join(f"{phase} {human_bytes(size)}" for phase, size in self.phases.items())
+        return f"memory     {told} (estimates; there are {human_bytes(self.machine)})"
 
 
 def estimate_training(
@@ -146,7 +146,7 @@ def check_training_fits(
     """Raise a RequestError with a plan that would fit, unless the run does. own: its estimate."""
     if own.fits:
         return
-    told = f"this needs {gigabytes(own.peak)} of {gigabytes(own.machine)} of memory"
+    told = f"this needs {human_bytes(own.peak)} of {human_bytes(own.machine)} of memory"
     words = "nothing smaller is left: train on a machine with more"
     free = options.method != "full" and not options.bits and "transformer" not in source.quantization
     for bits in [None, "8", "4"] if free else [options.bits]:
@@ -163,5 +163,5 @@ def check_training_fits(
                     + [f"--resolution {side}"] * (side != options.resolution)
                     + ["--batch 1"] * (options.batch > 1)
                 )
-                raise RequestError(f"{told}; {plan} needs {gigabytes(found.peak)}")
+                raise RequestError(f"{told}; {plan} needs {human_bytes(found.peak)}")
     raise RequestError(f"{told}; {words}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, gated_notice
-from klein_mlx.errors import CheckpointError, nearest, short
+from klein_mlx.errors import CheckpointError, human_bytes, nearest, short
 from klein_mlx.paths import precision_of
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -215,8 +215,8 @@ class Plan:
             ) from None
         if self.bytes + MARGIN > self.free:
             raise CheckpointError(
-                f"{self.hub_id}: {(self.bytes + MARGIN) / 1e9:.1f} GB are needed in {self.folder}, and "
-                f"{self.free / 1e9:.1f} GB are free: free some (klein-mlx models rm), or set HF_HOME to a larger disk"
+                f"{self.hub_id}: {human_bytes(self.bytes + MARGIN)} are needed in {self.folder}, and "
+                f"{human_bytes(self.free)} are free: free some (klein-mlx models rm), or set HF_HOME to a larger disk"
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.paths import PRECISIONS
 
 FLOATS = ("BF16", "F16", "F32")
@@ -152,7 +152,7 @@ def _header(path: Path, known: Identity) -> dict[str, Entry]:
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         reason = _shortfall(path) or _usual_mistake(path) or f"is damaged: {one_line(error)}"
     except MemoryError:  # a limit on the process, rather than the machine's memory: the file is only mapped
-        reason = f"cannot be mapped: it has {path.stat().st_size / 1e9:.2f} GB, more than this process may address"
+        reason = f"cannot be mapped: it has {human_bytes(path.stat().st_size)}, more than this process may address"
     raise CheckpointError(f"{path}: {reason}") from None
 
 

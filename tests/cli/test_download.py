@@ -239,8 +239,8 @@ sys.exit(main(sys.argv[1:]))
 """
     done = klein(served, tmp_path, *ASK, "--yes", code=code)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "0.3 GB are needed in" in done.stderr
-    assert "and 0.2 GB are free: free some (klein-mlx models rm), or set HF_HOME to a larger disk" in done.stderr
+    assert "278.3 MB are needed in" in done.stderr
+    assert "and 209.7 MB are free: free some (klein-mlx models rm), or set HF_HOME to a larger disk" in done.stderr
     assert not any("resolve" in path for path in served.asked)
 
 
