@@ -121,7 +121,8 @@ def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:
     except (ValueError, RecursionError) as error:
         if '"' not in line.partition(":")[0]:  # a prompt that begins with a choice: {red|blue} ...
             return replace(options, prompt=line)
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        deep = isinstance(error, RecursionError)
+        reason = getattr(error, "msg", "nested too deeply" if deep else "an integer is too long")
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise RequestError(f"the line is not a JSON object: {reason}{column}") from None
     if not isinstance(values.get("prompt"), str):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -267,6 +268,142 @@ def _read_tokenizer(path: Path) -> None:
     read_tokenizer(path, 512)(["a red fox", "café 🦊"], 32)
 
 
+def _picture(suffix: str, **options: Any) -> Callable[[Path], tuple[Path, int | None]]:
+    """Noise of which every byte counts, with what writers put beside the pixels."""
+
+    def make(folder: Path) -> tuple[Path, int | None]:
+        import numpy as np
+        from PIL import Image, ImageCms
+
+        pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        path = folder / f"x{suffix}"
+        with_words = {} if suffix == ".gif" else {"exif": exif, "icc_profile": profile}
+        Image.fromarray(pixels).save(path, **with_words, **options)
+        return path, None
+
+    return make
+
+
+def _chunk(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """One of a PNG's chunks with other bytes, and with the checksum of them."""
+    chunks, at = [], 8
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
+        at += length + 12
+    number = rng.randrange(len(chunks))
+    kind, data = chunks[number]
+    if rng.random() < 0.2 or not data:
+        kind = rng.choice((b"IDAT", b"PLTE", b"tRNS", b"iTXt", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"iCCP"))
+    else:
+        data = _bytes(data, rng, len(data))
+    chunks[number] = (kind, data)
+    parts = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
+    ]
+    return content[:8] + b"".join(parts)
+
+
+def _read_picture(path: Path) -> None:
+    from klein_mlx.images.reading import load_image
+    from klein_mlx.images.saving import read_metadata
+
+    image, _ = load_image(path)
+    assert image.mode == "RGB"
+    if path.suffix in (".png", ".jpg", ".webp"):
+        read_metadata(path)
+
+
+_RECIPE = {
+    **{"recipe": 1, "klein_mlx": "1.0", "mlx": "0.32", "device": "cpu", "prompt": "a {red|blue} fox", "seed": 7},
+    **{"size": [64, 48], "steps": 4, "guidance": 1.0, "dtype": "bfloat16", "sigmas": [1.0, 0.5], "strength": 0.6},
+    "model": {"name": "tiny", "id": "tiny", "variant": "tiny", "fingerprint": "0123", "sampled": True},
+    "images": [{"name": "x.png", "sha256": "00", "bytes": 12, "pixels": "11"}],
+    "loras": [{"file": "x.safetensors", "sha256": "00", "scale": 0.8}],
+    "schedule": [1.0, 0.9, 0.0],
+}
+
+
+def _recipe(folder: Path) -> tuple[Path, int | None]:
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(_RECIPE))
+    return path, None
+
+
+def _read_recipe(path: Path) -> None:
+    """As `show` and `again` would, from inside of each kind of picture."""
+    from PIL import Image, PngImagePlugin
+
+    from klein_mlx.cli import again, show
+    from klein_mlx.errors import KleinError
+    from klein_mlx.images.saving import KEY, read_metadata
+
+    words = PngImagePlugin.PngInfo()
+    words.add_itxt(KEY, path.read_text("utf-8", "replace"))
+    picture = path.with_suffix(".png")
+    Image.new("RGB", (16, 16)).save(picture, pnginfo=words)
+    found = read_metadata(picture)
+    if found.recipe is None:
+        raise KleinError("no recipe")
+    show._lines(found)
+    json.dumps(show._object(str(picture), found))
+    with_files = {"image": ["x.png"], "lora": ["x.safetensors"]}
+    for typed in ({}, with_files):
+        try:
+            again._options(found.recipe, str(picture), typed)
+        except KleinError:
+            if typed:
+                raise
+
+
+_LINES = (
+    '{"prompt": "a fox", "seed": 3, "size": "64x64", "steps": 2, "guidance": 1.5, "output": "a/{seed}.png"}',
+    '{"prompt": "a {red|blue} {a|{b|c}} star", "seed": [1, 2], "width": 64, "height": 80, "sigmas": [1, 0.5]}',
+    '{"prompt": "x", "image": ["a.png"], "count": 2, "max-sequence-length": 64}',
+    "a plain line {",
+)
+
+
+def _prompts(folder: Path) -> tuple[Path, int | None]:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(_LINES))
+    return path, None
+
+
+def _line(content: bytes, rng: random.Random, limit: int) -> bytes:
+    """A value of one of the lines."""
+    lines = content.split(b"\n")
+    at = rng.randrange(3)
+    lines[at] = _value(lines[at], rng, limit)
+    return b"\n".join(lines)
+
+
+def _read_prompts(path: Path) -> None:
+    """As `generate --prompt-file` would, up to each request."""
+    from folders import GOLDEN
+
+    from klein_mlx.cli.options import RunOptions, call_arguments
+    from klein_mlx.cli.prompts import Failure, read_jobs
+    from klein_mlx.errors import KleinError
+    from klein_mlx.formats.open import open_model
+    from klein_mlx.request import check
+
+    config, refused = open_model(GOLDEN).config, None
+    for job in read_jobs(RunOptions(prompt_file=str(path), model="tiny")):
+        if isinstance(job, Failure):
+            refused = job.error
+            continue
+        try:
+            check(config, prompt=job.prompt, **call_arguments(job.options, config))
+        except KleinError as error:
+            refused = error
+    if refused:
+        raise refused
+
+
 KINDS = {
     "safetensors": Kind(_safetensors, _read_part, 0.25, (_bytes, _bytes, _number)),
     "scaled": Kind(_scaled, _read_part, 0.1, (_bytes, _bytes, _number)),
@@ -279,6 +416,14 @@ KINDS = {
     "vae/config.json": Kind(_in_folder("vae/config.json"), _read_model, 0.04),
     "klein.json": Kind(_ours("klein.json"), _read_model, 0.06),
     "tokenizer.json": Kind(_ours("tokenizer.json"), _read_tokenizer, 0.04),
+    "scheduler_config.json": Kind(_in_folder("scheduler/scheduler_config.json"), _read_model, 0.04),
+    "picture.png": Kind(_picture(".png"), _read_picture, 0.04, (_bytes, *(_chunk,) * 5)),
+    "picture.jpg": Kind(_picture(".jpg"), _read_picture, 0.04, (_bytes,)),
+    "picture.webp": Kind(_picture(".webp"), _read_picture, 0.04, (_bytes,)),
+    "picture.gif": Kind(_picture(".gif"), _read_picture, 0.04, (_bytes,)),
+    "picture.tif": Kind(_picture(".tif", compression="tiff_lzw"), _read_picture, 0.04, (_bytes,)),
+    "recipe": Kind(_recipe, _read_recipe, 0.06, (_bytes, _number, *(_value,) * 3)),
+    "prompts.jsonl": Kind(_prompts, _read_prompts, 0.06, (_bytes, _number, *(_line,) * 3)),
 }
 
 
@@ -295,8 +440,7 @@ def work(name: str, first: int, count: int, mark: Path | None = None) -> dict[st
     def hang(*_: object) -> None:
         raise TimeoutError(f"took over {SECONDS} s")
 
-    signal.signal(signal.SIGPROF, hang)
-    signal.signal(signal.SIGALRM, hang)
+    before = [(number, signal.signal(number, hang)) for number in (signal.SIGPROF, signal.SIGALRM)]
     kind, told = KINDS[name], Counter()
     bugs: list[tuple[int, str]] = []
     place = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -327,6 +471,8 @@ def work(name: str, first: int, count: int, mark: Path | None = None) -> dict[st
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
+    for number, handler in before:
+        signal.signal(number, handler)
     return {"kind": name, "read": told["read"], "refused": told["refused"], "bugs": bugs}
 
 
