@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +37,7 @@ class Group:
 
     def __init__(self, backend: str):
         self.rank, self.size, self._group = 0, 1, None
-        if "MLX_RANK" not in os.environ:
+        if "MLX_RANK" not in os.environ or _launched_alone():
             return
         host = socket.gethostname()
         line = f"error: {host} (rank {os.environ['MLX_RANK']}) waited {TIMEOUT} s for the other machines; are all up?\n"
@@ -89,6 +90,14 @@ class Group:
         except RuntimeError as error:
             raise lost(error) from None
         return total
+
+
+def _launched_alone() -> bool:
+    """Whether mlx.launch started one process only: its list of hosts is blank then."""
+    try:
+        return not Path(os.environ["MLX_HOSTFILE"]).read_text().strip()
+    except (KeyError, OSError, UnicodeDecodeError):
+        return False
 
 
 def lost(error: RuntimeError) -> LostPeer:

@@ -61,6 +61,8 @@ def make_plan(options: TrainOptions) -> Plan:
     config = source.config
     _check_variant(config, options)
     dtype = compute_dtype(options.dtype)
+    if dtype == mx.float16 and options.dtype is None:
+        dtype = mx.bfloat16  # what is fastest for pictures is none of training's
     if dtype == mx.float16:
         raise RequestError("dtype is 'float16'; training is done in bfloat16 or float32")
     if options.method == "full" and "transformer" in source.quantization:

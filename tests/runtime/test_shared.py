@@ -17,6 +17,7 @@ from PIL import Image
 from klein_mlx import KleinPipeline
 from klein_mlx.bench.predict import klein
 from klein_mlx.model.velocity import Peers
+from klein_mlx.runtime.distributed import Group
 
 HERE = Path(__file__).parent
 
@@ -59,6 +60,15 @@ def test_every_token_has_one_process(size: int) -> None:
     x = mx.arange(36).reshape(1, 36)
     assert mx.array_equal(mx.concatenate([one.own(x) for one in peers], axis=1), x)
     assert Peers().lengths(36, 512) == ()
+
+
+def test_one_process_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mlx.launch -n 1 starts it: with a list of hosts that is blank."""
+    (tmp_path / "hosts.json").write_text("\n")
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    group = Group("any")
+    assert (group.rank, group.size, group.peers, group.share([1, "a"])) == (0, 1, Peers(), [1, "a"])
 
 
 def test_bytes_of_a_step() -> None:
