@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
 from klein_mlx.cli.output import finish, log_as_notes, note, say
-from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, nearest
+from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, human_bytes, nearest
 
 
 class Command(NamedTuple):
@@ -216,8 +216,8 @@ def check_address_space() -> None:
     least = _LIBRARIES + _PER_CORE * (os.cpu_count() or 1)
     if limit != resource.RLIM_INFINITY and limit < least:
         raise RequestError(
-            f"this process may address {limit / 1e9:.2f} GB (ulimit -v), but the libraries alone take up to"
-            f" {least / 1e9:.2f} GB; raise the limit to that and the model's size"
+            f"this process may address {human_bytes(limit)} (ulimit -v), but the libraries alone take up to"
+            f" {human_bytes(least)}; raise the limit to that and the model's size"
         )
 
 

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import PARTS
-from klein_mlx.errors import CheckpointError, RequestError, of_device
+from klein_mlx.errors import CheckpointError, DoesNotFit, RequestError, human_bytes, of_device
 from klein_mlx.formats.lora import read_lora, shapes_of
 from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.model.layers import Device, Gpu, here, place
@@ -227,6 +227,7 @@ class Parts:
         loaded = self.loras.add(lora, scale, name)
         self._tell(lora, loaded)
         try:
+            self._check_merge(*lora.parts)
             self._refresh(lora)
         except BaseException:
             self.loras.remove(name)
@@ -254,6 +255,24 @@ class Parts:
         taken = {lora.name for lora in self.loras.loaded}
         names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
         return next(name for name in names if name not in taken)
+
+    def _check_merge(self, *names: str) -> None:
+        """DoesNotFit where changing the layers of these parts, as far as they are loaded, takes too much memory. Unless
+        the user chose what to keep, all parts leave instead, and change when they are loaded again."""
+        changed = [name for name in names if name in self.loaded]
+        if not changed:
+            return  # it is counted in the estimate of the request that loads the part
+        merging = max(self._lora_bytes(name)[1] for name in changed)
+        held = sum(self.weights[name] + self._lora_bytes(name)[0] for name in self.loaded)
+        needed, machine = held + self.loras.nbytes + merging, machine_memory()
+        if needed > machine and self._chosen:
+            self.keep = "nothing"
+            self._let_go(*self.loaded)
+        elif needed > machine:
+            raise DoesNotFit(
+                f"applying a LoRA to the loaded {changed[0]} needs {human_bytes(needed)} of {human_bytes(machine)} of"
+                " memory; load the LoRA before the first picture, or keep less (keep='nothing')"
+            )
 
     def _refresh(self, lora: Lora) -> None:
         if "text_encoder" in lora.parts:

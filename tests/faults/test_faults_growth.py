@@ -98,5 +98,5 @@ def test_a_small_address_space(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(resource, "getrlimit", lambda _: (400_000_000, resource.RLIM_INFINITY))
     for words in ("generate x --model tiny", "convert tiny out", "info tiny", "doctor", "again x.png"):
         assert main(words.split()) == 2, words
-        assert "this process may address 0.40 GB (ulimit -v), but the libraries alone" in capsys.readouterr().err
+        assert "this process may address 400.0 MB (ulimit -v), but the libraries alone" in capsys.readouterr().err
     assert main(["completion", "bash"]) == 0

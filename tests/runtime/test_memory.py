@@ -16,9 +16,10 @@ from PIL import Image
 
 from klein_mlx import KleinPipeline, RequestError, pipeline
 from klein_mlx.cli.main import main
+from klein_mlx.errors import DoesNotFit
 from klein_mlx.formats.lora import shapes_of
 from klein_mlx.formats.open import open_model
-from klein_mlx.runtime import memory
+from klein_mlx.runtime import memory, parts
 from klein_mlx.runtime.run import Step
 
 PROMPT = "a red circle"
@@ -227,6 +228,28 @@ def test_less_is_kept_where_a_request_would_not_fit(model: Path, monkeypatch: py
     assert not pipe.parts.loaded
     with pytest.raises(RequestError, match="--keep nothing needs"):
         KleinPipeline.from_pretrained(model, dtype="float32", keep="all").stream(PROMPT, width=256, height=256)
+
+
+def test_a_lora_for_a_loaded_part_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Changing the layers takes memory too: the parts leave for it, unless the user said that they stay."""
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    for keep in ("all", None):
+        pipe = KleinPipeline.from_pretrained("tiny", dtype="float32", keep=keep)
+        pipe(PROMPT, width=64, height=64, num_inference_steps=1)
+        size = mx.zeros(shapes_of(pipe.config, "transformer")["double_blocks.0.img.to_q"])
+        names = (f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+        factors = dict(zip(names, (mx.ones((1, size.shape[1])), mx.ones((size.shape[0], 1))), strict=True))
+        mx.save_safetensors(str(path := tmp_path / "x.safetensors"), factors)
+        whole = sum(pipe.parts.weights.values())
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "machine_memory", lambda: whole + size.nbytes)  # noqa: B023
+            if keep:
+                with pytest.raises(DoesNotFit, match="applying a LoRA to the loaded transformer needs"):
+                    pipe.load_lora(path)
+                assert not pipe.parts.loras.loaded
+                patch.setattr(parts, "machine_memory", lambda: whole + 3 * size.nbytes)  # noqa: B023
+            pipe.load_lora(path)
+        assert bool(pipe.parts.loaded) == bool(keep)
 
 
 def test_what_is_kept_leaves_room(model: Path) -> None:
