@@ -1,6 +1,6 @@
 """What a run will do, before anything is loaded: the data's table, the model, the bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -8,6 +8,7 @@ import mlx.core as mx
 from klein_mlx.config import TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import RequestError
 from klein_mlx.formats.open import open_model
+from klein_mlx.runtime.memory import gigabytes
 from klein_mlx.runtime.parts import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
 from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
@@ -45,8 +46,42 @@ class Plan:
         if self.cut:
             caption, count = self.cut[0]
             told.append(f"cut        {len(self.cut)} captions are too long, {caption[:30]!r} by {count} tokens")
-        told.append(self.estimate.line())
+        told += [self.estimate.line(), self._disk(), self._time()]
         return [*told, f"held out   {len(self.held_out)} of {len(self.table.items)}"]
+
+    def _disk(self) -> str:
+        """What the run's folder will hold of encoded samples."""
+        config, wide = self.source.config, 2 if self.dtype == mx.bfloat16 else 4
+        captions = len(dict.fromkeys(self.captions))
+        embeds = captions * config.max_sequence_length * config.transformer.joint_attention_dim * wide
+        pixels = sum(w * h for item in self.table.items for w, h in (item.size, *item.reference_sizes))
+        latents = pixels // config.pixels_per_token**2 * config.transformer.in_channels * wide
+        if self.options.flip:
+            latents *= 2
+        return f"on disk    {gigabytes(embeds)} for {captions} captions, {gigabytes(latents)} for pictures"
+
+    def _time(self) -> str:
+        """An update's arithmetic with the largest sample; on an Apple chip how long the run will take."""
+        from klein_mlx.bench.predict import EFFICIENCY, find_chip
+
+        options, config = self.options, self.source.config
+        c, largest = config.transformer, _largest(self.table.items)
+        pixels = sum(w * h for w, h in (largest.size, *largest.reference_sizes))
+        tokens = config.max_sequence_length + pixels // config.pixels_per_token**2
+        single = (4 * c.hidden_size + 3 * c.mlp_size) * c.hidden_size  # weights that a token meets in any block
+        forward = (c.num_layers + c.num_single_layers) * tokens * (2 * single + 4 * tokens * c.hidden_size)
+        passes = 4 if options.method == "full" else 3  # forward, again, back to the inputs; back to the weights
+        work = passes * forward * options.batch * (options.accumulate or 1) * (2 if options.keep else 1)
+        told = f"time       {work / 1e12:.3g} TFLOP an update"
+        chip = find_chip(str(mx.device_info().get("device_name", "")))
+        if chip is None:
+            return told
+        seconds = work / (chip.tflops * 1e12 * EFFICIENCY[chip.generation][1])
+        return f"{told}: {seconds:.2g} s on {chip.name}, {options.steps * seconds / 3600:.2g} hours in all (estimates)"
+
+
+def _largest(items: Sequence[Item]) -> Item:
+    return max(items, key=lambda item: sum(w * h for w, h in (item.size, *item.reference_sizes)))
 
 
 def class_caption(options: TrainOptions, caption: str) -> str:
@@ -74,7 +109,7 @@ def make_plan(options: TrainOptions) -> Plan:
     over = tokenizer(captions, config.max_sequence_length).cut
     cut = [(caption, count) for caption, count in zip(captions, over, strict=True) if count]
     training, held_out = split_held_out(table.items, options.held_out_of(len(table.items)), options.seed)
-    largest = max(table.items, key=lambda item: sum(w * h for w, h in (item.size, *item.reference_sizes)))
+    largest = _largest(table.items)
     known = estimate_training(source, options, dtype, quantization, largest.size, largest.reference_sizes)
     check_training_fits(source, options, known, dtype, largest.size)
     return Plan(options, source, table, dtype, quantization, training, held_out, known, cut)

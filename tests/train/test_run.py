@@ -320,6 +320,20 @@ def test_the_command_tells_what_it_would_do(
     out = capsys.readouterr().out
     assert "pictures   3" in out
     assert "held out   1 of 3" in out
+    assert "on disk    0.00" in out
+    assert "for 4 captions" in out
+    assert "TFLOP an update" in out
     assert not options.run_folder.exists()
     assert main(["train"]) == 2
     assert "train needs DATA" in capsys.readouterr().err
+
+
+def test_how_long_a_run_takes_on_a_mac(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiny: 5 blocks of 13 * 192^2 weights that a token meets, two operations each; attention; three passes."""
+    found = make_plan(options)
+    tokens = found.source.config.max_sequence_length + 16
+    work = 3 * 5 * tokens * (2 * 13 * 192**2 + 4 * tokens * 192)
+    assert f"time       {work / 1e12:.3g} TFLOP an update" in found.lines()
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M3 Max"})
+    seconds = work / (14.2e12 * 0.8)
+    assert f": {seconds:.2g} s on M3 Max, {4 * seconds / 3600:.2g} hours in all (estimates)" in found.lines()[-2]
