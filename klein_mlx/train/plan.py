@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from klein_mlx.config import TINY, VARIANTS, ModelConfig
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import RequestError, human_bytes
 from klein_mlx.formats.open import open_model
-from klein_mlx.runtime.memory import gigabytes
 from klein_mlx.runtime.parts import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
 from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
@@ -58,7 +57,7 @@ class Plan:
         latents = pixels // config.pixels_per_token**2 * config.transformer.in_channels * wide
         if self.options.flip:
             latents *= 2
-        return f"on disk    {gigabytes(embeds)} for {captions} captions, {gigabytes(latents)} for pictures"
+        return f"on disk    {human_bytes(embeds)} for {captions} captions, {human_bytes(latents)} for pictures"
 
     def _time(self) -> str:
         """An update's arithmetic with the largest sample; on an Apple chip how long the run will take."""
