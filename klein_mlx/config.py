@@ -274,11 +274,11 @@ def named_variant(text: str) -> str | None:
 
 
 def gated_notice(hub_id: str) -> str | None:
-    """One line on a repository whose licence must be accepted before it can be fetched; None for all others."""
+    """One line on a repository whose license must be accepted before it can be fetched; None for all others."""
     for variant in VARIANTS:
         if variant.is_gated and variant.hub_id and variant.hub_id.lower() == hub_id.lower():
             return (
-                f"{hub_id}: licence {variant.licence}. Accept it once on huggingface.co/{hub_id}, then give a token: "
+                f"{hub_id}: license {variant.licence}. Accept it once on huggingface.co/{hub_id}, then give a token: "
                 "`hf auth login`, or HF_TOKEN, or token= in Python"
             )
     return None

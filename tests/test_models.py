@@ -211,7 +211,7 @@ def _http(kind: type, status: int) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (_http(hub_errors.GatedRepoError, 403), "is gated: accept its licence"),
+        (_http(hub_errors.GatedRepoError, 403), "is gated: accept its license"),
         (_http(hub_errors.RepositoryNotFoundError, 404), "no such repository"),
         (_http(hub_errors.RevisionNotFoundError, 404), "has no revision 'abc'"),
         (_http(hub_errors.HfHubHTTPError, 401), "refused your token"),

@@ -1,9 +1,9 @@
-"""Codes that know the model: a Source whose weights are quantised on the inputs that they will really have.
+"""Codes that know the model: a Source whose weights are quantized on the inputs that they will really have.
 
-A few prompts are run through the unquantised model; then layer after layer is coded, each on what the coded layers
+A few prompts are run through the unquantized model; then layer after layer is coded, each on what the coded layers
 before it hand on (klein_convert.coding), so that it makes up for their errors as well as for its own. The result is in
 MLX's ordinary formats. Which layers need more bits is ranked first, by the error that each alone causes in the
-velocity. Needs the unquantised transformer and text encoder in memory, as they are stored.
+velocity. Needs the unquantized transformer and text encoder in memory, as they are stored.
 """
 
 import heapq
@@ -150,7 +150,7 @@ Done = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CalibratedSource:
-    """Another Source with some layers coded already; to whoever reads it, a quantised model."""
+    """Another Source with some layers coded already; to whoever reads it, a quantized model."""
 
     original: Source
     quantization: Mapping[str, Quantization]
@@ -196,7 +196,7 @@ def calibrate(
     out anew, by the error that each layer causes in this model's velocity.
 
     steps: denoising steps of the calibration's pictures, which have half the model's default sides. done: told each
-    layer's path. Raises RequestError if there is nothing to quantise or no prompt, CheckpointError for stored parts.
+    layer's path. Raises RequestError if there is nothing to quantize or no prompt, CheckpointError for stored parts.
     """
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise RequestError("prompts is empty or holds an empty line; calibration needs at least one prompt")
@@ -205,7 +205,7 @@ def calibrate(
         raise RequestError("calibrate needs bits to calibrate for: give quantize as well, as in mixed-4")
     if source.quantization:
         stored = " and ".join(source.quantization)
-        raise CheckpointError(f"{source.path}: its {stored} is quantised already; calibration starts from the original")
+        raise CheckpointError(f"{source.path}: its {stored} is quantized already; calibration starts from the original")
     tokenizer = read_tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
     tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
     whole = {part: _load_whole(part, source) for part in ("text_encoder", "transformer")}
@@ -299,7 +299,7 @@ def _load_whole(part: str, source: Source) -> Any:
 
 
 def looks(config: ModelConfig, transformer: Any, embeds: Sequence[mx.array], steps: int, seed: int) -> list[list[Look]]:
-    """Per prompt, the latents that the unquantised model passes through."""
+    """Per prompt, the latents that the unquantized model passes through."""
     side = min(config.default_size // 2, _MAX_SIDE) // config.pixels_per_token
     runs = []
     for number, given in enumerate(embeds):

@@ -53,7 +53,7 @@ class Plan:
         ]
         for part, size in self.written.items():
             stored = self.quantization.get(part)
-            bits = stored.told() if stored else "not quantised"
+            bits = stored.told() if stored else "not quantized"
             told.append(f"  {part:<12} {human_bytes(size):>10}  {bits}")
         return [*told, f"free     {human_bytes(self.free)}, {human_bytes(total + _MARGIN)} needed"]
 
@@ -94,7 +94,7 @@ def convert_checkpoint(
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
     progress: called with (bytes done, bytes in all), hashing the source and writing the result counted alike.
     warn: called with a line about what is odd, but no fault: a matrix of zeros.
-    At most two tensors and their quantised forms are in memory at a time. Returns the destination.
+    At most two tensors and their quantized forms are in memory at a time. Returns the destination.
     Raises CheckpointError, and leaves nothing behind, if anything is wrong; NaN or infinity in a weight is.
     """
     if not hasattr(source, "weights"):
@@ -128,12 +128,12 @@ def convert_checkpoint(
 def _prepare(
     model: Source, destination: str | Path, quantize: Quantize, force: bool
 ) -> tuple[Path, dict[str, tuple[dict[str, Weight], dict[str, mx.array]]], dict[str, Quantization], int]:
-    """Every check that needs no work: the target, what would be written (see `_weights`), which parts are quantised
+    """Every check that needs no work: the target, what would be written (see `_weights`), which parts are quantized
     here and how, and the bytes."""
     asked = parse(quantize)
     quantization = settle(asked, model)
     if asked and not quantization:
-        raise CheckpointError(f"{model.path}: is quantised already; start from the original")
+        raise CheckpointError(f"{model.path}: is quantized already; start from the original")
     target = checked_destination(Path(destination), model.path, force, CONFIG_FILE)
     parts = {part: _weights(model, part, quantization.get(part)) for part in PARTS}
     read_json(model.tokenizer_file)
@@ -160,15 +160,15 @@ def _check(finished: Checkpoint, model: Source, quantization: dict[str, Quantiza
 def _weights(
     source: Source, part: str, quantization: Quantization | None
 ) -> tuple[dict[str, Weight], dict[str, mx.array]]:
-    """What is to be written, lazily; and of what is quantised here, the original's condition.
+    """What is to be written, lazily; and of what is quantized here, the original's condition.
 
     Both hang on the same arrays, and nothing else does: evaluated together, an original is read once and then freed.
     """
     weights = source.weights(part)
     if quantization is None:
         return dict(weights), {}
-    quantised = [name for name in weights if name.endswith(".weight") and quantization.of(part, name)]
-    arrays = {name: weight for name in quantised if isinstance(weight := weights[name], mx.array)}
+    quantized = [name for name in weights if name.endswith(".weight") and quantization.of(part, name)]
+    arrays = {name: weight for name in quantized if isinstance(weight := weights[name], mx.array)}
     return quantize_weights(part, weights, quantization), {name: condition(a) for name, a in arrays.items()}
 
 

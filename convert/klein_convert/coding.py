@@ -176,7 +176,7 @@ def aim(weight: np.ndarray, moments: np.ndarray, drift: np.ndarray) -> np.ndarra
 def round_with_feedback(
     weight: np.ndarray, mixture: np.ndarray, importance: np.ndarray, group_size: int, bits: int, dtype: mx.Dtype
 ) -> Arrays:
-    """Quantise to MLX's affine format.
+    """Quantize to MLX's affine format.
 
     weight: (rows, columns) float32. mixture, importance: of `feedback`. dtype: of scales and biases.
     """
@@ -357,7 +357,7 @@ def _code(weight: mx.array, own: Quantization, inputs: _Inputs | None, dtype: mx
 
 
 def quantized_layer(layer: Any, own: Quantization, arrays: tuple[mx.array, ...]) -> nn.Module:
-    """A quantised layer of these arrays in the place of an nn.Linear or nn.Embedding, scales in float32."""
+    """A quantized layer of these arrays in the place of an nn.Linear or nn.Embedding, scales in float32."""
     packed = {
         name: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
         for name, array in zip(("weight", "scales", "biases"), arrays, strict=False)

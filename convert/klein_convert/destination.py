@@ -183,7 +183,7 @@ def model_card(settings: dict[str, Any]) -> str:
     revision = f" at revision {origin['revision']}" if origin.get("revision") else ""
     stored = {part: Quantization.from_dict(values) for part, values in settings["quantization"].items()}
     bits = [f"the {part.replace('_', ' ')} is {q.told()}" for part, q in stored.items()]
-    changes = ["converted to MLX", *([f"quantised: {', '.join(bits)}"] if bits else [])]
+    changes = ["converted to MLX", *([f"quantized: {', '.join(bits)}"] if bits else [])]
     known = licence == _APACHE
     header = [
         "---",
@@ -211,7 +211,7 @@ def model_card(settings: dict[str, Any]) -> str:
         "",
         "## Licence and notices",
         "",
-        f"The original model's licence is {licence}.",
+        f"The original model's license is {licence}.",
         *(["It applies here as well: see LICENSE, or https://www.apache.org/licenses/LICENSE-2.0."] if known else []),
         f"Changes: the weight files were modified ({'; '.join(changes)}). klein.json records the source's files and",
         "these, each with its sha256; `klein-mlx info --verify FOLDER` checks them.",

@@ -45,9 +45,9 @@ def export_diffusers(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a folder that diffusers loads; quantised weights are dequantised, to the dtype of their scales.
+    """Write a folder that diffusers loads; quantized weights are dequantized, to the dtype of their scales.
 
-    The encoder ends one layer behind the last tap, and that layer adds nothing: transformers normalises the output of
+    The encoder ends one layer behind the last tap, and that layer adds nothing: transformers normalizes the output of
     an encoder's last layer, and the tapped one must stay as it is. Returns the destination.
     Raises CheckpointError, and leaves nothing behind, if anything is wrong.
     """
@@ -73,7 +73,7 @@ def export_diffusers(
 
 
 def _their_weights(source: Source, part: str) -> dict[str, Weight]:
-    ours = _dequantised(dict(source.weights(part)), part, source.quantization.get(part))
+    ours = _dequantized(dict(source.weights(part)), part, source.quantization.get(part))
     weights: dict[str, Weight] = {}
     for name, weight in ours.items():
         theirs, layout = diffusers_name(part, name)
@@ -92,7 +92,7 @@ def _relaid(layout: str, weight: Deferred) -> Callable[[], mx.array]:
     return lambda: to_theirs(layout, weight.load())
 
 
-def _dequantised(weights: dict[str, Weight], part: str, stored: Quantization | None) -> dict[str, Weight]:
+def _dequantized(weights: dict[str, Weight], part: str, stored: Quantization | None) -> dict[str, Weight]:
     """Whole weights, lazily."""
     if stored is None:
         return weights
@@ -241,7 +241,7 @@ class WithLoras:
 def merge_loras(base: Source, loras: Sequence[tuple[str | Path, float]], partial: bool = False, **where: Any) -> Source:
     """The base with LoRAs in its weights. loras: what `find_lora` takes (`where` is handed to it), and a scale.
 
-    Raises CheckpointError for a LoRA that cannot be applied in full, and for weights that are quantised already: they
+    Raises CheckpointError for a LoRA that cannot be applied in full, and for weights that are quantized already: they
     would lose most of it.
     """
     stack, paths = LoraStack(), []
@@ -253,7 +253,7 @@ def merge_loras(base: Source, loras: Sequence[tuple[str | Path, float]], partial
             packed = next((one for one in changes if stored and stored.of(part, one)), None)
             if packed:
                 raise CheckpointError(
-                    f"{base.path}: the {part} is quantised, and merging {path.name} into it would lose what it adds: "
+                    f"{base.path}: the {part} is quantized, and merging {path.name} into it would lose what it adds: "
                     "start from the original, or use the LoRA beside it (generate --lora)"
                 )
             if any(change.bias is not None for own in changes.values() for change in own):

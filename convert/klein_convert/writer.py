@@ -143,7 +143,7 @@ def write_weights(
     """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json` above MAX_SHARD_BYTES.
 
     weights: lazy arrays; EMPTIED as they are written, so that each is freed. All files are flushed to the disk.
-    originals: of what is quantised, the original's `condition`, lazily; EMPTIED as well. What is written is looked
+    originals: of what is quantized, the original's `condition`, lazily; EMPTIED as well. What is written is looked
     through here. A CheckpointError names a weight that holds NaN or infinity; a matrix of zeros is warned of.
     counter: told of every byte of the weights, from the thread that writes them.
     Returns the files' names with their sha256.
@@ -245,7 +245,7 @@ def _weight_of(name: str) -> str:
 def _made(name: str, weight: Weight, original: mx.array | None, warn: Warn) -> mx.array | None:
     """A weight, evaluated, in a dtype that Python's buffers have; None if it has no numbers.
 
-    original: the condition of what it was quantised from; that of the weight itself is looked at here.
+    original: the condition of what it was quantized from; that of the weight itself is looked at here.
     """
     if weight.size == 0:
         return None

@@ -234,7 +234,7 @@ def _measured_table(report: dict[str, Any]) -> str:
 def _bits(bits: dict[str, int]) -> str:
     """As "4-bit"; a part whose bits differ is named."""
     if len(set(bits.values())) <= 1:
-        return f"{next(iter(bits.values()))}-bit" if bits else "unquantised"
+        return f"{next(iter(bits.values()))}-bit" if bits else "unquantized"
     return ", ".join(f"{part.replace('_', ' ')} {number}-bit" for part, number in bits.items())
 
 

@@ -294,7 +294,7 @@ def facts(plan: "Plan") -> list[str]:
         f"  from     {_host()}/{plan.hub_id}{f' ({note})' if note else ''}",
         f"  size     {size}",
         f"  into     {plan.folder} ({human_bytes(plan.free)} free)",
-        f"  licence  {plan.licence or 'not stated'}{f' ({row.licence})' if row else ''}",
+        f"  license  {plan.licence or 'not stated'}{f' ({row.licence})' if row else ''}",
     ]
     if memory := _memory(plan):
         lines.append(f"  memory   {memory}")

@@ -9,7 +9,7 @@ from klein_mlx.cli.output import cleaned, say, say_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx lora` takes."""
     add = parser.add_argument
-    add("action", choices=("info",), metavar="info", help="what the file is: model, layout, rank, words, licence")
+    add("action", choices=("info",), metavar="info", help="what the file is: model, layout, rank, words, license")
     add("lora", help="a file, a name in the LoRA folder, or a hub id")
     add_options(parser, ("lora_folder", "offline"))
     add("--json", action="store_true", help="as a JSON object on stdout")

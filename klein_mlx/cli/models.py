@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A model on disk. where: "hub", "folder" or "package". bits: of its quantised parts. last_used: seconds since
+    """A model on disk. where: "hub", "folder" or "package". bits: of its quantized parts. last_used: seconds since
     1970 as the file system tells it. whole: every file that is needed is there."""
 
     name: str

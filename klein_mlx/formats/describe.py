@@ -22,8 +22,8 @@ from klein_mlx.weights.safetensors import FLOATS, Weight, digest_file, read_json
 def describe(source: Source | PartFile) -> dict[str, Any]:
     """A model as plain JSON values: variant, defaults, origin, licence; and per part parameters, bytes, dtype, bits.
 
-    parameters: as before quantisation. dtype: of the floating weights. stored: whose names, in which kind of file, of
-    parts that are files of their own. bits: of most quantised layers, else None; quantization: in words. Only what is
+    parameters: as before quantization. dtype: of the floating weights. stored: whose names, in which kind of file, of
+    parts that are files of their own. bits: of most quantized layers, else None; quantization: in words. Only what is
     loaded counts: the encoder's layers above the last tap do not. Of a part alone: what it is, in whose names, its
     sizes, and the variants that it fits.
     """
@@ -86,7 +86,7 @@ def _format_part(d: dict[str, Any]) -> str:
         f"{d['part']} alone{fits}",
         f"  path     {d['path']} ({d['format']})",
         f"  holds    {_count(d['parameters'])} parameters, {_bytes(d['bytes'])}, {d['dtype']}"
-        + (f", {d['quantized_layers']} layers quantised by MLX: {d['quantization']}" if d["quantized_layers"] else ""),
+        + (f", {d['quantized_layers']} layers quantized by MLX: {d['quantization']}" if d["quantized_layers"] else ""),
         f"  use      --{option} {d['path']}, with a whole model for the rest",
     ]
     told = [f"  {key[:40]:<8} {value[:100]}" for key, value in d["metadata"].items() if value.isprintable()]
@@ -122,7 +122,7 @@ def format_description(description: dict[str, Any]) -> str:
         f"FLUX.2 [klein], variant {d['variant']} ({kind}): {d['steps']} steps, guidance {d['guidance']:g}",
         f"  folder   {d['path']} ({d['format']} format)",
         f"  source   {d['source'] or 'not stated'}",
-        f"  licence  {d['licence']}",
+        f"  license  {d['licence']}",
         f"  default  {d['default_size']} x {d['default_size']} pixels, {d['max_sequence_length']} text positions, "
         f"encoder layers {', '.join(str(tap) for tap in d['taps'])}",
     ]
@@ -223,7 +223,7 @@ def format_lora(d: dict[str, Any]) -> str:
         lines.append(f"  beware   {d['contradiction']}")
     if d["unknown_keys"]:
         lines.append(f"  unknown  {len(d['unknown_keys'])} keys, {d['unknown_keys'][0][:100]} ...")
-    lines.append(f"  licence  {d.get('licence', 'not stated')}")
+    lines.append(f"  license  {d.get('licence', 'not stated')}")
     lines.append(f"  trigger  {', '.join(d.get('trigger_words', ())) or 'not stated'}")
     for name in ("title", "author", "trained_on", "description"):
         if name in d:

@@ -172,7 +172,7 @@ def read_time_shift(path: Path) -> str | float:
 
 
 def is_encoded(folder: Path, part: str) -> bool:
-    """Whether a part is quantised: by MLX, with its own names beside each weight, or as floats of few bits with scales.
+    """Whether a part is quantized: by MLX, with its own names beside each weight, or as floats of few bits with scales.
     What cannot be opened is not: it is told when it is needed.
     """
     try:

@@ -126,7 +126,7 @@ class Base:
 
 @cache
 def shapes_of(config: ModelConfig, part: str) -> Mapping[str, tuple[int, ...]]:
-    """Every weight's shape by its module's path, before quantisation."""
+    """Every weight's shape by its module's path, before quantization."""
     return {name.removesuffix(".weight"): shape for name, shape in expected(part, config).items()}
 
 

@@ -394,7 +394,7 @@ def stranger(names: Collection[str]) -> str | None:
 
 # ---- layouts ----
 
-BY_ROWS = (SAME, HALVES, *THIRDS)  # they move whole rows, so quantised weights move as well
+BY_ROWS = (SAME, HALVES, *THIRDS)  # they move whole rows, so quantized weights move as well
 
 
 def their_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -149,7 +149,7 @@ class PartFile:
         return _quantized_layers(self.tensors)
 
     def settings(self) -> dict[str, tuple[int, Quantization | None]]:
-        """The quantised layers by their names -> how many inputs they have, and how they are stored."""
+        """The quantized layers by their names -> how many inputs they have, and how they are stored."""
         usual = _group_size(self.tensors, self.found, self.config)
         found = {}
         for path, stored in self.quantized_layers.items():
@@ -171,7 +171,7 @@ class PartFile:
                 continue
             settings = find_settings(shape[-1], *found)
             if settings is None or layout not in BY_ROWS:
-                raise CheckpointError(f"{self.path}: {theirs} is quantised in a way that klein_mlx does not read")
+                raise CheckpointError(f"{self.path}: {theirs} is quantized in a way that klein_mlx does not read")
             layers[ours.removesuffix(".weight")] = settings
         return Quantization.of_layers(layers) if layers else None
 
@@ -308,7 +308,7 @@ def _shape(tensors: Tensors, found: Found, levels: int, ours: str, group_size: i
 
 
 def _quantized_layers(tensors: Tensors) -> dict[str, tuple[int, int, bool]]:
-    """The layers that MLX quantised, by their names -> columns of the weight and of its scales, any biases."""
+    """The layers that MLX quantized, by their names -> columns of the weight and of its scales, any biases."""
     layers = {}
     for name, entry in tensors.entries.items():
         path, _, kind = name.rpartition(".")
@@ -337,7 +337,7 @@ def _inputs(found: Found, config: Any, path: str) -> int | None:
 
 
 def _group_size(tensors: Tensors, found: Found, config: Any) -> int:
-    """The group size of most layers that MLX quantised, told from those whose width is the part's hidden size."""
+    """The group size of most layers that MLX quantized, told from those whose width is the part's hidden size."""
     hidden = config.block_out_channels[-1] if found.part == "vae" else config.hidden_size
     odd = ("img_in", "txt_in", "linear_1", "mlp_out", "linear_out", "o_proj", "down_proj")
     sizes = Counter(
@@ -350,7 +350,7 @@ def _group_size(tensors: Tensors, found: Found, config: Any) -> int:
 
 
 def _width(packed: int, groups: int, has_biases: bool, group_size: int) -> int:
-    """A quantised layer's number of inputs: MLX's other modes tell it by their columns, affine by the group size."""
+    """A quantized layer's number of inputs: MLX's other modes tell it by their columns, affine by the group size."""
     if not has_biases:
         kinds = [(packed * 32 // bits, size) for bits, size in FLOAT_MODES.values()]
         return next((width for width, size in kinds if width == groups * size), groups * group_size)
@@ -363,7 +363,7 @@ def _to_ours(layout: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
     return to_ours(layout, weight)
 
 
-Shape = Callable[[str], tuple[int, ...] | None]  # of one of our weights, before quantisation; None if it is not there
+Shape = Callable[[str], tuple[int, ...] | None]  # of one of our weights, before quantization; None if it is not there
 
 KLEIN = {
     "transformer": TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32)),

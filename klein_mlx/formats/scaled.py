@@ -2,7 +2,7 @@
 whoever comes after. Weights that another program quantized, decoded to bfloat16 layer by layer; what cannot be read
 is refused by name.
 
-Source: ComfyUI, QUANTIZATION.md: which layers are quantised, and how, stands in the header (`_quantization_metadata`)
+Source: ComfyUI, QUANTIZATION.md: which layers are quantized, and how, stands in the header (`_quantization_metadata`)
 or in a tensor of JSON beside each weight (`x.comfy_quant`); older files only have the scales. diffusers' script for
 these files states `quantization` in the header, and has NVFP4 in ModelOpt's order: shapes do not tell the two apart.
 `x.input_scale` (or `x.scale_input`), which only a matmul in the small type needs, is left out.
@@ -300,7 +300,7 @@ def _refuse_named(tensors: Tensors) -> None:
         name = next((name for name in tensors.entries if re.search(pattern, name)), None)
         if name is not None:
             raise CheckpointError(
-                f"{tensors.path}: is quantised as {what} does it (it holds {name:.100}), which klein_mlx does not "
+                f"{tensors.path}: is quantized as {what} does it (it holds {name:.100}), which klein_mlx does not "
                 f"read: {REMEDY}"
             )
 

@@ -29,7 +29,7 @@ LONGEST_ATTENTION = 10**12
 
 
 class Modulation(NamedTuple):
-    """AdaLN's three vectors, each (hidden,): x is normalised, times `scale` (the 1 + is inside), plus `shift`; what a
+    """AdaLN's three vectors, each (hidden,): x is normalized, times `scale` (the 1 + is inside), plus `shift`; what a
     branch returns is multiplied by `gate`."""
 
     shift: mx.array
@@ -112,7 +112,7 @@ class TimeEmbedding(Placed):
 
 
 class Heads(Placed):
-    """What both kinds of blocks have: heads whose q and k are normalised by weights of their own, then turned.
+    """What both kinds of blocks have: heads whose q and k are normalized by weights of their own, then turned.
 
     Arranged (see Transformer.arrange), a module has norm_qk in place of norm_q and norm_k.
     """

@@ -1,7 +1,7 @@
 """FLUX.2's VAE: pixels <-> latents, channels-last from end to end.
 
 Encoder and decoder with one attention in the middle, 1x1 convolutions as linear layers, and the running statistics
-with which the transformer's latents are normalised. It knows arrays, not pictures or files.
+with which the transformer's latents are normalized. It knows arrays, not pictures or files.
 
 Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py (AutoencoderKLFlux2) and vae.py. Names are our own.
 """
@@ -209,7 +209,7 @@ class VAE(Placed):
         return moments[..., : self.config.latent_channels]
 
     def decode(self, z: mx.array, rows: int | None = None, done: Done | None = None) -> mx.array:
-        """z: (B, h, w, latent channels), denormalised. rows, done: as in `encode`.
+        """z: (B, h, w, latent channels), denormalized. rows, done: as in `encode`.
 
         Returns pixels (B, 8h, 8w, 3), about [-1, 1], not clipped.
         """

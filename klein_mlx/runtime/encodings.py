@@ -59,7 +59,7 @@ def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done |
 
 
 def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done | None = None) -> mx.array:
-    """Normalised latents (1, h, w, C) of a prepared reference, evaluated. done: called after each layer."""
+    """Normalized latents (1, h, w, C) of a prepared reference, evaluated. done: called after each layer."""
     z = vae.encode(to_pixels(image).astype(dtype), vae.strip_rows(image.height, image.width), done)
     latents = vae.normalize(patchify(z))
     mx.eval(latents)
@@ -270,7 +270,7 @@ class Encodings:
                 run.notes.append(f"the prompt's embeddings were not kept: {error.strerror or error}")
 
     def of_reference(self, run: Run, image: Image.Image) -> mx.array:
-        """The normalised latents (1, h, w, C) of a prepared picture, known by its content."""
+        """The normalized latents (1, h, w, C) of a prepared picture, known by its content."""
         key = (image.size, hashlib.sha256(image.tobytes()).digest())
         if key not in self.references:
             vae = self.parts.get("vae", run)

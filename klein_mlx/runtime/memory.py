@@ -2,7 +2,7 @@
 
 On a GPU nothing can catch a lack of memory: Metal ends the process. So a request that cannot fit is refused first.
 Weights are counted exactly, from shapes; the arrays of a step or a layer by how many of them are alive at its fullest
-moment, which differs by device: a CPU expands quantised weights to float32, has no attention in one kernel, and so on.
+moment, which differs by device: a CPU expands quantized weights to float32, has no attention in one kernel, and so on.
 Those counts were measured on a CPU; on a GPU they are those of the traced graph.
 """
 
@@ -157,7 +157,7 @@ def estimate(
 ) -> Estimate:
     """Bytes per phase of one picture.
 
-    quantization: of parts that are quantised while loading. keep: None to choose: what suits the machine, or less where
+    quantization: of parts that are quantized while loading. keep: None to choose: what suits the machine, or less where
     only that fits. loaded: parts that are in memory already; those that are not kept leave before. machine: bytes that
     there are; None: this machine's. weights: from `weight_bytes`, where that is known already. loras: None for none.
     device: None: the default one.
@@ -301,7 +301,7 @@ class _Plan:
 
 
 def _plans(source: Source, work: Work, quantization: Mapping[str, Quantization]) -> list[_Plan]:
-    """The least loss first: keep less, quantise, make a smaller picture."""
+    """The least loss first: keep less, quantize, make a smaller picture."""
     found = [_Plan("--keep nothing", quantization, work)]
     free = [part for part in QUANTIZED_PARTS if part not in source.quantization]
     if free and not quantization:

@@ -51,7 +51,7 @@ class Parts:
     Runs share them: a part leaves when the last run that took it has released it.
 
     forget: called where an encoder's LoRAs change: embeddings made before are another's.
-    quantization: of the parts that are quantised while they are loaded (klein_mlx.weights.bits.settle).
+    quantization: of the parts that are quantized while they are loaded (klein_mlx.weights.bits.settle).
     keep: "all", "transformer" (and the small VAE) or "nothing"; None: what fits in half of the machine's memory.
     Raises RequestError for another `keep`.
     """
@@ -151,7 +151,7 @@ class Parts:
         if name == "text_encoder":
             table = quantize.of(name, "embed_tokens") if quantize else None
             rows = token_rows(self.source, table, dtype)
-            if rows and table and quantize:  # the table is quantised where its rows are read
+            if rows and table and quantize:  # the table is quantized where its rows are read
                 quantize = quantize.without("embed_tokens")
         module: Any = load_part(name, self.source, dtype, quantize)
         if rows:

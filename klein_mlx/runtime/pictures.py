@@ -102,7 +102,7 @@ def decode(
 ) -> Any:
     """One picture of its latents (1, h, w, C).
 
-    output_type: "pil", "np" ((H, W, 3) float32 in 0..1) or "latent" (denormalised, (latent channels, H/8, W/8)).
+    output_type: "pil", "np" ((H, W, 3) float32 in 0..1) or "latent" (denormalized, (latent channels, H/8, W/8)).
     canvas: of an edit; what it keeps of the init image is pasted back. done: called after each layer.
     Raises CheckpointError if latents or pixels are not finite, or if all pixels have one value.
     """

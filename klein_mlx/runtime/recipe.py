@@ -37,7 +37,7 @@ _SCALAR = bool | int | float | str | None
 class Recorder:
     """Writes recipes of one opened model.
 
-    quantize: as it was asked for, or None. quantized: the parts that are quantised while they are loaded. dtype: of the
+    quantize: as it was asked for, or None. quantized: the parts that are quantized while they are loaded. dtype: of the
     computation. pinned: the files as they were when the model was opened.
     """
 

@@ -43,7 +43,7 @@ class Step:
 class Picture:
     """A finished picture.
 
-    image: a PIL image; with output_type "np" a (H, W, 3) float32 array in 0..1; with "latent" the denormalised VAE
+    image: a PIL image; with output_type "np" a (H, W, 3) float32 array in 0..1; with "latent" the denormalized VAE
     latents, an mx.array (latent channels, H/8, W/8) as in diffusers. seed: None if initial latents were given.
     recipe: how it was made, JSON values (see klein_mlx.runtime.recipe).
     """

@@ -54,7 +54,7 @@ Quantize = Asked | Word | Mapping[str, Word]
 
 def parse(value: Quantize, group_size: int | None = None) -> Asked | None:
     """What a user writes: a word for both parts, a preset, or a mapping of parts and patterns to words, in which a
-    later pattern wins. None if nothing is to be quantised.
+    later pattern wins. None if nothing is to be quantized.
 
     group_size: for the words that state none. Raises RequestError for anything else.
     """
@@ -141,9 +141,9 @@ def _preset(name: str, group_size: int | None) -> Asked:
 
 
 def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
-    """What was asked, for this model: per part, every layer that is to be quantised with its settings.
+    """What was asked, for this model: per part, every layer that is to be quantized with its settings.
 
-    A part that is stored quantised keeps its bits, and is absent here. Raises RequestError if a pattern of the user's
+    A part that is stored quantized keeps its bits, and is absent here. Raises RequestError if a pattern of the user's
     matches no layer, CheckpointError for one that matches stored layers, or stored bits other than those asked for.
     """
     if asked is None:
@@ -158,7 +158,7 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
         touched = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in given)]
         if stored and touched:
             raise CheckpointError(
-                f"{source.path}: {touched[0]} is quantised already; for other bits start from the original"
+                f"{source.path}: {touched[0]} is quantized already; for other bits start from the original"
             )
         if stored and wanted and (stored.bits, stored.mode) != (wanted.bits, wanted.mode):
             bits = wanted.bits

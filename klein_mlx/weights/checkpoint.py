@@ -128,8 +128,8 @@ class HasRows(Protocol):
 class TokenRows:
     """In the place of an nn.Embedding or nn.QuantizedEmbedding: reads the rows of the tokens that it is given.
 
-    readers: of the weight, and, where it is stored quantised, of scales and biases. quantization: of the table, stored
-    so or to be quantised so, row by row as the whole would be. dtype: of what it returns.
+    readers: of the weight, and, where it is stored quantized, of scales and biases. quantization: of the table, stored
+    so or to be quantized so, row by row as the whole would be. dtype: of what it returns.
     """
 
     def __init__(self, readers: Mapping[str, ReadRows], quantization: Quantization | None, dtype: mx.Dtype):
@@ -156,7 +156,7 @@ class TokenRows:
 def token_rows(source: HasRows, quantize: Quantization | None, dtype: mx.Dtype) -> TokenRows | None:
     """What takes an encoder's embedding's place, so that its table is never loaded.
 
-    quantize: how the table is to be quantised, if it is not stored so. None if the source's file has the table in a
+    quantize: how the table is to be quantized, if it is not stored so. None if the source's file has the table in a
     way that only the whole of it can be decoded.
     """
     stored = source.quantization.get("text_encoder")
@@ -186,7 +186,7 @@ class Source(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def quantization(self) -> Mapping[str, Quantization]:
-        """Per part; a part that is not quantised is absent."""
+        """Per part; a part that is not quantized is absent."""
         ...
 
     @property
@@ -359,7 +359,7 @@ def _described(
 
 
 def packed_dtypes(part: str, names: Iterable[str], quantization: Quantization | None) -> dict[str, tuple[str, ...]]:
-    """Which of these weights are stored as integers, and as which: what quantisation makes of a weight."""
+    """Which of these weights are stored as integers, and as which: what quantization makes of a weight."""
     dtypes = {}
     for name in names if quantization else ():
         path, _, kind = name.rpartition(".")
@@ -388,7 +388,7 @@ def load_part(part: str, source: Source, dtype: mx.Dtype, quantize: Quantization
     """Build one part and give it its weights: all of them, of the right shapes, or a CheckpointError.
 
     dtype: that of every floating weight, except the VAE's latent statistics, which stay float32.
-    quantize: quantise here, unless the source is quantised so already. The VAE is never quantised.
+    quantize: quantize here, unless the source is quantized so already. The VAE is never quantized.
     Weights are read from disk when they are first used; only what has to be decoded, or whose scales are searched for,
     is made here, one weight at a time.
     """

@@ -30,8 +30,8 @@ class Alias(NamedTuple):
     note: str
 
 
-# Quantised with mflux and uploaded by others; their names are known from public pages, their files were not tried here.
-_UNVERIFIED = "quantised and uploaded by others; not verified by klein-mlx"
+# Quantized with mflux and uploaded by others; their names are known from public pages, their files were not tried here.
+_UNVERIFIED = "quantized and uploaded by others; not verified by klein-mlx"
 
 
 ALIASES = {
@@ -295,7 +295,7 @@ def reason(error: BaseException, revision: str | None = None) -> str:
     status = getattr(getattr(cause, "response", None), "status_code", None)
     text = f"{error} {cause}"
     if isinstance(error, errors.GatedRepoError) or (status == 403 and "storage" not in text):
-        return "is gated: accept its licence on huggingface.co, then `hf auth login` (or set HF_TOKEN)"
+        return "is gated: accept its license on huggingface.co, then `hf auth login` (or set HF_TOKEN)"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such repository, or your token may not see it: check the spelling, or `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):

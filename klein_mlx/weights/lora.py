@@ -258,7 +258,7 @@ def checked_scale(scale: float) -> float:
 
 
 def branch(base: nn.Module, weight: mx.array, changes: Scaled, weigh: Weigh, dtype: mx.Dtype) -> Branched | None:
-    """A quantised layer with all changes beside it, computing in dtype; None where they are no smaller than a weight of
+    """A quantized layer with all changes beside it, computing in dtype; None where they are no smaller than a weight of
     its own: full differences, huge ranks. weight: the layer's own, expanded; weigh: that of others."""
     if not _is_smaller(changes, weight.shape):
         return None
@@ -295,7 +295,7 @@ def _is_smaller(changes: Scaled, shape: Sequence[int]) -> bool:
 
 
 def branch_bytes(changes: Scaled, shape: Sequence[int], dtype: mx.Dtype) -> int:
-    """What stands beside a quantised layer, in bytes: factors, or a weight of its own."""
+    """What stands beside a quantized layer, in bytes: factors, or a weight of its own."""
     if not _is_smaller(changes, shape):
         return math.prod(shape) * dtype.size
     deltas = [change.delta for _, change in changes]
@@ -358,7 +358,7 @@ class Applied:
         self.module, self.original, self.dtype = module, original, dtype
         self.touched: set[str] = set()
         self._known: set[str] = set()  # what the last update found touched: only these are read again
-        self.replaced: dict[str, nn.Module] = {}  # quantised layers for which another module stands in
+        self.replaced: dict[str, nn.Module] = {}  # quantized layers for which another module stands in
 
     def update(self, wanted: Mapping[str, Scaled]) -> None:
         """Make the module what it was loaded as, with just these changes, evaluated."""
@@ -407,7 +407,7 @@ class Applied:
         return self._plain(path, layer, weight, changes)
 
     def _plain(self, path: str, layer: nn.Module, weight: mx.array, changes: Scaled) -> nn.Module:
-        """A layer like this one, unquantised, with the changes merged into this weight."""
+        """A layer like this one, unquantized, with the changes merged into this weight."""
         weight = merge(weight, changes, self._weigh).astype(self.dtype)
         if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
             layer = empty(nn.Embedding)
@@ -430,7 +430,7 @@ def _is_quantized(layer: nn.Module) -> bool:
 
 
 def expanded(layer: nn.Module) -> mx.array:
-    """A quantised layer's weight in float32, exactly as its bits say."""
+    """A quantized layer's weight in float32, exactly as its bits say."""
     if isinstance(layer, Cut):
         return mx.concatenate([expanded(layer.first), expanded(layer.second)], axis=1)
     assert isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)

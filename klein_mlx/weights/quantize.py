@@ -1,4 +1,4 @@
-"""Which weights are quantised, and how: MLX's own formats, by default on the linear layers inside the blocks.
+"""Which weights are quantized, and how: MLX's own formats, by default on the linear layers inside the blocks.
 
 Unless they are named, embedders, modulations, the time embedding, the final layer and token embeddings keep their
 dtype: they are small, and the picture depends on them everywhere at once. Norms and the VAE always keep theirs. Knows
@@ -25,7 +25,7 @@ from klein_mlx.weights.safetensors import Deferred, Weight, is_finite
 _AFFINE_BITS, _GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes, each with one shape
 
-# The last components of the quantised linear layers, per part, and the lists that they stand in.
+# The last components of the quantized linear layers, per part, and the lists that they stand in.
 _LISTS = {"transformer": ("double_blocks", "single_blocks"), "text_encoder": ("layers",)}
 _LINEARS = {
     "transformer": {"to_q", "to_k", "to_v", "to_out", "mlp_in", "mlp_out", "linear_in", "linear_out"},
@@ -38,9 +38,9 @@ QUANTIZED_PARTS = tuple(_LISTS)
 class Quantization:
     """MLX's own words: `group_size` neighbours along the input axis share a scale and a bias.
 
-    layers: the quantised layers by their paths, each with its own settings; None: the linear layers of the blocks,
+    layers: the quantized layers by their paths, each with its own settings; None: the linear layers of the blocks,
     all alike. With layers, the other fields say what most of them have. searched: whether affine scales are searched
-    for when weights are quantised, instead of taken from the ends of each group; nothing later depends on it.
+    for when weights are quantized, instead of taken from the ends of each group; nothing later depends on it.
     """
 
     bits: int
@@ -51,7 +51,7 @@ class Quantization:
 
     @classmethod
     def of_layers(cls, layers: "Mapping[str, Quantization]") -> Self:
-        """Of a part whose layers are quantised one by one; there must be some."""
+        """Of a part whose layers are quantized one by one; there must be some."""
         own = {path: replace(q, layers=None) for path, q in layers.items()}
         (common, _), *_ = Counter(own.values()).most_common(1)
         return cls(common.bits, common.group_size, common.mode, own)
@@ -105,7 +105,7 @@ class Quantization:
         return str(self.bits) if self.group_size == 64 else f"{self.bits}-g{self.group_size}"
 
     def of(self, part: str, path: str) -> "Quantization | None":
-        """How the layer at this path is quantised; None if it is not. A layer's weight may stand for the layer."""
+        """How the layer at this path is quantized; None if it is not. A layer's weight may stand for the layer."""
         path = path.removesuffix(".weight")
         if self.layers is not None:
             return self.layers.get(path)
@@ -122,9 +122,9 @@ class Quantization:
 
 
 def find_settings(inputs: int, packed: int, groups: int, has_biases: bool) -> Quantization | None:
-    """The settings that a quantised layer must have, from the last axes of its weight and its scales.
+    """The settings that a quantized layer must have, from the last axes of its weight and its scales.
 
-    inputs: the layer's width before quantisation. None if no settings of MLX's fit.
+    inputs: the layer's width before quantization. None if no settings of MLX's fit.
     """
     if groups <= 0 or inputs <= 0 or packed * 32 % inputs or inputs % groups:
         return None
@@ -147,13 +147,13 @@ def _require_one_bit() -> None:
 
 
 def is_quantized_path(part: str, name: str) -> bool:
-    """Whether a module path (`layers.0.mlp.up_proj`), or the name of its weight, belongs to a quantised layer."""
+    """Whether a module path (`layers.0.mlp.up_proj`), or the name of its weight, belongs to a quantized layer."""
     components = name.removesuffix(".weight").split(".")
     return components[0] in _LISTS.get(part, ()) and components[-1] in _LINEARS[part]
 
 
 def check_shapes(part: str, shapes: Mapping[str, tuple[int, ...]], quantization: Quantization) -> None:
-    """A CheckpointError if some quantised layer's input width is not a multiple of the group size, or if a layer that
+    """A CheckpointError if some quantized layer's input width is not a multiple of the group size, or if a layer that
     is named is not there."""
     for path in quantization.layers or ():
         if f"{path}.weight" not in shapes:
@@ -233,7 +233,7 @@ def _deferred(path: str, array: Deferred, own: Quantization) -> dict[str, Weight
 
 
 def prepare(module: nn.Module, part: str, quantization: Quantization) -> None:
-    """Swap the module's eligible layers for quantised ones, ready for quantised weights."""
+    """Swap the module's eligible layers for quantized ones, ready for quantized weights."""
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         own = quantization.of(part, path)
@@ -253,7 +253,7 @@ _TINY = 1e-12
 
 
 def search(weight: mx.array, group_size: int, bits: int, importance: mx.array | None = None) -> Arrays:
-    """Quantise with the scales and biases that keep each group's squared error small.
+    """Quantize with the scales and biases that keep each group's squared error small.
 
     weight: (rows, columns), any float dtype; scales and biases take it. importance: (columns,), how much an error in
     each column counts (mean squares of its inputs); None: all alike.

@@ -77,7 +77,7 @@ def test_a_download_then_no_network_at_all(served: Hub, tmp_path: Path) -> None:
         f"from     {served.address}/owner/name",
         f"{total / 1e6:.1f} MB in 5 files",
         str(tmp_path / "home"),
-        "licence  apache-2.0",
+        "license  apache-2.0",
         "memory   up to 7.4 MB of weights at a time (transformer 7.4 MB, text encoder 1.0 MB, vae 1.5 MB), of ",
     ):
         assert words in first.stderr
@@ -124,7 +124,7 @@ def test_a_part_from_the_hub(served: Hub, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: owner/name: its transformer is not whole in ")
     done = klein(served, tmp_path, *command, "--yes")
     assert done.returncode == 0, done.stderr
-    assert "licence  apache-2.0" in done.stderr
+    assert "license  apache-2.0" in done.stderr
     got = sorted(path.rpartition("/")[2] for path in served.asked if path.startswith("GET /owner/name/resolve"))
     assert got == ["klein.json", "tokenizer.json", "transformer.safetensors"]
     assert klein(served, tmp_path, *command, code=NO_SOCKETS).returncode == 0
@@ -158,8 +158,8 @@ REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
         (("/api/models", 401, REFUSED), "the Hub refused your token: `hf auth login` with a new one"),
         (("/api/models", 404, {"X-Error-Code": "RepoNotFound"}), "no such repository"),
         (("/api/models", 404, {"X-Error-Code": "RevisionNotFound"}), "has no revision 'v2'"),
-        (("/api/models", 403, {"X-Error-Code": "GatedRepo"}), "is gated: accept its licence on huggingface.co"),
-        (("auth-check", 403, {"X-Error-Code": "GatedRepo"}), "is gated: accept its licence on huggingface.co"),
+        (("/api/models", 403, {"X-Error-Code": "GatedRepo"}), "is gated: accept its license on huggingface.co"),
+        (("auth-check", 403, {"X-Error-Code": "GatedRepo"}), "is gated: accept its license on huggingface.co"),
         (("/api/models", 429, {}), "too much was asked (429): wait some minutes"),
         (("/api/models", 500, {}), "the Hub is in trouble (it answered 500): try again later"),
         (("/api/models", 200, {"Content-Type": "text/html"}), "what answered is not the Hub (a network's login page?)"),
@@ -184,7 +184,7 @@ def test_what_the_hub_refuses_at_once(
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(403, "is gated: accept its licence"), (500, "(it answered 500): try again later")]
+    ("status", "words"), [(403, "is gated: accept its license"), (500, "(it answered 500): try again later")]
 )
 def test_what_the_hub_refuses_of_the_files(served: Hub, tmp_path: Path, status: int, words: str) -> None:
     """One line with the remedy, exit code 2, no picture, and nothing half-fetched."""

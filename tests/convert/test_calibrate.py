@@ -150,7 +150,7 @@ def test_a_calibrated_model_converts_and_loads(tmp_path: Path) -> None:
         )
         layers = finished.quantization[part].layers if part in settled else None
         assert layers == (settled[part].layers if part in settled else None)
-    with pytest.raises(CheckpointError, match="quantised already; calibration starts from the original"):
+    with pytest.raises(CheckpointError, match="quantized already; calibration starts from the original"):
         calibrate(finished, {"transformer": 4})
     with pytest.raises(RequestError, match="needs bits to calibrate for"):
         calibrate(source, None)

@@ -145,7 +145,7 @@ def test_our_own_format_converts_too(tmp_path: Path) -> None:
     assert open_model(third).info["source"]["source"]["source"]["name"] == "model"
     with pytest.raises(CheckpointError, match="is 4-bit already; for 8 bits start from the original"):
         convert_checkpoint(second, tmp_path / "fourth", quantize=8)
-    with pytest.raises(CheckpointError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="is quantized already"):
         convert_checkpoint(second, tmp_path / "fourth", quantize=4)
 
 

@@ -307,11 +307,11 @@ def test_an_order_that_nothing_states_is_refused(tmp_path: Path, bfl: bool, meta
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (f"{QKV}.weight_packed", "quantised as compressed-tensors does it"),
-        (f"{QKV}.weight.absmax", "quantised as bitsandbytes does it"),
-        (f"{QKV}.weight.quant_state.bitsandbytes__nf4", "quantised as bitsandbytes does it"),
-        ("transformer_blocks.0.attn.to_q.wscales", "quantised as SVDQuant (nunchaku) does it"),
-        ("model.layers.0.self_attn.q_proj.qweight", "quantised as GPTQ or AWQ does it"),
+        (f"{QKV}.weight_packed", "quantized as compressed-tensors does it"),
+        (f"{QKV}.weight.absmax", "quantized as bitsandbytes does it"),
+        (f"{QKV}.weight.quant_state.bitsandbytes__nf4", "quantized as bitsandbytes does it"),
+        ("transformer_blocks.0.attn.to_q.wscales", "quantized as SVDQuant (nunchaku) does it"),
+        ("model.layers.0.self_attn.q_proj.qweight", "quantized as GPTQ or AWQ does it"),
     ],
 )
 def test_other_encodings_are_refused_by_their_names(

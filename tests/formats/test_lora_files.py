@@ -199,7 +199,7 @@ def test_convert_merges_before_it_quantises(bits: int | None, tmp_path: Path) ->
     assert difference(found, velocity(pipeline(base, quantize=bits))) > 0.1
     if bits:
         message = refusal(lambda: merge_loras(open_model(out), [(file, 1.0)]))
-        assert "is quantised, and merging style.safetensors into it would lose what it adds" in message
+        assert "is quantized, and merging style.safetensors into it would lose what it adds" in message
 
 
 def change(folder: Path, added: dict[str, mx.array]) -> None:

@@ -188,7 +188,7 @@ def test_a_width_that_no_setting_explains_is_refused(tmp_path: Path, model: Path
     weights[name] = mx.repeat(weights[name], 8, axis=1)
     path.unlink()
     mx.save_safetensors(str(path), weights, {"quantization_level": "4"})
-    assert "is quantised in a way that klein_mlx does not read" in refusal(lambda: open_model(folder).quantization)
+    assert "is quantized in a way that klein_mlx does not read" in refusal(lambda: open_model(folder).quantization)
 
 
 @pytest.mark.parametrize("through_ours", [False, True])

@@ -36,8 +36,8 @@ OPEN = {
 }
 REFUSED = {
     "nv": "is NVFP4 in an order that nothing in the file states",
-    "sdnq": "is quantised as SDNQ does it",
-    "sdnq8": "is quantised as SDNQ does it",
+    "sdnq": "is quantized as SDNQ does it",
+    "sdnq8": "is quantized as SDNQ does it",
 }
 
 

@@ -147,7 +147,7 @@ def test_stored_layers_keep_their_bits(source: Source, tmp_path: Path) -> None:
     assert set(settle(parse(4), stored)) == {"text_encoder"}
     with pytest.raises(CheckpointError, match="the transformer is 4-bit already; for 8 bits start from the original"):
         settle(parse(8), stored)
-    with pytest.raises(CheckpointError, match="double_blocks.0.txt.to_v is quantised already"):
+    with pytest.raises(CheckpointError, match="double_blocks.0.txt.to_v is quantized already"):
         settle(parse({"double_blocks.*.to_v": 8}), stored)
 
 
