@@ -35,7 +35,7 @@ MAX_SKIPPED = 10  # in a row
 class TrainStep:
     """After one update. index: from 1. held_out: the loss on held-out pictures, where it was just measured.
 
-    seconds: that the update took. peak: bytes of MLX's memory so far. skipped: its gradient was not finite.
+    seconds: that the update took. peak: the most bytes of MLX's memory in it. skipped: its gradient was not finite.
     """
 
     index: int

@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {"method": "full", "learning_rate": 3e-4, "batch": 8}
     ("pictures", "more", "least"),
     [
         pytest.param(24, {**LORA, "steps": 60}, 20, id="lora: 23"),
-        pytest.param(24, {**LORA, "steps": 60, "method": "dora"}, 20, id="dora: 23"),
+        pytest.param(24, {**LORA, "steps": 45, "method": "dora"}, 18, id="dora: 22"),
         pytest.param(24, {**LORA, "steps": 60, "bits": "4"}, 18, id="lora on 4 bits: 22"),
         pytest.param(8, {**LORA, "steps": 200, "batch": 4}, 15, id="8 pictures: 22"),
         pytest.param(24, {**FULL, "steps": 50}, 18, id="full: 22"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,24 @@ def test_what_is_not_finite_is_skipped(options: TrainOptions, monkeypatch: pytes
     assert not any(mx.any(a).item() for name, a in state.items() if name.endswith(".up") and name.startswith("weight"))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_running_update_be_the_last(
+    number: signal.Signals, code: int, options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Training._told
+
+    def raising(self: Training, *args: Any) -> TrainStep:
+        if self.step == 2:
+            signal.raise_signal(number)
+        return told(self, *args)
+
+    monkeypatch.setattr(Training, "_told", raising)
+    words = ["--model", "tiny", "--resolution", "64", "--rank", "2", "--accumulate", "1", "--hold-out", "0", "-q"]
+    assert main(["train", options.data, "-o", options.output, "--steps", "9", *words]) == code
+    assert [path.name for path in (options.run_folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not Path(options.output).exists()
+
+
 def test_a_file_called_stop(options: TrainOptions) -> None:
     events = []
     for event in train(options):
@@ -260,12 +279,21 @@ def test_a_run_in_use(options: TrainOptions) -> None:
     one.close()
 
 
-def test_a_picture_that_changes_before_it_is_encoded(options: TrainOptions, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: Image.new("RGB", (128, 128)).save(path), "00.png has changed since it was checked"),
+        (lambda path: path.unlink(), "00.png cannot be read: No such file"),
+    ],
+)
+def test_a_picture_that_changes_before_it_is_encoded(
+    change: Callable[[Path], Any], words: str, options: TrainOptions, data: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     training = train(replace(options, data=str(copy)))
     next(training)
-    Image.new("RGB", (128, 128)).save(copy / "00.png")
-    with pytest.raises(RequestError, match="00.png has changed since it was checked"):
+    change(copy / "00.png")
+    with pytest.raises(RequestError, match=words):
         list(training)
 
 
