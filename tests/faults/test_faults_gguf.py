@@ -26,7 +26,7 @@ MORE = {
     ),
     "a type of the future": (lambda: crafted(tensors=[tensor(kind=1 << 31)]), "which klein_mlx does not read"),
     "MXFP4": (lambda: crafted(tensors=[tensor(kind=39)]), "(it reads F32, F16, Q4_0"),
-    "TQ1_0": (lambda: crafted(tensors=[tensor(kind=34)]), "which klein_mlx does not read"),
+    "NVFP4": (lambda: crafted(tensors=[tensor(kind=40)]), "which klein_mlx does not read"),
 }
 
 
@@ -34,7 +34,7 @@ MORE = {
 def test_a_crafted_file(tmp_path: Path, name: str) -> None:
     content, words = (CRAFTED | MORE)[name]
     (tmp_path / "x.gguf").write_bytes(content())
-    refused("info", "x.gguf", folder=tmp_path, words=["x.gguf: ", words], seconds=10, memory=1 << 30)
+    refused("info", "x.gguf", folder=tmp_path, words=["x.gguf: ", words], seconds=10, memory=3 << 29)
 
 
 @pytest.mark.parametrize(
