@@ -35,7 +35,6 @@ from klein_mlx.model.tokenizer import Tokenizer
 from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
 from klein_mlx.porting import answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
-from klein_mlx.runtime.distributed import lost
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
 from klein_mlx.runtime.parts import Parts, compute_dtype
@@ -237,6 +236,13 @@ class KleinPipeline:
         if self.peers.size > least:
             raise RequestError(f"{self.peers.size} processes cannot share {least} tokens; start fewer")
 
+    def sent(self, run: Run) -> int:
+        """Bytes of keys and values that a step sends from the first process to each of those that share the picture."""
+        (h, w), work = self._grid(run.opened), self._work(run, run.opened)
+        passes = 2 if run.request.guidance > 1 else 1
+        tokens = work.length + h * w + work.tokens
+        return passes * self.peers.sent(tokens, self.config.transformer, self.dtype.size)
+
     def _work(self, run: Run, opened: Opened) -> Work:
         """What of the request decides its memory."""
         request, side = run.request, self.config.pixels_per_token
@@ -270,7 +276,11 @@ class KleinPipeline:
                     with memory_limits(peak, machine):
                         event = next(events, None)
                 except RuntimeError as error:
-                    raise of_device(error) or (lost(error) if self.peers.size > 1 else error) from None
+                    if self.peers.size > 1:
+                        from klein_mlx.runtime.distributed import lost
+
+                        raise of_device(error) or lost(error) from None
+                    raise of_device(error) or error from None
                 if event is None:
                     return
                 yield event

@@ -213,6 +213,11 @@ class Batch:
     def pictures(self) -> int:
         return sum(len(one.request.pictures) for one in self.planned)
 
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are open: those of the first chunk until it is made."""
+        return list(self._first)
+
     def _plan(self, job: Job) -> None:
         try:
             arguments = call_arguments(job.options, self.pipe.config)

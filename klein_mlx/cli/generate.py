@@ -147,20 +147,9 @@ def _batch(options: RunOptions, jobs: "list[Job | Failure]", pipe: "KleinPipelin
         pipe.peers = group.peers
         batch = Batch(pipe, options, jobs, saves=group.rank == 0)
     if group.rank == 0 and not options.quiet:
-        note(_shared(batch, group))
+        sent = max((pipe.sent(run) for run in batch.runs), default=0)
+        note(f"{group.size} processes share each picture; a step sends {sent / 1e6:.3g} MB from each")
     return batch
-
-
-def _shared(batch: "Batch", group: "Group") -> str:
-    """What the processes exchange, in a line."""
-    config, request = batch.pipe.config, batch.planned[0].request
-    side = config.pixels_per_token
-    width, height = request.width or config.default_size, request.height or config.default_size
-    tokens = request.max_sequence_length + width // side * (height // side)
-    sent = group.peers.sent(tokens, config.transformer, batch.pipe.dtype.size) * (1 + (request.guidance > 1))
-    return (
-        f"{group.size} processes share each picture; a step sends {sent / 1e6:.3g} MB from each, more with references"
-    )
 
 
 def open_pipeline(options: RunOptions) -> "KleinPipeline":
