@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from klein_mlx.cli.options import Parser, add_generate_arguments, typed_options
-from klein_mlx.cli.settings import complete, read_settings
+from klein_mlx.cli.options import TABLE, Parser, add_generate_arguments, typed_options
+from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.errors import RequestError
 from klein_mlx.paths import config_folder
 
@@ -100,3 +100,16 @@ def test_other_refusals(config: Path, tmp_path: Path) -> None:
     config.write_bytes(b"steps = 1\n# \xff\n")
     with pytest.raises(RequestError, match="config.toml:2: is not UTF-8"):
         complete(typed("a fox"))
+
+
+@pytest.mark.parametrize("value", [64, 1.5, True, ["a"], {"a": 1}, 10**400])
+def test_a_value_of_any_kind_is_read_or_refused(value: object) -> None:
+    """In a config, a line of JSON or a recipe; a path is no number."""
+    for own in TABLE.values():
+        try:
+            option_value(own, value)
+        except RequestError as error:
+            assert str(error).isprintable()
+    if value == 64:
+        with pytest.raises(RequestError, match="output is 64; it must be a text"):
+            option_value(TABLE["output"], value)
