@@ -51,7 +51,7 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
     given = isinstance(source, Image.Image)
     if not given and not isinstance(source, str | os.PathLike):
         raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path, a PIL image or a numpy array")
-    name = what if given else f"{what} {os.fspath(source)}"
+    name = what if given else f"{what} {os.fspath(source) or repr(source)}"
     with reading(name, None if given else source):
         if given:
             return _upright(source, what)

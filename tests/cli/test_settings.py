@@ -1,5 +1,6 @@
 """The config file: what goes before what, and errors that name file, line and key."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,8 @@ def test_other_refusals(config: Path, tmp_path: Path) -> None:
 def test_a_value_of_any_kind_is_read_or_refused(value: object) -> None:
     """In a config, a line of JSON or a recipe; a path is no number."""
     for own in TABLE.values():
-        try:
+        with suppress(RequestError):
             option_value(own, value)
-        except RequestError as error:
-            assert str(error).isprintable()
     if value == 64:
         with pytest.raises(RequestError, match="output is 64; it must be a text"):
             option_value(TABLE["output"], value)
