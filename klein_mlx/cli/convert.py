@@ -13,6 +13,7 @@ from klein_mlx.cli.options import (
     add_options,
     asked_bits,
     asked_loras,
+    file_name,
     lora_options,
     refuse_group_size_alone,
 )
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx convert` takes."""
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
-    add("destination", metavar="DESTINATION", help="the folder to make; its parent must exist")
+    add("destination", type=file_name, metavar="DESTINATION", help="the folder to make; its parent must exist")
     add_options(parser, BITS, quantize="quantize the weights: 3, 4, 5, 6, 8, mxfp4, nvfp4, mxfp8 or mixed-4")
     add("--calibrate", action="store_true", help="choose the codes on a few pictures: closer, in minutes to an hour")
     add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")

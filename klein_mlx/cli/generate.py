@@ -169,7 +169,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
     parts = {part: getattr(options, part) for part in PARTS}
     parts["vae"] = SMALL_DECODER if options.small_decoder else options.vae
     for part, value in parts.items():
-        parts[part] = obtain_part(part, value, own=options.models, **consent) if value else None
+        parts[part] = obtain_part(part, value, own=options.models, **consent) if value else value
     pipe = KleinPipeline.from_pretrained(
         model,
         quantize=asked_bits(options),

@@ -397,8 +397,20 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-_KINDS = {"int": "a whole number", "float": "a number", "numbers": "numbers and commas, as 1,0.75,0.5,0.25"}
-_PARSED: dict[type, Any] = {int: int, float: float, list: numbers, Path: Path, str: str}
+def file_name(text: str) -> Path:
+    """A path; the empty one would be the current folder."""
+    if not text:
+        raise ValueError
+    return Path(text)
+
+
+_KINDS = {
+    "file_name": "a file or a folder",
+    "int": "a whole number",
+    "float": "a number",
+    "numbers": "numbers and commas, as 1,0.75,0.5,0.25",
+}
+_PARSED: dict[type, Any] = {int: int, float: float, list: numbers, Path: file_name, str: str}
 
 
 def add_options(parser: Any, names: Iterable[str], **help: str) -> None:

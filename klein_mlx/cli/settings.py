@@ -66,6 +66,8 @@ def read_settings(path: str | Path | None = None) -> Settings:
         if path is None or not os.path.isfile(path):
             return Settings()
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RequestError(f"config {path} is not a regular file")  # a pipe without a writer would wait for ever
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG + 1)
@@ -116,6 +118,8 @@ def _single(own: Option, value: Any) -> Any:
         raise RequestError(f"{shown} is {value!r:.60}; it must be {words}")
     if own.choices:
         own.check(shown, value)
+    if own.kind is Path and not value:
+        raise RequestError(f"{shown} is ''; it must name a file or a folder")
     try:
         return own.kind(value)
     except OverflowError:

@@ -146,6 +146,9 @@ def open_model(
     variant: which of the variants of these sizes it is, where the files do not tell, or tell it wrongly.
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
+    for what, name in {"model": model, **(parts or {})}.items():
+        if name is not None and not str(name):  # it would be the current folder
+            raise CheckpointError(f"{what} is ''; it must name a model, a file or a folder")
     given = {
         part: find_part(part, path, token=token, local_files_only=local_files_only)
         for part, path in (parts or {}).items()

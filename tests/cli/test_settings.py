@@ -1,11 +1,14 @@
 """The config file: what goes before what, and errors that name file, line and key."""
 
+import os
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from klein_mlx.cli.main import main
 from klein_mlx.cli.options import TABLE, Parser, add_generate_arguments, typed_options
 from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.errors import RequestError
@@ -112,3 +115,20 @@ def test_a_value_of_any_kind_is_read_or_refused(value: object) -> None:
     if value == 64:
         with pytest.raises(RequestError, match="output is 64; it must be a text"):
             option_value(TABLE["output"], value)
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.toml")
+    with pytest.raises(RequestError, match="is not a regular file"):
+        read_settings(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize(
+    "words", ["generate x --model=", "info ''", "generate x -o ''", "convert tiny ''", "generate x --model tiny --vae="]
+)
+def test_an_empty_name_is_not_the_current_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is ''; it must" in line
+    with pytest.raises(RequestError, match="output is ''; it must name a file"):
+        option_value(TABLE["output"], "")
