@@ -73,6 +73,8 @@ class Quantization:
             if type(values[name]) is not int or values[name] not in allowed:
                 known = ", ".join(str(a) for a in allowed)
                 raise CheckpointError(f"{where}: quantization {name} is {values[name]!r}; klein_mlx reads {known}")
+        if values["bits"] == 1:
+            _require_one_bit()
         layers = values.get("layers")
         if layers is not None:
             if not isinstance(layers, Mapping) or not layers:

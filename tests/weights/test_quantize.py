@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from folders import GOLDEN, assert_equal, parameters, quantizable_model
+from folders import GOLDEN, assert_equal, parameters, quantizable_model, refusal
 
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
@@ -266,3 +266,17 @@ def test_one_original_at_a_time_is_in_memory_while_scales_are_searched(monkeypat
     own = sum(array.nbytes for array in parameters(module).values())
     assert len(held) == len(settled.layers or ())
     assert max(held) < own + 2 * max(sizes.values()) < 0.9 * sum(sizes.values())
+
+
+def test_one_bit_where_mlx_has_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx 0.32.3 runs 2 bits and more; nothing else of a model tells that it will fail."""
+    stored = {"bits": 1, "group_size": 128, "mode": "affine"}
+    settings = quantize.find_settings(256, 8, 2, True)
+    assert settings == Quantization.from_dict(stored) == Quantization(1, 128)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ValueError("The requested number of bits 1 is not supported.")
+
+    monkeypatch.setattr(quantize.mx, "quantize", refuse)
+    for read in (lambda: quantize.find_settings(256, 8, 2, True), lambda: Quantization.from_dict(stored)):
+        assert refusal(read) == "1-bit weights need mlx 0.32.4 or newer: pip install -U mlx"
