@@ -29,7 +29,8 @@ COMMAND = [sys.executable, "-m", "klein_mlx"]
 
 
 class Zygote:
-    """One such process. environment: the variables of AT_START that it is started with."""
+    """One such process. environment: the variables of AT_START that it is started with. Raises ConnectionError where
+    the package cannot be loaded."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -37,6 +38,10 @@ class Zygote:
         words = [sys.executable, __file__, str(theirs.fileno())]
         self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=started)
         theirs.close()
+        if not self.ours.recv(100):
+            self.ours.close()
+            self.process.wait()
+            raise ConnectionError
 
     def run(self, request: Mapping[str, Any], stdin: bytes, timeout: float) -> tuple[int, bytes, bytes]:
         """Exit code as subprocess has it, stdout, stderr. Raises TimeoutExpired, after the command is killed."""
@@ -99,8 +104,10 @@ def run(
         return spawn([*COMMAND, *words], cwd=cwd, env=env, stdin=stdin, timeout=timeout, memory=memory)
     key = tuple(sorted(start.items()))
     kept: dict[Any, Zygote] = _zygotes.__dict__.setdefault("kept", {})
-    if key not in kept:
-        kept[key] = Zygote(start)
+    try:
+        kept[key] = kept.get(key) or Zygote(start)
+    except ConnectionError:
+        return spawn([*COMMAND, *words], cwd=cwd, env=env, stdin=stdin, timeout=timeout, memory=memory)
     request = {"words": words, "cwd": os.fspath(cwd), "env": dict(env), "memory": memory}
     code, stdout, stderr = kept[key].run(request, stdin, timeout)
     return subprocess.CompletedProcess(words, code, stdout, stderr)
@@ -124,6 +131,7 @@ def spawn(
 
 def serve(connection: socket.socket) -> dict[str, Any]:
     """Fork for every request; returns in the child, with its request. Ends with the process that asks."""
+    connection.send(b"ready")
     while True:
         message, inner, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not message:
