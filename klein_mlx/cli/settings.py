@@ -120,8 +120,9 @@ def _single(own: Option, value: Any) -> Any:
         own.check(shown, value)
     if own.kind is Path and not value:
         raise RequestError(f"{shown} is ''; it must name a file or a folder")
+    kind: Any = own.kind
     try:
-        return own.kind(value)
+        return kind(value)
     except OverflowError:
         raise RequestError(f"{shown} is {value!r:.60}; it must be {own.range}") from None
 
