@@ -29,7 +29,7 @@ from klein_mlx.weights.hub import list_files, plan_download, wanted, wanted_file
     ("model", "message"),
     [
         ("nonsense", "it must be 'tiny', a folder, a Hub id"),
-        ("", "it must be 'tiny', a folder, a Hub id"),
+        ("", "model is ''; it must name a model, a file or a folder"),
         ("a b/c", "it must be 'tiny'"),
         ("./absent", "absent: no such folder"),
         ("/absent/model", "/absent/model: no such folder"),

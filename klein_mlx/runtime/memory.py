@@ -21,7 +21,7 @@ from klein_mlx.config import PARTS, ModelConfig, VAEConfig
 from klein_mlx.errors import DoesNotFit, human_bytes
 from klein_mlx.model.layers import Device, here
 from klein_mlx.model.transformer import LONGEST_ATTENTION
-from klein_mlx.model.vae import strip_rows
+from klein_mlx.model.vae import SCORES, strip_rows
 from klein_mlx.weights.checkpoint import Source, part_bytes
 from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
 
@@ -264,7 +264,19 @@ def vae_bytes(
             one = 5 * neighbour + own if device.conv == "matmul" else neighbour + 2 * own
             whole, made = (dtype.size * neighbour, strip * one) if rows is None else (whole, 2 * strip * one)
         most = max(most, pixels * (whole + made))
-    return round(most)
+    return round(max(most, _attention_bytes(config, height, width, dtype, channels[-1], device)))
+
+
+def _attention_bytes(
+    config: VAEConfig, height: int, width: int, dtype: mx.Dtype, channels: int, device: Device
+) -> float:
+    """Of the VAE's attention in the middle: its arrays, and on a CPU two pieces of scores in float32."""
+    if not config.mid_block_add_attention:
+        return 0.0
+    tokens = (height // config.scale_factor) * (width // config.scale_factor)
+    if not device.widens:
+        return 6.0 * tokens * channels * dtype.size
+    return 4.0 * (6 * tokens * channels + min(tokens**2, 2 * SCORES))
 
 
 # ---- refusal ----

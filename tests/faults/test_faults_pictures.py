@@ -105,7 +105,7 @@ def test_what_is_no_picture_to_start_from(tmp_path: Path, name: str) -> None:
         ("--image", ".", ". is not a file"),
         ("--image", "pipe.png", "pipe.png is not a file"),
         ("--image", "https://example.com/fox.png", "is a URL; download it, and give the file"),
-        ("--image", "", "--image does not exist"),
+        ("--image", "", "--image '' does not exist"),
         ("--image", "loop.png", "loop.png"),
         ("--image", "x" * 300 + ".png", "xxx"),
     ],
