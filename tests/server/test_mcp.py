@@ -184,7 +184,8 @@ def test_a_picture_is_made_with_progress(session: Session) -> None:
     steps = [one["params"] for one in told[:-1]]
     assert {one["progressToken"] for one in steps} == {"p"}
     done = [one["progress"] for one in steps]
-    assert (done, steps[-1]["total"]) == ([0, 1, 2, 3, 4], 4)
+    assert done == sorted(set(done))  # a client that is slow gets the newest
+    assert (done[-1], steps[-1]["total"]) == (4, 4)
     first, words, second, other = told[-1]["result"]["content"]
     assert (told[-1]["id"], told[-1]["result"]["isError"]) == ("one", False)
     assert (first["type"], first["mimeType"]) == ("image", "image/png")
@@ -296,9 +297,14 @@ def test_a_dead_worker_is_told_and_the_next_call_has_another(session: Session) -
     session.tool("generate_image", **SMALL)
     found = subprocess.run(["pgrep", "-P", str(session.process.pid)], capture_output=True, text=True, check=True)
     (worker,) = found.stdout.split()
-    session.send(call("tools/call", "dies", name="generate_image", arguments={**SMALL, "steps": 900}))
+    arguments, token = {**SMALL, "steps": 900}, {"progressToken": "dies"}
+    session.send(call("tools/call", "dies", name="generate_image", arguments=arguments, _meta=token))
+    while session.read()["params"]["progress"] < 1:  # a job that has not begun is made by the next worker
+        pass
     os.kill(int(worker), 9)
     told = session.read()
+    while "id" not in told:
+        told = session.read()
     assert told["id"] == "dies"
     assert "died (signal 9)" in told["result"]["content"][0]["text"]
     assert not session.tool("generate_image", **SMALL)["isError"]
