@@ -85,12 +85,13 @@ def start(
     """
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")} | pipes
     limited = ["/bin/sh", "-c", _LIMITED, str(memory >> 10), *command(*arguments)]
-    # Under nohup SIGHUP is ignored, and a child would inherit that.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # Under nohup SIGHUP is ignored, in a shell's background SIGINT, and a child would inherit that.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
         return subprocess.Popen(limited, cwd=folder, env=environment(changes), start_new_session=True, **pipes)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_fault(
