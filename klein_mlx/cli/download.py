@@ -118,8 +118,10 @@ def _end_with_parent(hub_id: str, started: set[Path]) -> None:
     """Wait until stdin ends; then delete what is unfinished and was not there at the start, and leave."""
     while sys.stdin.read(1):
         pass
-    for path in _unfinished(hub_id) - started:
-        path.unlink(missing_ok=True)
+    for _ in range(6):  # other threads may just be beginning another file
+        for path in _unfinished(hub_id) - started:
+            path.unlink(missing_ok=True)
+        time.sleep(0.05)
     os._exit(1)
 
 
