@@ -5,6 +5,7 @@ command's time on tiny is Python and its imports; the tests start hundreds. On m
 safe, and where a variable differs that an interpreter reads at its own start, a real process is started.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -42,6 +43,12 @@ class Zygote:
             self.ours.close()
             self.process.wait()
             raise ConnectionError
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it, as the process that asks ends."""
+        self.ours.close()
+        self.process.wait()
 
     def run(self, request: Mapping[str, Any], stdin: bytes, timeout: float) -> tuple[int, bytes, bytes]:
         """Exit code as subprocess has it, stdout, stderr. Raises TimeoutExpired, after the command is killed."""
