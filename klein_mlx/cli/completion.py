@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import shtab
     except ImportError:
-        raise RequestError("completion scripts need shtab: pip install 'klein-mlx[completion]'") from None
+        raise RequestError("completion scripts need shtab: pip install shtab") from None
     script = shtab.complete(whole_parser(shtab.FILE), args.shell, preamble=_PREAMBLE)  # type: ignore[arg-type]
     say(*script.split("\n"))
     return 0

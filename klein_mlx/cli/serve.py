@@ -15,7 +15,7 @@ from klein_mlx.cli.settings import read_settings
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
 
-EXTRA = "the server needs three packages: pip install 'klein-mlx[server]'"
+EXTRA = "the server needs three packages: pip install starlette uvicorn python-multipart"
 _OBTAIN = (
     "import sys; sys.path[:] = sys.argv[2:]; from klein_mlx.cli.serve import obtain_here; obtain_here(sys.argv[1])"
 )

@@ -292,7 +292,7 @@ def _library(path: Path) -> Callable[[Any, Any], Any]:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError:
-        raise CheckpointError(f'{path}: to read GGUF files, install gguf: pip install "klein-mlx[gguf]"') from None
+        raise CheckpointError(f"{path}: to read GGUF files, install gguf: pip install gguf") from None
     return lambda data, name: dequantize(data, GGMLQuantizationType[name])
 
 

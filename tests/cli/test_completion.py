@@ -68,7 +68,7 @@ def test_what_options_are_completed_with() -> None:
 def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
-    assert capsys.readouterr().err == "error: completion scripts need shtab: pip install 'klein-mlx[completion]'\n"
+    assert capsys.readouterr().err == "error: completion scripts need shtab: pip install shtab\n"
 
 
 def test_names_of_models(place: Path) -> None:
