@@ -7,7 +7,7 @@ from typing import Any
 
 from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, typed_options
 from klein_mlx.cli.output import cleaned, say, say_json
-from klein_mlx.errors import RequestError, integer
+from klein_mlx.errors import RequestError, human_bytes, integer
 from klein_mlx.request import MAX_REFERENCES
 from klein_mlx.train.options import METHODS
 
@@ -157,9 +157,9 @@ def _training(args: argparse.Namespace) -> int:
         return 0
     shown = f", {len(references)} reference{'s' * (len(references) > 1)}" * bool(references)
     say(f"{args.model}: {what}, {size[0]} x {size[1]}{shown}")
-    say("memory in GB, estimated: pictures and captions are encoded first, and leave")
+    say("memory, estimated: pictures and captions are encoded first, and leave")
     say(f"{'bits':<8}{'pictures':>10}{'captions':>10}{'training':>10}  fits a Mac of")
     for row in rows:
-        told = "".join(f"{row['phases'][name] / 1e9:>10.1f}" for name in ("pictures", "captions", "training"))
+        told = "".join(f"{human_bytes(row['phases'][name]):>10}" for name in ("pictures", "captions", "training"))
         say(f"{row['bits'] or '-':<8}{told}  {row['mac'] or 'none'}{' GB' * bool(row['mac'])}")
     return 0
