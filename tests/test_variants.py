@@ -74,6 +74,11 @@ def test_9b_kv_has_the_dimensions_of_9b() -> None:
     assert names == ["9b", "9b-kv"]
 
 
+def turn(x: mx.array, rope: Rope) -> mx.array:
+    pairs = mx.unflatten(x, -1, (-1, 2))
+    return (pairs[..., :1] * rope.first + pairs[..., 1:] * rope.second).flatten(-2)
+
+
 def masked_velocity(
     model: Transformer, latents: mx.array, references: Any, prompt_embeds: mx.array, sigma: float
 ) -> mx.array:
@@ -96,10 +101,6 @@ def masked_velocity(
 
     def heads(x: mx.array) -> mx.array:
         return mx.unflatten(x, -1, (-1, model.config.attention_head_dim))
-
-    def turn(x: mx.array, rope: Rope) -> mx.array:
-        pairs = mx.unflatten(x, -1, (-1, 2))
-        return (pairs[..., :1] * rope.first + pairs[..., 1:] * rope.second).flatten(-2)
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (turn(q, rope), turn(k, rope), v))

@@ -16,6 +16,7 @@ from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 if TYPE_CHECKING:
     from PIL import Image
 
+    from klein_mlx.cli.options import RunOptions
     from klein_mlx.pipeline import KleinPipeline
 
 PROMPT = "klein> "
@@ -299,12 +300,9 @@ def _whole(what: str, text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
-    from klein_mlx.cli.generate import open_pipeline
-    from klein_mlx.cli.options import call_arguments, typed_options
+    from klein_mlx.cli.options import typed_options
     from klein_mlx.cli.output import note, say
-    from klein_mlx.cli.prompts import expand, is_template
     from klein_mlx.cli.settings import complete
-    from klein_mlx.cli.terminal import protocol
 
     typed = typed_options(args)
     for name in ("output", "grid", "json", "enhance", "force"):
@@ -313,34 +311,9 @@ def run(args: argparse.Namespace) -> int:
     if typed.get("progress_format") == "json":
         raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
     options = complete(typed)
-    pipe = open_pipeline(options)
-    draws = not options.quiet and protocol(os.environ) is not None
-    suffix = f".{options.format or 'png'}"
-    steps = draws and options.show_steps
-    settings = call_arguments(options, pipe.config)
-
-    def reopen(model: str) -> "KleinPipeline":
-        return open_pipeline(replace(options, model=model))
-
-    def vary(prompt: str, seeds: Sequence[int]) -> list[str]:
-        if options.no_wildcards or not is_template(prompt):
-            return [prompt] * len(seeds)
-        return [expand(prompt, seed, options.wildcards) for seed in seeds]
-
-    session = Session(
-        pipe,
-        settings,
-        say,
-        show=draws,
-        show_steps=steps,
-        suffix=suffix,
-        metadata=not options.no_metadata,
-        vary=vary,
-        reopen=reopen,
-        model=str(options.model),
-    )
+    session = _session(options)
     if not options.quiet:
-        say(WELCOME.format(model=f"{pipe.config.variant.name}: {options.model}"))
+        say(WELCOME.format(model=f"{session.pipe.config.variant.name}: {options.model}"))
     with _history():
         while True:
             try:
@@ -362,6 +335,39 @@ def run(args: argparse.Namespace) -> int:
                 say("", "cancelled")
             except KleinError as error:
                 note(f"error: {in_options(error)}")
+
+
+def _session(options: "RunOptions") -> Session:
+    """What these options begin with."""
+    from klein_mlx.cli.generate import open_pipeline
+    from klein_mlx.cli.options import call_arguments
+    from klein_mlx.cli.output import say
+    from klein_mlx.cli.prompts import expand, is_template
+    from klein_mlx.cli.terminal import protocol
+
+    pipe = open_pipeline(options)
+    draws = not options.quiet and protocol(os.environ) is not None
+
+    def reopen(model: str) -> "KleinPipeline":
+        return open_pipeline(replace(options, model=model))
+
+    def vary(prompt: str, seeds: Sequence[int]) -> list[str]:
+        if options.no_wildcards or not is_template(prompt):
+            return [prompt] * len(seeds)
+        return [expand(prompt, seed, options.wildcards) for seed in seeds]
+
+    return Session(
+        pipe,
+        call_arguments(options, pipe.config),
+        say,
+        show=draws,
+        show_steps=draws and options.show_steps,
+        suffix=f".{options.format or 'png'}",
+        metadata=not options.no_metadata,
+        vary=vary,
+        reopen=reopen,
+        model=str(options.model),
+    )
 
 
 class _history:

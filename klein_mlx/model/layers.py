@@ -11,6 +11,7 @@ beside a layer reads the same input and is added.
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, reduce
+from itertools import pairwise
 from typing import Any, Self
 
 import mlx.core as mx
@@ -73,7 +74,7 @@ class Gpu:
         flat = x.reshape(-1, x.shape[-1])
         count = flat.shape[0] // self.rows  # type: ignore[operator]
         edges = [flat.shape[0] * part // count for part in range(count + 1)]
-        pieces = [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+        pieces = [slice(*pair) for pair in pairwise(edges)]
         if added is None:
             out = [flat[piece] @ weight.T for piece in pieces]
         else:

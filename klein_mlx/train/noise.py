@@ -5,6 +5,7 @@ A run keeps no random state: every draw's key is made of the seed, what it is fo
 
 import hashlib
 import math
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -59,10 +60,10 @@ def weight_of(kind: str, sigma: float) -> float:
 
 
 def _interpolated(sigma: float) -> float:
-    for (left, low), (right, high) in zip(_WEIGHTS, _WEIGHTS[1:], strict=False):
+    for (left, low), (right, high) in pairwise(_WEIGHTS):
         if sigma <= right:
             return low + (high - low) * (sigma - left) / (right - left)
     return _WEIGHTS[-1][1]
 
 
-_MEAN = sum((b - a) * (u + v) / 2 for (a, u), (b, v) in zip(_WEIGHTS, _WEIGHTS[1:], strict=False))
+_MEAN = sum((b - a) * (u + v) / 2 for (a, u), (b, v) in pairwise(_WEIGHTS))

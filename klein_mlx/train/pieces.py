@@ -8,6 +8,7 @@ values: a fifth of a block's forward pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -48,7 +49,7 @@ class Part:
         """Some of its tokens in pieces of about one size."""
         count = -(-(stop - start) // self.rows)
         edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
-        return [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+        return [slice(*edge) for edge in pairwise(edges)]
 
     def keys_values(self, tokens: slice, flat: list[mx.array], x: mx.array) -> list[mx.array]:
         """Of some of its tokens. flat: the modulations."""

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_every_token_has_one_process(size: int) -> None:
     for count in (7, 36, 4096):
         runs = [one.run(count) for one in peers]
         assert (runs[0][0], runs[-1][1]) == (0, count)
-        assert all(one[1] == other[0] for one, other in zip(runs, runs[1:], strict=False))
+        assert all(one[1] == other[0] for one, other in pairwise(runs))
         assert peers[0].lengths(count, 512) == tuple(
             b - a + one.run(512)[1] - one.run(512)[0] for one, (a, b) in zip(peers, runs, strict=True)
         )
