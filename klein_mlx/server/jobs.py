@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from klein_mlx.server.process import Worker, WorkerError
+from klein_mlx.server.process import SHUTTING_DOWN, Worker, WorkerError
 from klein_mlx.server.timings import Timings
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,6 @@ class Jobs:
         self._in_a_row = 0
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
         self.on_picture: Callable[[Job, dict[str, Any]], None] = lambda job, event: None
         self.on_end: Callable[[Job, dict[str, Any]], None] = lambda job, event: None
 
@@ -106,20 +105,24 @@ class Jobs:
         """Begin to work off the queue."""
         self._task = asyncio.create_task(self._work())
 
-    async def stop(self) -> None:
-        """Take no more jobs, end the running one and the worker."""
-        self._closed = True
-        error = {"type": "error", "code": "shutting_down", "message": "the server is shutting down", "param": None}
+    def close(self) -> None:
+        """Take no more jobs; end those that wait or run with an error, and the worker."""
+        error = {"type": "error", "code": "shutting_down", "message": SHUTTING_DOWN, "param": None}
         for job in [*self.live, *self.batch, *([self.running] if self.running else [])]:
             job.put(error)
         if self._task:
             self._task.cancel()
+        self.worker.close()
+
+    async def stop(self) -> None:
+        """Close, and wait for the worker's end."""
+        self.close()
         await self.worker.stop()
 
     def submit(self, job: Job) -> Job:
         """Queue a job. Raises QueueFull, or WorkerError if the worker is down."""
-        if self._closed:
-            raise WorkerError("worker_down", "the server is shutting down")
+        if self.worker.closed:
+            raise WorkerError("shutting_down", SHUTTING_DOWN)
         if self.worker.state == "down":
             raise WorkerError("worker_down", self.worker.reason or "the worker is down")
         if job.session is not None:

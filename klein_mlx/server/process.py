@@ -19,6 +19,7 @@ from klein_mlx.server.settings import Settings
 
 EXIT_SECONDS = 3.0
 MAX_DEATHS, DEATH_SECONDS = 3, 60.0
+SHUTTING_DOWN = "the server is shutting down"
 ROOT = Path(__file__).resolve().parents[2]
 
 Event = dict[str, Any]
@@ -26,7 +27,7 @@ Listener = Callable[[Event, list[bytes]], None]
 
 
 class WorkerError(KleinError):
-    """The worker cannot serve. code: worker_crashed, worker_down or model_not_loaded."""
+    """The worker cannot serve. code: worker_crashed, worker_down, model_not_loaded or shutting_down."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -55,7 +56,7 @@ class Worker:
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._listener: Listener | None = None
         self._job: asyncio.Future[None] | None = None
-        self._ending = False
+        self._ending = self.closed = False
         self._answers: dict[int, asyncio.Future[Event]] = {}
         self._numbers = itertools.count()
 
@@ -65,13 +66,21 @@ class Worker:
 
     async def ready(self) -> None:
         """Start the process unless it is there, and wait for its model. Raises WorkerError."""
+        if self.closed:
+            raise WorkerError("shutting_down", SHUTTING_DOWN)
         if self.state == "down":
             raise WorkerError("worker_down", self.reason or "the worker does not start")
         if self.state in ("ready", "busy"):
             return
         if self._starting is None or self._starting.done():
             self._starting = asyncio.create_task(self._start())
-        await asyncio.shield(self._starting)
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            if starting.cancelled():
+                raise WorkerError("shutting_down", SHUTTING_DOWN) from None
+            raise
 
     async def _start(self) -> None:
         self.state = "loading"
@@ -150,6 +159,8 @@ class Worker:
                 deaths = f"{MAX_DEATHS} times within {DEATH_SECONDS:.0f} s"
                 self.reason = f"the worker died {deaths} (last: {told}); restart the server"
                 error = WorkerError("worker_crashed", self.reason)
+        if self.closed:
+            error = WorkerError("shutting_down", SHUTTING_DOWN)
         waiting = [self._ready, self._job, *self._answers.values()]
         self._answers = {}
         for future in waiting:
@@ -195,13 +206,21 @@ class Worker:
         self._writer.write(pack({"do": "ask", "what": what, "id": number, **values}))
         return await self._answers[number]
 
+    def close(self) -> None:
+        """End the process, and start none again."""
+        self.closed = True
+        self._end()
+
     async def stop(self) -> None:
-        """End the process; what it does is lost."""
+        """End the process and wait for that; what it does is lost."""
+        self._end()
+        if self._reading is not None:
+            await asyncio.wait([self._reading], timeout=2)
+
+    def _end(self) -> None:
         self._ending = True
         if self._starting and not self._starting.done():
             self._starting.cancel()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-        if self._reading is not None:
-            await asyncio.wait([self._reading], timeout=2)

@@ -38,7 +38,17 @@ def open_socket(settings: Settings) -> socket.socket:
     return listener
 
 
-def make_server(settings: Settings, listener: socket.socket) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's server, which answers the requests that wait or run before it closes their connections."""
+
+    shared: Shared
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.shared.jobs.close()
+        await super().shutdown(sockets)
+
+
+def make_server(settings: Settings, listener: socket.socket) -> Server:
     """A server of the application for this socket."""
     app = make_app(settings, listener.getsockname()[1])
     config = uvicorn.Config(
@@ -54,7 +64,9 @@ def make_server(settings: Settings, listener: socket.socket) -> uvicorn.Server:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    return uvicorn.Server(config)
+    server = Server(config)
+    server.shared = app.app.state  # type: ignore[attr-defined]
+    return server
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
@@ -80,7 +92,7 @@ class Background:
     def __init__(self, settings: Settings):
         self.listener = open_socket(settings)
         self.server = make_server(settings, self.listener)
-        self.shared: Shared = self.server.config.app.app.state  # type: ignore[union-attr]
+        self.shared = self.server.shared
         self.url = url(settings, self.listener.getsockname()[1])
         self.thread = threading.Thread(target=self._run, daemon=True)
 

@@ -1,12 +1,16 @@
 """The process model: no MLX in the server, a worker that may die, a bounded queue, sessions, clients that leave."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -62,6 +66,67 @@ def test_the_command_serves_without_mlx_and_ends_at_once(tmp_path) -> None:
     assert modules, done.stdout
     assert float(rss) < 60  # 45 here; the allocator and libraries differ
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
+
+
+@contextmanager
+def process(*options: str) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
+    """A `klein-mlx serve --demo` of its own, and a client."""
+    words = [sys.executable, "-m", "klein_mlx", "serve", "--demo", "--port", "0", "--quiet", *options]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout
+            with httpx.Client(base_url=served.stdout.readline().strip(), timeout=30, trust_env=False) as http:
+                yield served, http
+        finally:
+            served.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_ends_answers_those_who_wait(number: signal.Signals) -> None:
+    replies: dict[str, httpx.Response] = {}
+    body = {"prompt": "a red circle", "steps": 1000}
+
+    def ask(path: str, **more: Any) -> None:
+        replies[path] = http.post(path, json=body | more)
+
+    streams, waits = "/v1/images/generations?", "/v1/images/generations"
+    asks = {streams: {"stream": True, "partial_images": 3}, waits: {}, "/sdapi/v1/txt2img": {}, "/api/generate": {}}
+    with process() as (served, http):
+        threads = []
+        for count, (path, more) in enumerate(asks.items()):
+            threads.append(threading.Thread(target=ask, args=(path,), kwargs=more))
+            threads[-1].start()
+            until(lambda c=count: (told := http.get("/api/status").json())["running"] and told["queue"] == c)
+        until(lambda: http.get("/api/status").json()["running"].get("index"))
+        start = time.monotonic()
+        served.send_signal(number)
+        served.wait(10)
+        assert time.monotonic() - start < 3
+        for thread in threads:
+            thread.join(10)
+    streamed, waiting, web, native = map(replies.__getitem__, asks)
+    assert streamed.status_code == native.status_code == 200
+    error = {"message": "the server is shutting down", "type": "server_error", "param": None, "code": "shutting_down"}
+    assert json.loads(streamed.text.strip().rpartition("data: ")[2]) == {"error": error}
+    assert json.loads(native.text.splitlines()[-1])["code"] == "shutting_down"
+    for reply in (waiting, web):
+        assert (reply.status_code, reply.json()) == (503, {"error": error})
+        assert reply.headers["x-should-retry"] == "false"
+
+
+def test_a_server_that_ends_while_its_model_loads_answers_too() -> None:
+    replies: list[httpx.Response] = []
+    with process() as (served, http):
+        paths = ("/api/loras", "/sdapi/v1/loras")
+        threads = [threading.Thread(target=lambda path=path: replies.append(http.get(path))) for path in paths]
+        for thread in threads:
+            thread.start()
+        until(lambda: http.get("/healthz").json()["worker"] == "loading")
+        served.terminate()
+        served.wait(3)
+        for thread in threads:
+            thread.join(10)
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in replies] == [(503, "shutting_down")] * 2
 
 
 def test_a_picture_is_the_pipelines_own(http: httpx.Client) -> None:
