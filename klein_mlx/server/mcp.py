@@ -245,8 +245,8 @@ class Mcp:
                 "or start it with --root FOLDER"
             )
         try:
-            path = (self.root / name).resolve()
-        except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte, a name too long
+            path = Path(os.path.realpath(self.root / name))
+        except (OSError, ValueError):  # a zero byte
             path = None
         if path is None or not path.is_relative_to(self.root):
             raise RequestError(f"{what} is {name[:200]!r}; it must be a path below the server's --root folder")
@@ -297,16 +297,18 @@ def _refuse(word: str) -> float:
 def read_below(path: Path, what: str, name: str) -> bytes:
     """A regular file's bytes; `name` is how the client called it. Raises RequestError."""
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        )  # resolved: a link is new; no FIFO waits
-        with open(descriptor, "rb") as file:
+        # Resolved before, so a link is new here; a FIFO must not make it wait.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise RequestError(f"{what} is {name[:200]!r}, which is no file; name a picture")
+                raise RequestError(f"{what} is {name[:200]!r}, which is not a file; name a picture")
             if found.st_size > MAX_BODY:
                 raise RequestError(f"{what} is {name[:200]!r}, a file of over {MAX_BODY >> 20} MB; name a smaller one")
-            return file.read(MAX_BODY)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(MAX_BODY)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise RequestError(f"{what} is {name[:200]!r}, which cannot be read ({error.strerror})") from None
 

@@ -64,7 +64,7 @@ def held(server: Background) -> Iterator[None]:
 
 
 def raw(server: Background, data: bytes, seconds: float = 10) -> bytes:
-    """What comes back for these bytes until the connection closes."""
+    """What comes back for these bytes until the server closes the connection. Raises TimeoutError if it stays open."""
     port = server.listener.getsockname()[1]
     with socket.create_connection(("127.0.0.1", port), seconds) as connection:
         connection.settimeout(seconds)
@@ -74,7 +74,7 @@ def raw(server: Background, data: bytes, seconds: float = 10) -> bytes:
                 connection.sendall(data)
             while chunk := connection.recv(1 << 16):
                 received += chunk
-        except (TimeoutError, ConnectionResetError):
+        except ConnectionResetError:
             pass
         return received
 

@@ -15,7 +15,8 @@ from PIL import Image
 from serving_tools import data_uri, opened, picture_bytes
 
 from klein_mlx.cli.main import main
-from klein_mlx.server.mcp import Mcp, check_arguments, tools
+from klein_mlx.errors import RequestError
+from klein_mlx.server.mcp import Mcp, check_arguments, read_below, tools
 from klein_mlx.server.settings import Settings
 
 COMMAND = [sys.executable, "-m", "klein_mlx", "mcp", "--model", "tiny"]
@@ -237,23 +238,35 @@ def test_no_path_leads_out_of_the_root(session: Session, tmp_path: Path) -> None
     (session.root / "loop").symlink_to("loop")
     os.mkfifo(session.root / "fifo")
     (session.root / "notes.txt").write_text("no picture")
-    for name in (str(outside), "../secret.png", "link.png", "folder/secret.png", "a\0b", "/dev/zero", "~/x.png"):
-        words = session.refused("edit_image", **SMALL, images=[name])
-        assert "below the server's --root" in words or "cannot be read" in words, words
+    outer = (str(outside), "../secret.png", "link.png", "folder", "folder/secret.png", "sub/../..", "a\0b", "/dev/zero")
     for name, words in (
-        ("loop", "below the server's --root"),
-        ("fifo", "which is no file"),
-        ("folder", "below the server's --root"),
-        (".", "cannot be read|is no file"),
-        ("none.png", "cannot be read"),
-        ("notes.txt", "is not a picture"),
-        ("https://example.com/x.png", "is a URL"),
-        ("file:///etc/passwd", "is a URL"),
+        *((name, f"images is {name!r}; it must be a path below the server's --root folder") for name in outer),
+        ("~/x.png", "images is '~/x.png', which cannot be read (No such file or directory)"),
+        ("loop", "images is 'loop', which cannot be read (Too many levels of symbolic links)"),
+        ("fifo", "images is 'fifo', which is not a file; name a picture"),
+        (".", "images is '.', which is not a file; name a picture"),
+        ("none.png", "images is 'none.png', which cannot be read (No such file or directory)"),
     ):
-        assert any(word in session.refused("edit_image", **SMALL, images=[name]) for word in words.split("|")), name
+        assert session.refused("edit_image", **SMALL, images=[name]) == words
+    for name, words in (
+        ("notes.txt", "images is not a picture"),
+        ("https://example.com/x.png", "images is a URL"),
+        ("file:///etc/passwd", "images is a URL"),
+    ):
+        assert session.refused("edit_image", **SMALL, images=[name]).startswith(words), name
     for name in (str(tmp_path / "x.png"), "../x.png", "folder/x.png", "sub/../../x.png", "link.png"):
         assert "must be a path below" in session.refused("generate_image", **SMALL, save_as=name), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.png"]
+
+
+def test_a_refused_folder_leaves_no_file_open(tmp_path: Path) -> None:
+    free = os.dup(0)
+    os.close(free)
+    with pytest.raises(RequestError, match="is not a file"):
+        read_below(tmp_path, "images", ".")
+    again = os.dup(0)
+    os.close(again)
+    assert again == free
 
 
 def test_without_a_root_no_file_is_opened(tmp_path: Path) -> None:
