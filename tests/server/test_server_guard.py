@@ -154,7 +154,8 @@ def test_tokens(locked: Background) -> None:
 def test_a_web_uis_password_is_the_token(locked: Background) -> None:
     with client(locked) as http:
         for user, password, status in (("any", TOKEN, 200), ("", TOKEN, 200), (TOKEN, "x", 401), ("any", "", 401)):
-            assert http.get("/healthz", auth=(user, password)).status_code == status
+            for path in ("/sdapi/v1/options", "/api/status"):
+                assert http.get(path, auth=(user, password)).status_code == status
         for wrong in ("Basic", "Basic =", "Basic //8="):
             assert http.get("/healthz", headers={"Authorization": wrong}).status_code == 401
 
