@@ -194,6 +194,17 @@ def test_safe_headers(server: Background) -> None:
         assert http.get("/docs").status_code == 404
 
 
+def test_the_pages_files_are_sent_again_only_if_they_changed(server: Background) -> None:
+    with client(server) as http:
+        reply = http.get("/studio.js")
+        tag = reply.headers["etag"]
+        assert (reply.status_code, reply.headers["cache-control"]) == (200, "no-cache")
+        for wanted, status in ((tag, 304), ('"other"', 200)):
+            assert http.get("/studio.js", headers={"If-None-Match": wanted}).status_code == status
+        for name in (".hidden.js", "studio", "..%2fapp.py", "%2fetc%2fpasswd"):
+            assert http.get(f"/{name}").status_code == 404
+
+
 def memory() -> float:
     """MB that this process, and the server in it, hold."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6

@@ -90,6 +90,13 @@ def test_typing_makes_pictures_and_the_last_is_of_the_whole_text(page: Any) -> N
 
 
 @pytest.mark.clock
+def test_the_page_is_there_within_300_ms(page: Any) -> None:
+    page.reload()
+    (told,) = page.evaluate("performance.getEntriesByType('navigation').map((one) => one.toJSON())")
+    assert told["domContentLoadedEventEnd"] <= 300
+
+
+@pytest.mark.clock
 def test_a_sketch_comes_within_80_ms_of_a_key_and_a_picture_within_250(page: Any) -> None:
     words = "a green star above a yellow circle, then a purple cross !"
     assert len(words) == 57

@@ -51,6 +51,12 @@ def test_the_policy_lets_all_of_the_page_through(tags: Tags) -> None:
                 assert (STUDIO / value[1:]).is_file(), value
 
 
+def test_modules_are_fetched_at_once_and_not_one_after_another(tags: Tags) -> None:
+    ahead = {values["href"] for tag, values in tags.tags if values.get("rel") == "modulepreload"}
+    used = {name for path in STUDIO.glob("*.js") for name in re.findall(r'from "(/\w+\.js)"', path.read_text())}
+    assert ahead == used
+
+
 def test_nothing_names_another_host() -> None:
     for path in STUDIO.iterdir():
         found = re.findall(r"https?://[^\s\"']+|@import|url\(", path.read_text())
