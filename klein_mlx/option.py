@@ -1,6 +1,7 @@
 """One option: what a field of `Options` is to its user. It knows nothing of pictures."""
 
 from dataclasses import Field, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from klein_mlx.errors import RequestError, flag, integer, is_number
@@ -39,7 +40,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name in a config, a line of a prompt file, a recipe: that of the flag."""
         return (self.flag or "").lstrip("-").replace("-", "_")

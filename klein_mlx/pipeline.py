@@ -32,7 +32,8 @@ from klein_mlx.model.sampler import (
     torch_noise,
 )
 from klein_mlx.model.tokenizer import Tokenizer
-from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, in_parts, velocity
+from klein_mlx.model.transformer import in_parts
+from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, velocity
 from klein_mlx.porting import answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
@@ -188,7 +189,7 @@ class KleinPipeline:
 
         Raises RequestError for what cannot be done, CheckpointError for weights that cannot be read.
         """
-        run = self._run(options)
+        run = self.start(check_options(self.config, options))
         pictures = [event for event in run if isinstance(event, Picture)]
         results = [picture.image for picture in pictures]
         kind = run.request.output_type
@@ -208,10 +209,11 @@ class KleinPipeline:
 
         Raises RequestError.
         """
-        return self._run(options)
+        return self.start(check_options(self.config, options))
 
-    def _run(self, options: Options) -> Run:
-        run = Run(check_options(self.config, options))
+    def start(self, request: Request) -> Run:
+        """`stream` of a request that was checked for this model's config."""
+        run = Run(request)
         opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
         run.notes += [*self.source.info.get("notes", ()), *run.request.notes, *opened.notes]
         if run.request.reuse_references and not self.config.caches_references:
@@ -226,7 +228,7 @@ class KleinPipeline:
         check_fits(self.source, work, self.dtype, self.parts.quantization, known, self.parts.device)
         run.expected = dict(known.phases)
         events = (event for _, event in self.together([run]))
-        run.start(_with_bar(run, events) if options.progress else events)
+        run.start(_with_bar(run, events) if request.progress else events)
         return run
 
     def _check_peers(self, run: Run, opened: Opened) -> None:

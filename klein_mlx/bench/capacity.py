@@ -15,9 +15,10 @@ from klein_mlx.bench.measure import device_name
 from klein_mlx.bench.predict import PictureCost, find_chip, klein, picture_cost, predict
 from klein_mlx.bench.shapes import draw, layer, weight
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from klein_mlx.model import layers, transformer, vae_layers
+from klein_mlx.model import layers, transformer, vae
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.velocity import Tables, in_parts, velocity
+from klein_mlx.model.transformer import in_parts
+from klein_mlx.model.velocity import Tables, velocity
 from klein_mlx.runtime import memory
 from klein_mlx.runtime.parts import chosen_device
 
@@ -99,7 +100,7 @@ def measure(setting: Setting, seconds: float = 0.3) -> dict[str, tuple[float, st
     x, w = draw((tokens if gpu else 128, 3072), 1.0, dtype), weight(3072, 3072, dtype)
     plain: Any = layer(w)
     heads = [draw((1, 24, tokens, 128), 1.0, dtype, start) for start in (1, 2, 3)]
-    side, conv = 96 if gpu else 24, vae_layers.Conv(512, 512)
+    side, conv = 96 if gpu else 24, vae.Conv(512, 512)
     conv.weight, conv.bias = draw(conv.weight.shape, 0.015, dtype), draw((512,), 1.0, dtype)
     conv.arrange()
     picture = draw((1, side, side, 512), 1.0, dtype)

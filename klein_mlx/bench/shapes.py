@@ -18,10 +18,10 @@ from klein_mlx.bench import naive
 from klein_mlx.bench.checks import Row, Setting, compared, error
 from klein_mlx.bench.predict import klein
 from klein_mlx.config import ModelConfig
-from klein_mlx.model import layers, rope, transformer, vae_layers
+from klein_mlx.model import layers, rope, transformer, vae
 from klein_mlx.model import sampler as grids
-from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.layers import Branched
+from klein_mlx.model.branched import Branched
+from klein_mlx.model.layers import Cpu
 from klein_mlx.model.text_encoder import Layer
 from klein_mlx.model.vae import UpBlock
 
@@ -197,7 +197,7 @@ def check_norm_rotation(setting: Setting) -> Iterator[Row]:
     qk = _two_scales(tokens * 2 * 24, 128, setting.dtype, 4).reshape(1, tokens, 2, 24, 128)
     scale = 1 + 0.2 * draw((2, 128), start=5)
     tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, TEXT)
-    ours = rope.normed_and_rotated(layers.here(), qk, scale, tables, config.eps)
+    ours = transformer.normed_and_rotated(layers.here(), qk, scale, tables, config.eps)
     rows = mx.array(_indices(tokens))
     for index, what in enumerate(("q", "k")):
         normed = naive.rms_norm(qk[:, rows][:, :, index], scale[index], config.eps)
@@ -226,7 +226,7 @@ def check_swiglu(setting: Setting) -> Iterator[Row]:
     rows = TOKENS if setting.gpu else 128
     gate, value = (draw((rows, 9216), 1.5, setting.dtype, start) for start in (1, 2))
     truth = naive.swiglu(_sampled(gate), _sampled(value))
-    found = error(_sampled(layers.here().run(layers.swiglu, gate, value)), truth)
+    found = error(_sampled(layers.here().form(layers.swiglu)(gate, value)), truth)
     yield compared("swiglu", f"{rows} x 9216", found, _bound(setting, 3), f"MLX_DISABLE_COMPILE=1; {UPGRADE}")
 
 
@@ -271,8 +271,8 @@ def check_convolution(setting: Setting) -> Iterator[Row]:
         yield compared("convolution", f"{what}, in strips", error(strips, truth), bound, remedy)
 
 
-def _convolution(channels: int, dtype: mx.Dtype) -> vae_layers.Conv:
-    conv = vae_layers.Conv(channels, channels)
+def _convolution(channels: int, dtype: mx.Dtype) -> vae.Conv:
+    conv = vae.Conv(channels, channels)
     conv.weight = draw(conv.weight.shape, (9 * channels) ** -0.5, dtype, 1)
     conv.bias = draw((channels,), 0.2, dtype, 2)
     conv.arrange()
@@ -282,7 +282,7 @@ def _convolution(channels: int, dtype: mx.Dtype) -> vae_layers.Conv:
 def check_group_norm(setting: Setting) -> Iterator[Row]:
     """GroupNorm with SiLU, of a picture whose numbers are about 1e-3."""
     dtype, side = _vae_dtype(setting), 128 if setting.gpu else 32
-    norm = vae_layers.GroupNorm(32, 256)
+    norm = vae.GroupNorm(32, 256)
     norm.weight, norm.bias = draw((256,), 1.0, dtype, 1), draw((256,), 1.0, dtype, 2)
     x = draw((1, side, side, 256), 1e-3, dtype, 3)
     truth = naive.silu(naive.group_norm(x, norm.weight, norm.bias, 32, 1e-6))

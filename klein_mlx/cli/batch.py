@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,9 @@ MAX_EMBEDS = 1024**3  # bytes of prompts' embeddings that wait at once
 
 @dataclass
 class Planned:
-    """A job that was found good. request: its first check, which has the seeds. names: of its pictures."""
+    """A job that was found good. request: as checked. names: of its pictures."""
 
     job: Job
-    arguments: dict[str, Any]
     request: Request
     names: list[Name] = field(default_factory=list)
 
@@ -220,15 +219,13 @@ class Batch:
 
     def _plan(self, job: Job) -> None:
         try:
-            arguments = call_arguments(job.options, self.pipe.config)
-            request = check(self.pipe.config, prompt=job.prompt, **arguments)
+            request = check(self.pipe.config, prompt=job.prompt, **call_arguments(job.options, self.pipe.config))
         except KleinError as error:
             self._fail(job, error)
             return
-        arguments |= {"seed": list(request.seeds), "num_images_per_prompt": 1}
-        if not self.saves:
-            arguments["output_type"] = "latent"  # nothing is decoded
-        self.planned.append(Planned(job, arguments, request))
+        kind = request.output_type if self.saves else "latent"  # nothing is decoded
+        request = replace(request, num_images_per_prompt=1, output_type=kind)  # its seeds are known
+        self.planned.append(Planned(job, request))
 
     def _fail(self, job: Job, error: KleinError) -> None:
         if job.where is None:
@@ -293,7 +290,7 @@ class Batch:
         runs: dict[Run, tuple[Planned, Iterator[Name]]] = {}
         for one in chunk:
             try:
-                runs[self.pipe.stream(one.job.prompt, **one.arguments)] = (one, iter(one.names))
+                runs[self.pipe.start(one.request)] = (one, iter(one.names))
             except KleinError as error:
                 self._fail(one.job, error)
         return runs

@@ -1,7 +1,7 @@
 """Elementwise chains as one kernel, and blocks as compiled functions.
 
 On a GPU mx.compile makes one kernel of a chain of elementwise operations. On a CPU it would call a C++ compiler, so
-nothing is compiled there: see `klein_mlx.model.cpu`.
+nothing is compiled there.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,14 +16,18 @@ P = ParamSpec("P")
 
 
 class Chain(Generic[P]):
-    """A chain of elementwise operations. Called, it is one kernel; `plain` runs operation by operation.
-
-    Inside a larger mx.compile a call dissolves into that.
+    """A chain of elementwise operations. Called, it is one kernel; `plain` runs operation by operation, `cpu` as a CPU
+    does it best. Inside a larger mx.compile a call dissolves into that.
     """
 
     def __init__(self, plain: Callable[P, mx.array]):
-        self.plain = plain
+        self.plain = self.cpu = plain
         self._compiled = mx.compile(plain)
+
+    def on_cpu(self, function: Callable[P, mx.array]) -> Callable[P, mx.array]:
+        """Have a CPU compute the chain by this function."""
+        self.cpu = function
+        return function
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> mx.array:
         return self._compiled(*args, **kwargs)
@@ -54,9 +58,8 @@ class CompiledBlocks:
         self._functions: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, block: Any, *args: Any) -> Any:
-        """block(*args). args: trees of arrays; what else is in them must be hashable, and decides the code too."""
-        if not block.device.compiles:
-            return block(*args)
+        """block(*args), for a device that compiles. args: trees of arrays; what else is in them must be hashable, and
+        decides the code too."""
         leaves = [leaf for _, leaf in tree_flatten(args)]
         key = block.signature, tuple(None if isinstance(leaf, mx.array) else (leaf,) for leaf in leaves)
         if key not in self._functions:

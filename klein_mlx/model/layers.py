@@ -1,17 +1,18 @@
-"""Linear layers that know their device, and what blocks are made of besides: attention, SwiGLU, the gated residual.
+"""Linear layers that know their device, and how the two kinds of devices compute.
 
-Every module here has a `device`, a `Gpu` or a `klein_mlx.model.cpu.Cpu`: the default device's when the module is made,
-or whatever `place` put there. It decides how a layer multiplies, so that blocks ask nothing.
+Every module here has a `device`, a `Gpu` or a `Cpu`: the default device's when the module is made, or whatever `place`
+put there. It decides how a layer multiplies, so that blocks ask nothing.
 
 MLX's quantized matmul is made for few tokens. Over thousands, dequantizing a layer's weight once and multiplying with
-that is faster on most chips. A weight is dequantized inside of the graph, just before its matmul. What a LoRA puts
-beside a layer reads the same input and is added.
+that is faster on most chips. A weight is dequantized inside of the graph, just before its matmul.
 """
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Self
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from klein_mlx.model.compile import Chain, signature
 
 ALL = slice(None)
 SHRINK = 2.0**-6  # in float16 a branch may reach 4e6
+LOG2_E = math.log2(math.e)
+Done = Callable[[mx.array], None]  # called between parts with what was computed: it may evaluate it, or raise to stop
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Gpu:
 
     widens = False  # matmuls of 16 bits go through float32
 
-    def run(self, chain: Chain[...], *args: Any) -> mx.array:
-        """Elementwise operations, as one kernel where they are compiled."""
-        return (chain if self.compiles else chain.plain)(*args)
+    def form(self, chain: Chain[...]) -> Callable[..., mx.array]:
+        """How a chain is computed: as one kernel where it is compiled."""
+        return chain if self.compiles else chain.plain
 
     def linear(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         """A plain layer: x @ weight.T, on top of `added`, in x's dtype."""
@@ -107,13 +110,6 @@ class Gpu:
         """
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
 
-    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array, edges: Any, turned: bool = False) -> mx.array:
-        """See `klein_mlx.model.vae_layers.convolve`."""
-        from klein_mlx.model.vae_layers import FEW, convolve, convolve_by_matmul
-
-        by_matmul = self.conv == "matmul" and weight.shape[-1] >= FEW
-        return (convolve_by_matmul if by_matmul else convolve)(x, weight, bias, edges, turned)
-
     def is_dequantized(self, tokens: int, bits: int | None = None) -> bool:
         """Whether quantized layers of so many tokens have a plain weight beside them while they are computed.
 
@@ -122,6 +118,79 @@ class Gpu:
         own = dict(self.by_bits)
         known = [*own.values(), self.dense_from] if bits is None else [own.get(bits, self.dense_from)]
         return any(least is not None and tokens >= least for least in known)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """How a CPU computes, as `Gpu` otherwise: in float32, and one dequantized weight at a time.
+
+    Over thousands of tokens MLX's quantized matmul is many times slower on a CPU than dequantizing the layer's weight
+    and multiplying; matmuls of bfloat16 and float16 are as slow, and go through float32. Nothing is compiled: that
+    would call a C++ compiler.
+    at_once: a layer whose weight has to be made is evaluated when it is called, so that only one such weight is ever in
+    memory; not for where arrays are traced (mx.compile, mx.grad, mx.export_function).
+    """
+
+    at_once: bool = False
+
+    compiles = False
+    widens = True
+    conv = "rows"
+    dtype = mx.float32
+
+    form = staticmethod(attrgetter("cpu"))
+
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        if x.dtype == mx.float32:
+            return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
+        return self.settled(self.matmul(x, self.weight(weight, x), added), made=True)
+
+    def matmul(self, x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        if x.dtype == mx.float32:
+            return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
+        out = self.matmul_wide(x, weight)
+        return (out if added is None else added + out).astype(x.dtype)
+
+    def matmul_wide(self, x: mx.array, weight: mx.array) -> mx.array:
+        return x.astype(mx.float32) @ weight.astype(mx.float32).T
+
+    def weight(self, weight: mx.array, x: mx.array) -> mx.array:
+        if x.dtype == mx.float32:
+            return weight
+        # Not before x is there: else MLX may widen the weights of many layers before it needs them.
+        return mx.depends([weight], [x])[0].astype(mx.float32)
+
+    def dequantized(self, packed: Packed, x: mx.array) -> mx.array:
+        arrays = packed.after(x)
+        if x.dtype != mx.float32:  # in float32 too: rounded to bfloat16 the weight would lose what 8 bits hold
+            floating = (mx.bfloat16, mx.float16)
+            arrays = [a.astype(mx.float32) if a is not None and a.dtype in floating else a for a in arrays]
+        return mx.stop_gradient(dequantize(arrays, packed.kind).astype(mx.float32))
+
+    def settled(self, out: mx.array, made: bool) -> mx.array:
+        if self.at_once and made:
+            mx.eval(out)
+        return out
+
+    def attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+        wide = [a.astype(mx.float32) for a in (q, k, v)]
+        return mx.fast.scaled_dot_product_attention(*wide, scale=q.shape[-1] ** -0.5, mask=mask).astype(q.dtype)
+
+    def is_dequantized(self, tokens: int, bits: int | None = None) -> bool:
+        return True
+
+
+def dequantize(arrays: list[Any], kind: dict[str, Any]) -> mx.array:
+    """mx.dequantize, by fewer passes over memory: to the bit the same, in well under half of the time."""
+    weight, scales, biases = arrays
+    bits, group_size = kind["bits"], kind["group_size"]
+    if kind["mode"] != "affine" or bits not in (4, 8):
+        return mx.dequantize(*arrays, **kind)
+    numbers = weight.view(mx.uint8)
+    if bits == 4:
+        numbers = mx.stack([numbers & 15, numbers >> 4], axis=-1).flatten(-2)
+    groups = mx.unflatten(numbers, -1, (-1, group_size)).astype(scales.dtype)
+    return (groups * scales[..., None] + biases[..., None]).flatten(-2)
 
 
 # The GPUs' kinds in Apple's words begin so. M1 and M2 multiply packed weights far slower than plain ones; later chips
@@ -135,20 +204,18 @@ def gpu(architecture: str) -> Gpu:
     return Gpu(_GENERATIONS.get(kind), conv="matmul" if kind == "applegpu_g17" else "direct")
 
 
-Device = Any  # a Gpu, or a Cpu, which has the same methods
+Device = Any  # a Gpu or a Cpu, which have the same methods
 
 
 def here(at_once: bool = False) -> Device:
-    """How the default device computes, as far as its kind tells (see `gpu`). at_once: see `klein_mlx.model.cpu.Cpu`."""
-    return device_of(mx.default_device().type == mx.DeviceType.gpu, at_once)
+    """How the default device computes, as far as its kind tells (see `gpu`). at_once: see `Cpu`."""
+    return device_of(mx.default_device().type, at_once)
 
 
 @cache
-def device_of(on_gpu: bool, at_once: bool = False) -> Device:
+def device_of(kind: mx.DeviceType, at_once: bool = False) -> Device:
     """How this machine's GPU, or its CPU, computes; asked by every layer that is made."""
-    from klein_mlx.model.cpu import Cpu
-
-    if not on_gpu:
+    if kind != mx.DeviceType.gpu:
         return Cpu(at_once)
     return gpu(str(mx.device_info().get("architecture", "")))
 
@@ -158,7 +225,7 @@ class Placed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device: Device = device_of(mx.default_device().type == mx.DeviceType.gpu)
+        self.device: Device = device_of(mx.default_device().type)
 
     @property
     def signature(self) -> Hashable:
@@ -205,25 +272,13 @@ class Layer(Placed):
         """residual + self(x)."""
         return residual + self(x)
 
-    def add_to(self, x: mx.array, gate: mx.array, *inputs: mx.array) -> mx.array:
-        """x + gate * self(inputs). inputs: of attention, of the MLP's SwiGLU, or of both in this order, small ones (see
-        SHRINK) where `shrinks` says so."""
-        terms = self.terms(*inputs) if len(inputs) == 2 else (self(*inputs),)
-        if self.shrinks(inputs[0]):
-            return self.device.run(_grown_sum, x, gate, *terms)
-        return self.device.run(_gated_sum if len(terms) == 1 else _gated_sum_of_two, x, gate, *terms)
-
-    def shrinks(self, x: mx.array) -> bool:
-        """Whether a branch is computed SHRINK times as large: in float16. What is added to it would not be smaller."""
-        return x.dtype == mx.float16 and not self.has_bias
-
 
 class Linear(Layer, nn.Linear):
     """x @ weight.T + bias. weight: (out, in); bias: (out,), or there is none."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         nn.Linear.__init__(self, inputs, outputs, bias)
-        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
+        self.device = device_of(mx.default_device().type)
 
     @classmethod
     def of(cls, weight: mx.array, bias: mx.array | None = None, device: Device = None) -> Self:
@@ -259,7 +314,7 @@ class QuantizedLinear(Layer, nn.QuantizedLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         nn.QuantizedLinear.__init__(self, *args, **kwargs)
-        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
+        self.device = device_of(mx.default_device().type)
 
     @classmethod
     def of(cls, arrays: dict[str, mx.array], group_size: int, bits: int, mode: str, device: Device = None) -> Self:
@@ -392,35 +447,12 @@ def separate(parent: nn.Module, first: str, second: str, joined: str) -> None:
     del parent[joined]
 
 
-# ---- the stream and its branches ----
+# ---- elementwise ----
 
 
 def wide(dtype: mx.Dtype) -> mx.Dtype:
     """The dtype of the stream, and of what modulates it, beside layers that compute in `dtype`."""
     return mx.float32 if dtype == mx.float16 else dtype
-
-
-def modulated(x: mx.array, shift: mx.array, scale: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
-    """What a branch reads of the stream x: normalized, scaled (the 1 + is inside) and shifted, in the layers' dtype."""
-    return mx.fast.layer_norm(x, scale, shift, eps).astype(dtype)
-
-
-def add_branch(
-    x: mx.array,
-    gate: mx.array,
-    layer: Layer,
-    attention: mx.array | None = None,
-    mlp_gate: mx.array | None = None,
-    mlp_value: mx.array | None = None,
-) -> mx.array:
-    """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
-    inputs = []
-    small = layer.shrinks(mlp_gate if attention is None else attention)  # type: ignore[arg-type]
-    if attention is not None:
-        inputs.append(attention * SHRINK if small else attention)
-    if mlp_gate is not None and mlp_value is not None:
-        inputs.append(layer.device.run(small_swiglu if small else swiglu, mlp_gate, mlp_value))
-    return layer.add_to(x, gate, *inputs)
 
 
 @Chain
@@ -429,14 +461,21 @@ def swiglu(gate: mx.array, value: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * value
 
 
+# MLX's sigmoid takes three times as long on a CPU as a power of two.
+@swiglu.on_cpu
+def _(gate: mx.array, value: mx.array) -> mx.array:
+    wide_gate = gate.astype(mx.float32)
+    return (wide_gate / (1 + mx.power(2.0, wide_gate * -LOG2_E)) * value).astype(gate.dtype)
+
+
 @Chain
-def _gated_sum(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
+def gated_sum(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
     """x + gate * branch."""
     return x + gate * branch
 
 
 @Chain
-def _gated_sum_of_two(x: mx.array, gate: mx.array, first: mx.array, second: mx.array) -> mx.array:
+def gated_sum_of_two(x: mx.array, gate: mx.array, first: mx.array, second: mx.array) -> mx.array:
     """x + gate * (first + second)."""
     return x + gate * (first + second)
 
@@ -448,105 +487,15 @@ def small_swiglu(gate: mx.array, value: mx.array) -> mx.array:
     return (wide_gate * mx.sigmoid(wide_gate) * (value.astype(mx.float32) * SHRINK)).astype(gate.dtype)
 
 
+@small_swiglu.on_cpu
+def _(gate: mx.array, value: mx.array) -> mx.array:
+    wide_gate = gate.astype(mx.float32)
+    silu = wide_gate / (1 + mx.power(2.0, wide_gate * -LOG2_E))
+    return (silu * (value.astype(mx.float32) * SHRINK)).astype(gate.dtype)
+
+
 @Chain
-def _grown_sum(x: mx.array, gate: mx.array, *branches: mx.array) -> mx.array:
+def grown_sum(x: mx.array, gate: mx.array, *branches: mx.array) -> mx.array:
     """x + gate * (the branches' sum) / SHRINK, in the dtype of x."""
     first, *others = (branch.astype(x.dtype) for branch in branches)
     return x + gate * (sum(others, first) * (1 / SHRINK))
-
-
-class KroneckerBranch(Placed):
-    """x @ kron(left, right).T without ever making the product. left: (a, b); right: (c, d); of the product's rows those
-    from `start` to `stop` are taken."""
-
-    def __init__(self, left: mx.array, right: mx.array, start: int, stop: int):
-        super().__init__()
-        self.left, self.right = left, right
-        self.start, self.stop = start, stop
-        self.rows: mx.array | None = None  # what each output, or input, is multiplied by
-        self.columns: mx.array | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x: (..., b * d). Returns (..., stop - start)."""
-        if self.columns is not None:
-            x = x * self.columns
-        (a, b), (c, d) = self.left.shape, self.right.shape
-        x = mx.unflatten(x, -1, (b, d))
-        if c * b * (d + a) <= a * d * (b + c):  # the cheaper of two orders
-            x = self._left(self.device.matmul(x, self.right))
-        else:
-            x = self.device.matmul(self._left(x), self.right)
-        x = x.flatten(-2)
-        if self.stop - self.start < a * c:
-            x = x[..., self.start : self.stop]
-        return x if self.rows is None else x * self.rows
-
-    def _left(self, x: mx.array) -> mx.array:
-        """(..., b, n) -> (..., a, n)."""
-        return self.device.matmul(x.swapaxes(-1, -2), self.left).swapaxes(-1, -2)
-
-
-class Branched(Layer):
-    """base(x), and beside it x @ down.T @ up.T and whatever else there is.
-
-    down: (rank, in); up: (out, rank). rows, columns: what base's outputs and inputs are multiplied by, less one.
-    bias: (out,). others: modules that are added. All but base may be missing.
-    """
-
-    def __init__(self, base: Any):
-        super().__init__()
-        self.base, self.device = base, base.device
-        self.up: Any = None
-        self.down: Any = None
-        self.rows: mx.array | None = None
-        self.columns: mx.array | None = None
-        self.bias: mx.array | None = None
-        self.others: list[nn.Module] = []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = self._gained(x)
-        if self.up is not None:
-            out = self.device.matmul(self.device.matmul(x, self.down), self.up, out)
-        for other in self.others:
-            out = out + other(x)  # type: ignore[operator]
-        return out if self.bias is None else out + self.bias
-
-    @property
-    def has_bias(self) -> bool:
-        return self.bias is not None
-
-    def split(self, x: mx.array, at: int) -> tuple[mx.array, mx.array]:
-        """self(x), cut at output channel `at`."""
-        if not self._is_low_rank():
-            whole = self(x)
-            return whole[..., :at], whole[..., at:]
-        first, second = self.base.split(x, at)
-        narrow = self.device.matmul(x, self.down)
-        return self.device.matmul(narrow, self.up[:at], first), self.device.matmul(narrow, self.up[at:], second)
-
-    def part(self, x: mx.array, channels: slice) -> mx.array:
-        """Some output channels of self(x)."""
-        if not self._is_low_rank():
-            return self(x)[..., channels]
-        return self.device.matmul(self.device.matmul(x, self.down), self.up[channels], self.base.part(x, channels))
-
-    def terms(self, first: mx.array, second: mx.array) -> tuple[mx.array, ...]:
-        """Arrays that add up to self([first, second])."""
-        if not self._is_low_rank():
-            return (self(mx.concatenate([first, second], axis=-1)),)
-        at = first.shape[-1]
-        narrow = self.device.matmul(second, self.down[:, at:], self.device.matmul(first, self.down[:, :at]))
-        one, *rest = self.base.terms(first, second)
-        return self.device.matmul(narrow, self.up, one), *rest
-
-    def _is_low_rank(self) -> bool:
-        """Whether nothing but the low-rank factors stands beside the layer: then nothing needs joining or cutting."""
-        return self.up is not None and not self.others and all(a is None for a in (self.rows, self.columns, self.bias))
-
-    def _gained(self, x: mx.array) -> mx.array:
-        """The layer itself, with DoRA's gains: of outputs, of inputs, or the sum of both kinds' parts."""
-        if self.rows is None:
-            return self.base(x if self.columns is None else x + x * self.columns)
-        out = self.base(x)
-        out = out + out * self.rows
-        return out if self.columns is None else out + self.base(x * self.columns)

@@ -12,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TextEncoderConfig
-from klein_mlx.model.layers import Linear, Placed, join, separate, swiglu
-from klein_mlx.model.vae_layers import Done
+from klein_mlx.model.layers import Done, Linear, Placed, join, separate, swiglu
 
 
 class Attention(Placed):
@@ -67,7 +66,7 @@ class MLP(Placed):
             gate, value = mx.split(self["gate_up_proj"](x), 2, axis=-1)
         else:
             gate, value = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj.added(self.device.run(swiglu, gate, value), residual)
+        return self.down_proj.added(self.device.form(swiglu)(gate, value), residual)
 
 
 class Layer(nn.Module):

@@ -4,7 +4,8 @@ Reads top to bottom: modulation, rotary positions, attention, the double block (
 and meet in attention), the single block (one stream, attention and MLP in parallel), the model. It knows arrays and
 their config; not prompts, pictures, files or the sampler.
 
-Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DModel). Weight names are our own.
+Source: diffusers, models/transformers/transformer_flux2.py (Flux2Transformer2DModel) and models/embeddings.py
+(apply_rotary_emb). Weight names are our own.
 """
 
 import math
@@ -15,8 +16,24 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, modulated, separate, wide
-from klein_mlx.model.rope import Rope, normed_and_rotated
+from klein_mlx.model.compile import Chain, CompiledBlocks
+from klein_mlx.model.layers import (
+    SHRINK,
+    Device,
+    Layer,
+    Linear,
+    Placed,
+    cut,
+    gated_sum,
+    gated_sum_of_two,
+    grown_sum,
+    join,
+    separate,
+    small_swiglu,
+    swiglu,
+    wide,
+)
+from klein_mlx.model.rope import Rope
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], Sequence[mx.array]]  # keeps what it wants of a block's keys and values
@@ -82,6 +99,78 @@ def gathered(x: mx.array, lengths: Sequence[int]) -> mx.array:
     if min(lengths) < most:
         whole = mx.concatenate([whole[most * i : most * i + length] for i, length in enumerate(lengths)])
     return whole.swapaxes(0, 1)
+
+
+def normed_and_rotated(
+    device: Device, qk: mx.array, scale: mx.array, rope: Rope, eps: float, img_scale: mx.array | None = None
+) -> mx.array:
+    """RMSNorm of every head's q and k, then neighboring pairs of channels rotated by the tables' angles.
+
+    qk: (B, S, n, heads, head_dim), any float dtype, returned in it; n is 2 for q and k, 1 for one of them. scale: the
+    norms' weights, (n, head_dim) float32; with img_scale only those of the prompt's tokens, and img_scale the others'.
+    """
+    qk = mx.fast.rms_norm(qk, None, eps)  # q and k together; their weights follow with the rotation, in one kernel
+    scales = [mx.expand_dims(weights, -2) for weights in (scale, img_scale) if weights is not None]
+    pairs = [mx.unflatten(a, -1, (-1, 2)) for a in (qk, *scales)]
+    # The halves, (..., head_dim / 2, 1), are taken before the cast to float32, outside of the chain: it is one kernel.
+    first, second, *weights = (half for pair in pairs for half in (pair[..., :1], pair[..., 1:]))
+    tables = mx.expand_dims(rope.first, 1), mx.expand_dims(rope.second, 1)
+    if img_scale is None:
+        return device.form(_scale_and_rotate)(first, second, *tables, *weights).flatten(-2)
+    text = mx.expand_dims(rope.text, (-1, -2))
+    return device.form(_scale_and_rotate_streams)(first, second, *tables, *weights, text).flatten(-2)
+
+
+@Chain
+def _scale_and_rotate(
+    first: mx.array, second: mx.array, table_1: mx.array, table_2: mx.array, scale_1: mx.array, scale_2: mx.array
+) -> mx.array:
+    rotated = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return rotated.astype(first.dtype)
+
+
+@Chain
+def _scale_and_rotate_streams(
+    first: mx.array,
+    second: mx.array,
+    table_1: mx.array,
+    table_2: mx.array,
+    txt_1: mx.array,
+    txt_2: mx.array,
+    img_1: mx.array,
+    img_2: mx.array,
+    text: mx.array,
+) -> mx.array:
+    """As `_scale_and_rotate`, each token with its stream's weights. text: which tokens are the prompt's."""
+    scale_1, scale_2 = mx.where(text, txt_1, img_1), mx.where(text, txt_2, img_2)
+    rotated = first.astype(mx.float32) * (scale_1 * table_1) + second.astype(mx.float32) * (scale_2 * table_2)
+    return rotated.astype(first.dtype)
+
+
+def modulated(x: mx.array, shift: mx.array, scale: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
+    """What a branch reads of the stream x: normalized, scaled (the 1 + is inside) and shifted, in the layers' dtype."""
+    return mx.fast.layer_norm(x, scale, shift, eps).astype(dtype)
+
+
+def add_branch(
+    x: mx.array,
+    gate: mx.array,
+    layer: Layer,
+    attention: mx.array | None = None,
+    mlp_gate: mx.array | None = None,
+    mlp_value: mx.array | None = None,
+) -> mx.array:
+    """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
+    first, form, inputs = mlp_gate if attention is None else attention, layer.device.form, []
+    # What is added to a branch would not be smaller, so one with a bias stays as large as it is.
+    small = first.dtype == mx.float16 and not layer.has_bias  # type: ignore[union-attr]
+    if attention is not None:
+        inputs.append(attention * SHRINK if small else attention)
+    if mlp_gate is not None and mlp_value is not None:
+        inputs.append(form(small_swiglu if small else swiglu)(mlp_gate, mlp_value))
+    terms = layer.terms(*inputs) if len(inputs) == 2 else (layer(*inputs),)
+    chain = grown_sum if small else gated_sum if len(terms) == 1 else gated_sum_of_two
+    return form(chain)(x, gate, *terms)
 
 
 def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
@@ -153,7 +242,7 @@ class Heads(Placed):
 
     def read(self, x: mx.array, mod: Modulation) -> mx.array:
         """What the first branch reads of the stream."""
-        return modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
+        return mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps).astype(self.dtype)
 
     def split_heads(self, x: mx.array) -> mx.array:
         """(B, S, n * head_dim) -> (B, S, n, head_dim)."""
@@ -221,7 +310,8 @@ class Stream(Heads):
     def __call__(self, x: mx.array, mods: tuple[Modulation, Modulation], rope: Rope) -> tuple[mx.array, KeysValues]:
         """The stream without the other one: x (B, N, hidden), tokens that see each other only."""
         qk, v = self.qk_and_v(x, mods[0])
-        q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
+        qk = normed_and_rotated(self.device, qk, self.scale(), rope, self.eps)
+        q, k = qk[:, :, 0], qk[:, :, 1]
         return self.finish(x, attend(self.device, q, k, v, None, rope.lengths), mods), (k, v)
 
 
@@ -254,7 +344,8 @@ class DoubleBlock(Placed):
         pairs = zip(self.txt.qk_and_v(txt, mod_txt[0]), self.img.qk_and_v(img, mod_img[0]), strict=True)
         qk, v = (mx.concatenate([*pair], axis=1) for pair in pairs)
         scales = self.txt.scale(), self.img.scale()
-        q, k = _q_and_k(normed_and_rotated(self.device, qk, scales[0], rope, self.txt.eps, scales[1]))
+        qk = normed_and_rotated(self.device, qk, scales[0], rope, self.txt.eps, scales[1])
+        q, k = qk[:, :, 0], qk[:, :, 1]
         attention = attend(self.device, q, k, v, extra, rope.lengths)
         length = txt.shape[1]
         txt = self.txt.finish(txt, attention[:, :length], mod_txt)
@@ -300,7 +391,8 @@ class SingleBlock(Heads):
         qk, rest = self.linear_in.split(h, 2 * self.hidden)
         v, gate, value = mx.split(rest, [self.hidden, self.hidden + self.mlp], axis=-1)
         qk = mx.unflatten(qk, -1, (2, -1, self.head_dim))
-        q, k = _q_and_k(normed_and_rotated(self.device, qk, self.scale(), rope, self.eps))
+        qk = normed_and_rotated(self.device, qk, self.scale(), rope, self.eps)
+        q, k = qk[:, :, 0], qk[:, :, 1]
         v = self.split_heads(v)
         attention = attend(self.device, q, k, v, extra, rope.lengths)
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value), (k, v)
@@ -327,16 +419,26 @@ class SingleBlock(Heads):
         return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
 
 
-def _q_and_k(qk: mx.array) -> tuple[mx.array, mx.array]:
-    return qk[:, :, 0], qk[:, :, 1]
-
-
 def call_block(block: Any, *args: Any, note: Note | None = None) -> Any:
     """The block's result. note: is shown its keys and values."""
     out, keys_values = block(*args)
     if note is not None:
         note(*keys_values)
     return out
+
+
+def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
+    """Calls a transformer's blocks one by one. part_done: called after each with its result, and what was kept of it;
+    what it raises ends the step there."""
+
+    def call(block: Any, *args: Any, note: Note | None = None) -> Any:
+        out, keys_values = blocks(block, *args) if block.device.compiles else block(*args)
+        kept = () if note is None else note(*keys_values)
+        del keys_values  # they share memory with the block's largest arrays
+        part_done(*(out if isinstance(out, tuple) else (out,)), *kept)
+        return out
+
+    return call
 
 
 class Transformer(Placed):

@@ -1,16 +1,15 @@
 """The transformer as the sampler's `predict`: a function of latents and sigma, with the conditioning inside."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
 from klein_mlx.config import TransformerConfig
-from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.layers import wide
 from klein_mlx.model.rope import Rope, joined, rope_tables
 from klein_mlx.model.sampler import Predict, References, all_ids, guide, latents_to_tokens, tokens_to_latents, with_cfg
-from klein_mlx.model.transformer import KeysValues, Modulations, Note, RunBlock, Transformer, call_block, gathered
+from klein_mlx.model.transformer import KeysValues, Modulations, RunBlock, Transformer, call_block, gathered
 
 Reuse = Literal["alone", "first step"]
 
@@ -110,20 +109,6 @@ class Tables:
     def modulations(self, sigma: float) -> Modulations:
         """Those of one of the noise levels that the tables were made for."""
         return self._modulations[sigma]
-
-
-def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
-    """Calls a transformer's blocks one by one. part_done: called after each with its result, and what was kept of it;
-    what it raises ends the step there."""
-
-    def call(block: Any, *args: Any, note: Note | None = None) -> Any:
-        out, keys_values = blocks(block, *args)
-        kept = () if note is None else note(*keys_values)
-        del keys_values  # they share memory with the block's largest arrays
-        part_done(*(out if isinstance(out, tuple) else (out,)), *kept)
-        return out
-
-    return call
 
 
 def velocity(

@@ -13,11 +13,11 @@ from PIL import Image
 
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.images.reading import to_pixels
+from klein_mlx.model.layers import Done
 from klein_mlx.model.sampler import patchify
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.tokenizer import Tokenizer, Tokens
 from klein_mlx.model.vae import VAE
-from klein_mlx.model.vae_layers import Done
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
 from klein_mlx.runtime.parts import Parts, digest

@@ -20,9 +20,9 @@ from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.images import reading as images
 from klein_mlx.images.masks import Canvas, make_canvas
 from klein_mlx.images.reading import LARGE_REFERENCE_AREA, REFERENCE_AREA, load_image, prepare_reference
+from klein_mlx.model.layers import Done
 from klein_mlx.model.sampler import to_channels_first, unpatchify
 from klein_mlx.model.vae import VAE
-from klein_mlx.model.vae_layers import Done
 from klein_mlx.paths import keep_json
 from klein_mlx.request import Request, check_area, check_side
 from klein_mlx.runtime.encodings import to_numpy

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from klein_mlx.errors import RequestError
-from klein_mlx.model.layers import Branched
+from klein_mlx.model.branched import Branched
 from klein_mlx.model.transformer import Transformer
 from klein_mlx.train.noise import key_of
 

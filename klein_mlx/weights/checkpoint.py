@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,7 +174,7 @@ CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderC
 
 _ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
 _MAX_LAYERS = 1024
-_GROUP_BYTES, _GROUP_ARRAYS, _GROUPS = 256 << 20, 64, 16
+_GROUP_BYTES, _LEAST_BYTES, _GROUP_ARRAYS, _GROUPS = 256 << 20, 4 << 20, 64, 16
 
 
 class Source(Protocol):
@@ -236,8 +236,12 @@ class Checkpoint:
         return file_rows(open_weights(self.path, part), name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        weights = [path for part in parts for path in open_weights(self.path, part).shards]
+        weights = [path for part in parts for path in self._shards[part]]
         return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
+
+    @cached_property
+    def _shards(self) -> dict[str, list[Path]]:
+        return {part: [*open_weights(self.path, part).shards] for part in PARTS}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -433,8 +437,8 @@ def read_weights(module: nn.Module) -> str | None:
 
 
 def _groups(arrays: Sequence[tuple[str, mx.array]]) -> list[Sequence[tuple[str, mx.array]]]:
-    """Neighbours of together not much over a sixteenth of all bytes, nor over 256 MB or 64 arrays."""
-    limit = min(_GROUP_BYTES, sum(array.nbytes for _, array in arrays) // _GROUPS)
+    """Neighbours of together not much over a sixteenth of all bytes, or 4 MB, nor over 256 MB or 64 arrays."""
+    limit = min(_GROUP_BYTES, max(_LEAST_BYTES, sum(array.nbytes for _, array in arrays) // _GROUPS))
     groups, start, size = [], 0, 0
     for index, (_, array) in enumerate(arrays):
         if index > start and (size + array.nbytes > limit or index - start == _GROUP_ARRAYS):

@@ -20,7 +20,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from klein_mlx.errors import RequestError
-from klein_mlx.model.layers import Branched, Cut, KroneckerBranch, Linear, empty
+from klein_mlx.model.branched import Branched, KroneckerBranch
+from klein_mlx.model.layers import Cut, Linear, empty
 from klein_mlx.weights.checkpoint import TokenRows
 from klein_mlx.weights.safetensors import is_finite
 

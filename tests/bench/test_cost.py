@@ -17,8 +17,7 @@ from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer
-from klein_mlx.model.vae import VAE, strip_rows
-from klein_mlx.model.vae_layers import Conv, GroupNorm
+from klein_mlx.model.vae import VAE, Conv, GroupNorm, strip_rows
 from klein_mlx.runtime.memory import Work, encoder_bytes, step_bytes, vae_bytes
 from klein_mlx.weights.quantize import Quantization, prepare
 

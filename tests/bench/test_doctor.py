@@ -14,8 +14,8 @@ from klein_mlx import pipeline
 from klein_mlx.bench import capacity, doctor, machine, naive, reference, shapes
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.cli.main import main
-from klein_mlx.model import cpu, layers, rope, vae_layers
-from klein_mlx.model.cpu import Cpu
+from klein_mlx.model import layers, rope, vae
+from klein_mlx.model.layers import Cpu
 from klein_mlx.runtime import memory
 
 SMALL = Setting(mx.float32, 0.5, gpu=False)  # a slow CPU: the fewest rows
@@ -76,8 +76,8 @@ def swapped_attention(patch: pytest.MonkeyPatch) -> None:
 
 def swapped_swiglu(patch: pytest.MonkeyPatch) -> None:
     """Gate and value the wrong way round."""
-    original = cpu._OWN[layers.swiglu]
-    patch.setitem(cpu._OWN, layers.swiglu, lambda gate, value: original(value, gate))
+    original = layers.swiglu.cpu
+    patch.setattr(layers.swiglu, "cpu", lambda gate, value: original(value, gate))
 
 
 def mixed_quarters(weight: mx.array) -> list[list[mx.array]]:
@@ -85,7 +85,7 @@ def mixed_quarters(weight: mx.array) -> list[list[mx.array]]:
     return QUARTERS(weight)[::-1]
 
 
-QUARTERS = vae_layers._quarters
+QUARTERS = vae._quarters
 
 
 def transposed(patch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         return changed
 
     patch.setattr(mx, "quantized_matmul", late(original))
-    patch.setattr(cpu, "dequantize", lambda arrays, kind: late(own)(*arrays, **kind))
+    patch.setattr(layers, "dequantize", lambda arrays, kind: late(own)(*arrays, **kind))
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,11 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         ("swiglu", swapped_swiglu),
         ("quantized", shifted_bits),
         ("dequantized", shifted_bits),
-        ("group-norm", lambda patch: patch.setattr(vae_layers, "EPS", 1e-5)),
+        ("group-norm", lambda patch: patch.setattr(vae, "EPS", 1e-5)),
         pytest.param("single-block", swapped_swiglu, marks=pytest.mark.slow),
         pytest.param("double-block", swapped_swiglu, marks=pytest.mark.slow),
         pytest.param("encoder-layer", swapped_swiglu, marks=pytest.mark.slow),
-        ("decoder-level", lambda patch: patch.setattr(vae_layers, "_quarters", mixed_quarters)),
+        ("decoder-level", lambda patch: patch.setattr(vae, "_quarters", mixed_quarters)),
     ],
 )
 def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch, name: str, fault: Fault) -> None:
@@ -204,14 +204,14 @@ def test_winograd_in_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(winograd(x, weight, bias), truth) < 1e-4
     assert error(winograd(*(a.astype(mx.bfloat16) for a in (x, weight, bias))), truth) > 0.02
 
-    def call(conv: vae_layers.Conv, picture: mx.array) -> mx.array:
+    def call(conv: vae.Conv, picture: mx.array) -> mx.array:
         weight = conv.weight[:, ::-1, ::-1] if conv.turned else conv.weight
         side = -(-picture.shape[1] // 6) * 6
         edge = side - picture.shape[1]
         wide = mx.pad(picture, [(0, 0), (0, edge), (0, edge), (0, 0)])
         return winograd(wide, weight, conv.bias)[:, : picture.shape[1], : picture.shape[2]]
 
-    monkeypatch.setattr(vae_layers.Conv, "__call__", call)
+    monkeypatch.setattr(vae.Conv, "__call__", call)
     found = rows("convolution", HALF)
     assert [row.holds for row in found] == [False, True, False, True]  # whole; in strips it goes another way
     assert "MLX_CONV_WINOGRAD=0" in found[0].remedy

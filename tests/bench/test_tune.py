@@ -14,8 +14,7 @@ from klein_mlx.bench.measure import ROWS, Sizes, best_of_three, tune
 from klein_mlx.bench.predict import klein
 from klein_mlx.cli import main as cli
 from klein_mlx.model import layers
-from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.layers import Gpu
+from klein_mlx.model.layers import Cpu, Gpu
 from klein_mlx.runtime import parts
 from klein_mlx.runtime.memory import Work, step_bytes
 

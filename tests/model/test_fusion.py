@@ -1,16 +1,17 @@
 """Compiled blocks: traced once per kind and shape, whatever leaves memory and comes back; the results are the same."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import pytest
 
-from klein_mlx import KleinPipeline
+from klein_mlx import KleinPipeline, pipeline
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.layers import Gpu, Placed, place
+from klein_mlx.model.layers import Cpu, Gpu, Placed, place
 from klein_mlx.model.sampler import Predict, join_references
-from klein_mlx.model.transformer import RunBlock, Transformer, call_block
-from klein_mlx.model.velocity import Reuse, Tables, in_parts, velocity
+from klein_mlx.model.transformer import RunBlock, Transformer, call_block, in_parts
+from klein_mlx.model.velocity import Reuse, Tables, velocity
 from klein_mlx.weights.quantize import Quantization, prepare
 
 CONFIG = TransformerConfig(16, 2, 3, 32, 2, 64, 3.0, (8, 8, 8, 8))
@@ -157,18 +158,18 @@ def test_references_alone_stop_between_blocks() -> None:
 
 def test_the_pipeline_keeps_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over pictures and over reloads of the weights."""
-    seen: set[CompiledBlocks] = set()
-    call = CompiledBlocks.__call__
+    seen: list[CompiledBlocks] = []
 
-    def noting(self: CompiledBlocks, *args: object) -> object:
-        seen.add(self)
-        return call(self, *args)  # type: ignore[arg-type]
+    def noting(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock:
+        seen.append(blocks)
+        return in_parts(blocks, part_done)
 
-    monkeypatch.setattr(CompiledBlocks, "__call__", noting)
+    monkeypatch.setattr(pipeline, "in_parts", noting)
     pipe = KleinPipeline.from_pretrained("tiny", keep="nothing")
     for seed in range(2):
         pipe("a red circle", seed=seed, num_inference_steps=1)
-    assert len(seen) == 1
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
 
 
 def test_blocks_are_compiled_where_their_device_compiles() -> None:

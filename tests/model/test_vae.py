@@ -7,8 +7,7 @@ import mlx.nn as nn
 import pytest
 
 from klein_mlx.config import VAEConfig
-from klein_mlx.model.vae import VAE, Attention
-from klein_mlx.model.vae_layers import EPS, GroupNorm
+from klein_mlx.model.vae import EPS, VAE, Attention, GroupNorm
 
 CONFIG = VAEConfig((16, 16, 32, 32), 1, 8, norm_num_groups=4)
 

@@ -9,8 +9,8 @@ from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.sampler import join_references
-from klein_mlx.model.transformer import Transformer, call_block
-from klein_mlx.model.velocity import Peers, Tables, guided_velocity, in_parts, velocity
+from klein_mlx.model.transformer import Transformer, call_block, in_parts
+from klein_mlx.model.velocity import Peers, Tables, guided_velocity, velocity
 
 CONFIG = TransformerConfig(16, 2, 3, 32, 2, 64, 3.0, (8, 8, 8, 8))
 SIGMAS = (0.9, 0.5)

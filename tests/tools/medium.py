@@ -1,4 +1,5 @@
-"""A random model of 180 million parameters in our own format: heads of klein's size, large enough to measure memory."""
+"""A random model in our own format: 180 million parameters with heads of klein's size, large enough to measure memory;
+or the true 4B."""
 
 import json
 import shutil
@@ -23,13 +24,22 @@ CONFIG = ModelConfig(
 )
 
 
-def make(folder: Path) -> Path:
-    """Write the checkpoint, bfloat16, the same each time."""
+KLEIN_4B = ModelConfig(
+    TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32)),
+    TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128),
+    VAEConfig((128, 256, 512, 512), 2, 32),
+    False,
+    (9, 18, 27),
+)
+
+
+def make(folder: Path, config: ModelConfig = CONFIG, size: int = 256, length: int = 192) -> Path:
+    """Write the checkpoint, bfloat16, the same each time. size: of its pictures, by default. length: of a text."""
     folder.mkdir()
     numbers = np.random.default_rng(0).standard_normal(1 << 20, np.float32)  # repeated: a new one each takes long
     for part in PARTS:
         weights = {}
-        for name, array in tree_flatten(build(part, CONFIG).parameters()):
+        for name, array in tree_flatten(build(part, config).parameters()):
             shape = array.shape  # type: ignore[union-attr]
             kind = name.rpartition(".")[2]
             ones = kind == "latent_var" or ("norm" in name and kind == "weight")
@@ -41,12 +51,12 @@ def make(folder: Path) -> Path:
     values = {
         "format_version": 1,
         "variant": "medium",
-        "is_distilled": True,
-        "taps": CONFIG.taps,
-        "max_sequence_length": 192,
-        "default_size": 256,
+        "is_distilled": config.is_distilled,
+        "taps": config.taps,
+        "max_sequence_length": length,
+        "default_size": size,
         "quantization": {},
-        **{part: getattr(CONFIG, part).to_dict() for part in PARTS},
+        **{part: getattr(config, part).to_dict() for part in PARTS},
     }
     (folder / "klein.json").write_text(json.dumps(values))
     shutil.copy(TINY / "tokenizer.json", folder)

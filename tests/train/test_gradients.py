@@ -13,8 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from klein_mlx.config import ModelConfig, TransformerConfig
 from klein_mlx.errors import RequestError
-from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.layers import Gpu, place
+from klein_mlx.model.layers import Cpu, Gpu, place
 from klein_mlx.model.sampler import join_references
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.train.adapters import (

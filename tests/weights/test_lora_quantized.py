@@ -15,8 +15,9 @@ from test_cost import modulations
 
 from klein_mlx.bench.cost import trace
 from klein_mlx.config import TransformerConfig
+from klein_mlx.model.branched import Branched
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.layers import Branched, Gpu, place
+from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.transformer import Transformer

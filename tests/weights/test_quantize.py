@@ -16,8 +16,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.describe import describe, format_description
 from klein_mlx.formats.open import open_model
-from klein_mlx.model.cpu import Cpu
-from klein_mlx.model.layers import Gpu, place
+from klein_mlx.model.layers import Cpu, Gpu, place
 from klein_mlx.weights import quantize
 from klein_mlx.weights.bits import from_options, parse, settle
 from klein_mlx.weights.checkpoint import Source, build, expected, load_part
