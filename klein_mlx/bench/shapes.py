@@ -214,7 +214,7 @@ def check_layer_norm(setting: Setting) -> Iterator[Row]:
     eps, stream = _config().transformer.eps, layers.wide(setting.dtype)
     x = _two_scales(rows, 3072, stream, 8)
     shift, scale = draw((3072,), 0.5, stream, 9), (1 + 0.3 * draw((3072,), start=10)).astype(stream)
-    ours = layers.modulated(x, shift, scale, eps, setting.dtype)
+    ours = transformer.modulated(x, shift, scale, eps, setting.dtype)
     truth = naive.modulated(_sampled(x), shift, scale, eps)
     yield compared(
         "layer-norm", f"{rows} x 3072", error(_sampled(ours), truth), _bound(setting, 2, 3072), f"{UPGRADE}, {DTYPE}"
@@ -235,7 +235,7 @@ def check_gated_sum(setting: Setting) -> Iterator[Row]:
     x, w = _rows(setting, 3072, 3072, 0.05), weight(3072, 3072, setting.dtype, start=3)
     stream = layers.wide(setting.dtype)
     into, gate = draw(x.shape, 1.0, stream, 21), draw((3072,), 1.0, stream, 22)
-    ours = layers.add_branch(into, gate, layer(w), x)
+    ours = transformer.add_branch(into, gate, layer(w), x)
     truth = naive.add(_sampled(into), gate, naive.matmul(_sampled(x), w))
     found = error(_sampled(ours), truth)
     yield compared(

@@ -209,13 +209,13 @@ Device = Any  # a Gpu or a Cpu, which have the same methods
 
 def here(at_once: bool = False) -> Device:
     """How the default device computes, as far as its kind tells (see `gpu`). at_once: see `Cpu`."""
-    return device_of(mx.default_device().type, at_once)
+    return device_of(mx.default_device().type == mx.DeviceType.gpu, at_once)
 
 
 @cache
-def device_of(kind: mx.DeviceType, at_once: bool = False) -> Device:
+def device_of(on_gpu: bool, at_once: bool = False) -> Device:
     """How this machine's GPU, or its CPU, computes; asked by every layer that is made."""
-    if kind != mx.DeviceType.gpu:
+    if not on_gpu:
         return Cpu(at_once)
     return gpu(str(mx.device_info().get("architecture", "")))
 
@@ -225,7 +225,7 @@ class Placed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device: Device = device_of(mx.default_device().type)
+        self.device: Device = device_of(mx.default_device().type == mx.DeviceType.gpu)
 
     @property
     def signature(self) -> Hashable:
@@ -278,7 +278,7 @@ class Linear(Layer, nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         nn.Linear.__init__(self, inputs, outputs, bias)
-        self.device = device_of(mx.default_device().type)
+        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
 
     @classmethod
     def of(cls, weight: mx.array, bias: mx.array | None = None, device: Device = None) -> Self:
@@ -314,7 +314,7 @@ class QuantizedLinear(Layer, nn.QuantizedLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         nn.QuantizedLinear.__init__(self, *args, **kwargs)
-        self.device = device_of(mx.default_device().type)
+        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
 
     @classmethod
     def of(cls, arrays: dict[str, mx.array], group_size: int, bits: int, mode: str, device: Device = None) -> Self:

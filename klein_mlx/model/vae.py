@@ -65,7 +65,7 @@ class GroupNorm(Placed):
 
     def __init__(self, groups: int, channels: int):
         nn.Module.__init__(self)
-        self.device = device_of(mx.default_device().type)
+        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
         self.groups = groups
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
@@ -193,7 +193,7 @@ class Conv(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
         self.turned = False
-        self.device = device_of(mx.default_device().type)
+        self.device = device_of(mx.default_device().type == mx.DeviceType.gpu)
 
     def arrange(self) -> None:
         """Store kernels of 16 bits turned round, lazily."""

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -220,6 +220,7 @@ class Checkpoint:
     config: ModelConfig
     quantization: dict[str, Quantization] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    _shards: dict[str, list[Path]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -236,12 +237,10 @@ class Checkpoint:
         return file_rows(open_weights(self.path, part), name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        weights = [path for part in parts for path in self._shards[part]]
-        return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
-
-    @cached_property
-    def _shards(self) -> dict[str, list[Path]]:
-        return {part: [*open_weights(self.path, part).shards] for part in PARTS}
+        for part in parts:
+            if part not in self._shards:
+                self._shards[part] = [*open_weights(self.path, part).shards]
+        return [self.path / CONFIG_FILE, self.tokenizer_file, *(path for part in parts for path in self._shards[part])]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

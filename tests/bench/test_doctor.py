@@ -14,7 +14,7 @@ from klein_mlx import pipeline
 from klein_mlx.bench import capacity, doctor, machine, naive, reference, shapes
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.cli.main import main
-from klein_mlx.model import layers, rope, vae
+from klein_mlx.model import layers, rope, transformer, vae
 from klein_mlx.model.layers import Cpu
 from klein_mlx.runtime import memory
 
@@ -132,9 +132,9 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
         ("lora", transposed),
         ("gated-sum", transposed),
         ("attention", swapped_attention),
-        ("norm-rotation", wrong_epsilon(rope, "normed_and_rotated", 4)),
+        ("norm-rotation", wrong_epsilon(transformer, "normed_and_rotated", 4)),
         ("norm-rotation", swapped_rotation),
-        ("layer-norm", wrong_epsilon(layers, "modulated", 3)),
+        ("layer-norm", wrong_epsilon(transformer, "modulated", 3)),
         ("swiglu", swapped_swiglu),
         ("quantized", shifted_bits),
         ("dequantized", shifted_bits),
@@ -238,7 +238,7 @@ def test_what_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> mx.array:
         raise RuntimeError("[metal::load] no kernel\nof this name")
 
-    broken.plain = broken  # type: ignore[attr-defined]
+    broken.plain = broken.cpu = broken  # type: ignore[attr-defined]
     monkeypatch.setattr(layers, "swiglu", broken)
     (row,) = rows("swiglu")
     assert row.holds is False
@@ -320,7 +320,7 @@ def test_the_command_names_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: p
     def wrong(gate: mx.array, value: mx.array) -> mx.array:
         return value
 
-    wrong.plain = wrong  # type: ignore[attr-defined]
+    wrong.plain = wrong.cpu = wrong  # type: ignore[attr-defined]
     monkeypatch.setattr(layers, "swiglu", wrong)
     assert main(["doctor", "--only", "swiglu", "--json"]) == 2
     out, err = capsys.readouterr()

@@ -373,12 +373,13 @@ def test_a_dead_worker_costs_its_job_and_a_new_one_serves_the_rest(http: httpx.C
 def test_a_worker_that_dies_thrice_in_a_minute_stays_away() -> None:
     with running() as server, client(server) as http:
         worker = server.shared.worker
+        killed: list[int | None] = [None]
         for _ in range(3):
             http.get("/")
-            until(lambda: worker.state in ("loading", "ready") and worker.pid)
-            pid = worker.pid
-            os.kill(pid, signal.SIGKILL)
-            until(lambda pid=pid: worker.pid != pid)
+            until(lambda: worker.state in ("loading", "ready") and worker.pid not in killed)
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            until(lambda: worker.pid not in killed[-1:])
         until(lambda: worker.state == "down")
         reply = http.post("/api/generate", json={"prompt": "a red circle"})
         assert reply.status_code == 503
