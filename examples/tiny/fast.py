@@ -59,14 +59,16 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """RMSNorm per head, then rotary embedding; x: (B, heads, tokens, dim)."""
-    cos, sin, swap = rope
-    turned = (x @ swap).float()
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm per head; x: (B, heads, tokens, dim)."""
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-    turned_weight = (weight.float() @ swap.float().abs())[None]
-    return (scale * (wide * (cos * weight.float()) + turned * (sin * turned_weight))).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.float()).to(x.dtype)
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of all tokens; x: (B, heads, tokens, dim)."""
+    cos, sin, swap = rope
+    return (x.float() * cos + (x @ swap).float() * sin).to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,18 +87,17 @@ def _double_block(
     attn, heads, length = block.attn, block.attn.heads, txt.shape[1]
     i, t = (m.unsqueeze(1).chunk(6, dim=-1) for m in mods)
     normed, normed_txt = _modulated(img, i[0], i[1]), _modulated(txt, t[0], t[1])
-    cos, sin, swap = rope
-    rope_txt, rope_img = (cos[:length], sin[:length], swap), (cos[length:], sin[length:], swap)
 
     def both(name: str, norm: str) -> Tensor:
         ours = _heads(getattr(attn, f"to_{name}")(normed), heads)
         theirs = _heads(getattr(attn, f"add_{name}_proj")(normed_txt), heads)
         if norm:
-            ours = _rotated(ours, getattr(attn, f"norm_{name}").weight, rope_img)
-            theirs = _rotated(theirs, getattr(attn, f"norm_added_{name}").weight, rope_txt)
+            ours = _normed(ours, getattr(attn, f"norm_{name}").weight)
+            theirs = _normed(theirs, getattr(attn, f"norm_added_{name}").weight)
         return torch.cat([theirs, ours], dim=2)
 
-    mixed = _attend(both("q", "norm"), both("k", "norm"), both("v", ""))
+    # Rotated together: torch 2.13's compiled backward of two rotations of slices of the tables gives NaN.
+    mixed = _attend(_rotated(both("q", "norm"), rope), _rotated(both("k", "norm"), rope), both("v", ""))
     img = img + i[2].to(img.dtype) * attn.to_out[0](mixed[:, length:])
     txt = txt + t[2].to(txt.dtype) * attn.to_add_out(mixed[:, :length])
     ff, ff_txt = block.ff, block.ff_context
@@ -111,7 +112,8 @@ def _single_block(block: torch.nn.Module, x: Tensor, mod: Tensor, rope: tuple[Te
     fused = attn.to_qkv_mlp_proj(_modulated(x, shift, scale))
     qkv, mlp = fused.split([3 * attn.inner_dim, fused.shape[-1] - 3 * attn.inner_dim], dim=-1)
     q, k, v = (_heads(part, attn.heads) for part in qkv.chunk(3, dim=-1))
-    mixed = _attend(_rotated(q, attn.norm_q.weight, rope), _rotated(k, attn.norm_k.weight, rope), v)
+    q, k = _normed(q, attn.norm_q.weight), _normed(k, attn.norm_k.weight)
+    mixed = _attend(_rotated(q, rope), _rotated(k, rope), v)
     return x + gate.to(x.dtype) * attn.to_out(torch.cat([mixed, _swiglu(mlp)], dim=-1))
 
 
