@@ -23,6 +23,7 @@ from klein_mlx.model.compile import Chain, signature
 ALL = slice(None)
 SHRINK = 2.0**-6  # in float16 a branch may reach 4e6
 LOG2_E = math.log2(math.e)
+SCORES = 1 << 26  # of attention, in memory at once
 Done = Callable[[mx.array], None]  # called between parts with what was computed: it may evaluate it, or raise to stop
 
 
@@ -127,8 +128,9 @@ class Cpu:
     Over thousands of tokens MLX's quantized matmul is many times slower on a CPU than dequantizing the layer's weight
     and multiplying; matmuls of bfloat16 and float16 are as slow, and go through float32. Nothing is compiled: that
     would call a C++ compiler.
-    at_once: a layer whose weight has to be made is evaluated when it is called, so that only one such weight is ever in
-    memory; not for where arrays are traced (mx.compile, mx.grad, mx.export_function).
+    at_once: a layer whose weight has to be made, and each piece of a long attention, whose scores no kernel spares, is
+    evaluated when it is called, so that only one is ever in memory; not for where arrays are traced (mx.compile,
+    mx.grad, mx.export_function).
     """
 
     at_once: bool = False
@@ -173,8 +175,17 @@ class Cpu:
         return out
 
     def attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
-        wide = [a.astype(mx.float32) for a in (q, k, v)]
-        return mx.fast.scaled_dot_product_attention(*wide, scale=q.shape[-1] ** -0.5, mask=mask).astype(q.dtype)
+        wide, scale = [a.astype(mx.float32) for a in (q, k, v)], q.shape[-1] ** -0.5
+        rows, length = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2])), q.shape[2]
+        if not self.at_once or rows >= length:
+            return mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask).astype(q.dtype)
+        parts = []
+        for top in range(0, length, rows):
+            piece = slice(top, top + rows)
+            own = mask if mask is None or mask.shape[-2] == 1 else mask[..., piece, :]
+            out = mx.fast.scaled_dot_product_attention(wide[0][:, :, piece], *wide[1:], scale=scale, mask=own)
+            parts.append(self.settled(out.astype(q.dtype), made=True))
+        return mx.concatenate(parts, axis=2)
 
     def is_dequantized(self, tokens: int, bits: int | None = None) -> bool:
         return True

@@ -20,13 +20,12 @@ import mlx.nn as nn
 
 from klein_mlx.config import VAEConfig
 from klein_mlx.model.compile import Chain
-from klein_mlx.model.layers import LOG2_E, Device, Done, Linear, Placed, device_of
+from klein_mlx.model.layers import LOG2_E, SCORES, Device, Done, Linear, Placed, device_of
 
 Edges = tuple[tuple[int, int], tuple[int, int]]  # zeros put above and below, left and right
 
 WHOLE_PIXELS, WHOLE_PIXELS_CPU = 512 * 512, 128 * 128  # a picture up to this is done in one piece
 STRIP_PIXELS, STRIP_PIXELS_CPU = 1 << 17, 1 << 15  # in a strip of a larger one
-SCORES = 1 << 26  # attention scores alive at once: queries are taken in rows of so many
 EPS = 1e-6  # of every GroupNorm; no config states it
 
 # ---- layers ----

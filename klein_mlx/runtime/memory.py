@@ -19,9 +19,8 @@ import mlx.core as mx
 
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
 from klein_mlx.errors import DoesNotFit, human_bytes
-from klein_mlx.model.layers import Device, here
-from klein_mlx.model.transformer import LONGEST_ATTENTION
-from klein_mlx.model.vae import SCORES, strip_rows
+from klein_mlx.model.layers import SCORES, Device, here
+from klein_mlx.model.vae import strip_rows
 from klein_mlx.weights.checkpoint import Source, part_bytes
 from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
 
@@ -200,7 +199,7 @@ def encoder_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: b
     c, length = config.text_encoder, work.length
     hidden, mlp = length * c.hidden_size, length * c.intermediate_size
     taps = len(config.taps) * hidden
-    scores = c.num_attention_heads * length**2
+    scores = min(c.num_attention_heads * length**2, SCORES)
     matrix = 2 * c.hidden_size * c.intermediate_size  # gate and up are joined
     if not device.widens:
         expanded = matrix if quantized and device.is_dequantized(length) else 0
@@ -235,8 +234,7 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
         expanded = (c.hidden_size + 2 * c.mlp_size) * c.hidden_size if dequantized else 0
         streams = 18 if device.rows and work.rows * tokens >= 2 * device.rows else 16  # pieces, and what they become
         return (streams * stream + expanded) * dtype.size + rope + given
-    queries = max(1, min(tokens, LONGEST_ATTENTION // (4 * work.rows * tokens * c.hidden_size)))
-    scores = work.rows * c.num_attention_heads * tokens * queries
+    scores = min(work.rows * c.num_attention_heads * tokens**2, SCORES)
     expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
     return 4 * (30 * stream + scores + expanded) + rope + given
 
@@ -254,12 +252,13 @@ def vae_bytes(
     share = 1.0 if rows is None else min(1.0, rows / height)
     strip = dtype.size * share
     if device.widens:  # in float32 whatever the dtype
-        strip = 4 * share * (1.1 if dtype == mx.float32 else 1.4) * (1.2 if rows is None else 1.0)
+        strip = 4 * share * (1.4 if dtype == mx.float32 else 1.8)
     most = 0.0
     neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])
     for level, (own, neighbour) in enumerate(zip(channels, neighbours, strict=False)):
         pixels = (height >> level) * (width >> level)
-        whole, made = dtype.size * (neighbour + 2 * own), strip * 3 * (neighbour + own)
+        before = own if device.widens and rows else 0  # the layer before may still be at its last strip
+        whole, made = dtype.size * (neighbour + 2 * own + before), strip * 3 * (neighbour + own)
         if not device.widens:
             one = 5 * neighbour + own if device.conv == "matmul" else neighbour + 2 * own
             whole, made = (dtype.size * neighbour, strip * one) if rows is None else (whole, 2 * strip * one)

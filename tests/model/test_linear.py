@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from klein_mlx.bench.cost import trace
+from klein_mlx.model import layers
 from klein_mlx.model.layers import (
     Cpu,
     Cut,
@@ -184,6 +185,25 @@ def test_attention_by_every_device(device: Any, dtype: mx.Dtype) -> None:
     out = device.attention(q, k, k, mask)
     assert out.dtype == dtype
     assert mx.allclose(out, wanted, atol=1e-5 if dtype == mx.float32 else 2**-5)
+
+
+def test_a_cpu_takes_long_attention_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 queries two at a time, equal to all at once, with a mask of rows and with one for all of them."""
+    q, k, v = (mx.random.normal((1, 3, 7, 8), key=mx.random.key(i)) for i in range(3))
+    masks = [None, mx.tri(7, dtype=mx.bool_)[None, None], (mx.arange(7) < 5)[None, None, None]]
+    whole = [Cpu(at_once=True).attention(q, k, v, mask) for mask in masks]
+    monkeypatch.setattr(layers, "SCORES", 2 * 3 * 7)
+    seen: list[int] = []
+    attend = mx.fast.scaled_dot_product_attention
+
+    def noting(q: mx.array, *rest: mx.array, **more: Any) -> mx.array:
+        seen.append(q.shape[2])
+        return attend(q, *rest, **more)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
+    pieces = [Cpu(at_once=True).attention(q, k, v, mask) for mask in masks]
+    assert all(mx.allclose(one, two, rtol=0, atol=1e-6) for one, two in zip(whole, pieces, strict=True))
+    assert seen == [2, 2, 2, 1] * 3
 
 
 def test_half_precision_attention_is_not_slow_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

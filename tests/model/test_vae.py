@@ -110,8 +110,8 @@ def test_strips_need_less_memory(what: str) -> None:
         mx.eval(getattr(vae, what)(x, rows))
         peaks.append(mx.get_peak_memory() - before)
     picture = side * side * 32 * 4  # bytes of one layer's output at full size
-    # A block's input, its middle and its output, and a strip.
-    assert peaks[1] < 3.8 * picture, peaks
+    # A block's input, its middle and its output, the layer before where it is not quite done, and a strip.
+    assert peaks[1] < 4.8 * picture, peaks
     assert peaks[1] < 0.6 * peaks[0], peaks
 
 
