@@ -226,13 +226,7 @@ class Parts:
         self.check_idle(*lora.parts)
         loaded = self.loras.add(lora, scale, name)
         self._tell(lora, loaded)
-        try:
-            self._check_merge(*lora.parts)
-            self._refresh(lora)
-        except BaseException:
-            self.loras.remove(name)
-            self._refresh(lora)
-            raise
+        self._apply(lora, undo=lambda: self.loras.remove(name))
         return loaded
 
     def unload_lora(self, name: str | None = None) -> None:
@@ -249,7 +243,18 @@ class Parts:
         """See KleinPipeline.set_lora_scale."""
         checked_scale(scale)
         self.check_idle(*self.loras.get(name).parts)
-        self._refresh(self.loras.set_scale(name, scale))
+        before = next(lora.scale for lora in self.loras.loaded if lora.name == name)
+        self._apply(self.loras.set_scale(name, scale), undo=lambda: self.loras.set_scale(name, before))
+
+    def _apply(self, lora: Lora, undo: Callable[[], object]) -> None:
+        """Change the loaded layers as the LoRAs now say; where that fails, as they say after `undo`."""
+        try:
+            self._check_merge(*lora.parts)
+            self._refresh(lora)
+        except BaseException:
+            undo()
+            self._refresh(lora)
+            raise
 
     def _free_name(self, stem: str) -> str:
         taken = {lora.name for lora in self.loras.loaded}

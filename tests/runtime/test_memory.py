@@ -257,6 +257,11 @@ def test_a_lora_for_a_loaded_part_is_counted(monkeypatch: pytest.MonkeyPatch, tm
                 assert not pipe.parts.loras.loaded
                 patch.setattr(parts, "machine_memory", lambda: whole + 3 * size.nbytes)  # noqa: B023
             pipe.load_lora(path)
+            patch.setattr(parts, "machine_memory", lambda: whole + size.nbytes)  # noqa: B023
+            if keep:
+                with pytest.raises(DoesNotFit, match="applying a LoRA to the loaded transformer needs"):
+                    pipe.set_lora_scale("x", 0.5)
+            assert pipe.loras[0].scale == 1
         assert bool(pipe.parts.loaded) == bool(keep)
 
 
