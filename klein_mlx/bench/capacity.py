@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 from klein_mlx.bench.checks import Row, Setting
 from klein_mlx.bench.cost import ATTENTION
 from klein_mlx.bench.measure import device_name
-from klein_mlx.bench.predict import PictureCost, find_chip, klein, picture_cost, predict
+from klein_mlx.bench.predict import Chip, PictureCost, find_chip, klein, picture_cost, predict
 from klein_mlx.bench.shapes import draw, layer, weight
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.model import layers, transformer, vae
@@ -75,14 +76,27 @@ def _step_peak(dtype: mx.Dtype, side: int, text_tokens: int) -> int:
 # ---- speed ----
 
 
+# The least share of a chip's peak. Whatever is below is not slow but wrong: half of what the slowest case reaches, an
+# M1 Max with 24 of 32 cores in bfloat16 (0.75 x EFFICIENCY's 0.45), or an M5's units without its matrix units (0.25).
+LEAST_SHARE = {"matmul": 0.15, "attention": 0.1, "convolution": 0.1, "bandwidth": 0.25}
+LEAST_OF_CPU = 0.1  # of what the CPU multiplies: of a GPU whose peak nobody has stated
+LEAST_TFLOPS = 5e-4  # of any CPU: reference BLAS on one old core reaches 1e-3, an emulator or a debug build does not
+SLOW_BLAS = 1e-2
+
+ON_GPU = "end what else uses the GPU and low power mode, let it cool; if that changes nothing, upgrade mlx, report this"
+ON_MAC_CPU = (
+    "MLX does not see this Mac's GPU: install a native (arm64) Python and mlx without [cpu], not in a virtual machine"
+)
+ON_CPU = "a debug build or an emulator: install mlx's own wheel, and a Python made for this processor"
+
+
 def check_speed(setting: Setting) -> Iterator[Row]:
-    """TFLOPS and GB/s, and the seconds of a picture that follow from them. Nothing here can fail."""
+    """TFLOPS and GB/s, and the seconds of a picture that follow from them. A rate that no sound installation has fails:
+    a GPU drawn in software, a CPU in a GPU's place, a debug build."""
     chip = find_chip(device_name()) if setting.gpu else None
     rates = measure(setting)
-    for name, (flops, unit) in rates.items():
-        peak = 0.0 if chip is None else chip.bandwidth if name == "bandwidth" else chip.tflops
-        share = f", {flops / peak:.0%} of the {peak:g} of {chip.name}" if chip and peak else ""
-        yield Row("speed", f"{name}: {flops:.3g} {unit}{share}", None, "", {name: round(flops, 4)})
+    for name, (rate, unit) in rates.items():
+        yield _speed(setting, chip, name, rate, unit)
     own = chosen_device()
     device = own if isinstance(own, layers.Gpu) else layers.Gpu()
     for side in (512, 1024):
@@ -91,6 +105,26 @@ def check_speed(setting: Setting) -> Iterator[Row]:
         beside = f"; bench --predict says {predict(cost, chip, setting.dtype).picture:.1f} s" if chip else ""
         text = f"klein 4B, {side} x {side}, 4 steps: about {seconds:.3g} s by these rates{beside}"
         yield Row("speed", text, None, "", {f"seconds_{side}": round(seconds, 2)})
+
+
+def _speed(setting: Setting, chip: Chip | None, name: str, rate: float, unit: str) -> Row:
+    """A rate beside the least one that can be right."""
+    text, figures = f"{name}: {rate:.3g} {unit}", {name: round(rate, 4)}
+    if chip:
+        peak = chip.bandwidth if name == "bandwidth" else chip.tflops
+        text += f", {rate / peak:.0%} of the {peak:g} of {chip.name}, at least {LEAST_SHARE[name]:.0%}"
+        return Row("speed", text, rate >= LEAST_SHARE[name] * peak, ON_GPU, figures)
+    if name != "matmul":
+        return Row("speed", text, None, "", figures)
+    if setting.gpu:
+        least = LEAST_OF_CPU * setting.gigaflops / 1e3
+        text += f"; the CPU's {setting.gigaflops / 1e3:.3g} in float32, at least {LEAST_OF_CPU:.0%} of that"
+        return Row("speed", text, rate >= least, ON_GPU, figures)
+    if sys.platform == "darwin":
+        return Row("speed", f"{text}, by the CPU", False, ON_MAC_CPU, figures)
+    if rate < SLOW_BLAS:
+        text += "; by MLX's own BLAS: with OpenBLAS preloaded it is up to 100 times as fast"
+    return Row("speed", f"{text}, at least {LEAST_TFLOPS:g}", rate >= LEAST_TFLOPS, ON_CPU, figures)
 
 
 def measure(setting: Setting, seconds: float = 0.3) -> dict[str, tuple[float, str]]:

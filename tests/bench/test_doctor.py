@@ -15,6 +15,7 @@ from klein_mlx.bench import capacity, doctor, machine, naive, reference, shapes
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.cli.main import main
 from klein_mlx.model import layers, rope, transformer, vae
+from klein_mlx.model.branched import Branched
 from klein_mlx.model.layers import Cpu
 from klein_mlx.runtime import memory
 
@@ -125,29 +126,151 @@ def shifted_bits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layers, "dequantize", lambda arrays, kind: late(own)(*arrays, **kind))
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        pytest.param("matmul", transposed, marks=pytest.mark.slow),
-        ("lora", transposed),
-        ("gated-sum", transposed),
-        ("attention", swapped_attention),
-        ("norm-rotation", wrong_epsilon(transformer, "normed_and_rotated", 4)),
-        ("norm-rotation", swapped_rotation),
-        ("layer-norm", wrong_epsilon(transformer, "modulated", 3)),
-        ("swiglu", swapped_swiglu),
-        ("quantized", shifted_bits),
-        ("dequantized", shifted_bits),
-        ("group-norm", lambda patch: patch.setattr(vae, "EPS", 1e-5)),
-        pytest.param("single-block", swapped_swiglu, marks=pytest.mark.slow),
-        pytest.param("double-block", swapped_swiglu, marks=pytest.mark.slow),
-        pytest.param("encoder-layer", swapped_swiglu, marks=pytest.mark.slow),
-        ("decoder-level", lambda patch: patch.setattr(vae, "_quarters", mixed_quarters)),
-    ],
-)
+def other_arguments(where: Any, name: str, change: Callable[..., tuple[Any, ...]]) -> Fault:
+    """The function called with what `change` makes of its arguments."""
+    original = getattr(where, name)
+    return lambda patch: patch.setattr(where, name, lambda *args: original(*change(*args)))
+
+
+def without_bias(patch: pytest.MonkeyPatch) -> None:
+    """Neither convolutions nor linear layers add one."""
+    rows, linear = vae.CONVOLUTIONS["rows"], Cpu.linear
+    patch.setitem(vae.CONVOLUTIONS, "rows", lambda x, weight, bias, *rest: rows(x, weight, 0 * bias, *rest))
+    patch.setattr(Cpu, "linear", lambda self, x, weight, added=None: linear(self, x, weight))
+
+
+def other_groups(patch: pytest.MonkeyPatch) -> None:
+    """Twice as many, half as wide."""
+    original = vae.GroupNorm.affine
+
+    def affine(self: vae.GroupNorm, *args: Any) -> Any:
+        more = vae.GroupNorm(2 * self.groups, self.weight.size)
+        more.weight, more.bias = self.weight, self.bias
+        return original(more, *args)
+
+    patch.setattr(vae.GroupNorm, "affine", affine)
+
+
+def without_branch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Branched, "__call__", lambda self, x: self.base(x))
+
+
+# Of queries, keys and values, (batch, heads, tokens, channels).
+wrong_scale = other_arguments(Cpu, "attention", lambda self, q, k, v, *mask: (self, 1.2 * q, k, v, *mask))
+other_heads = other_arguments(Cpu, "attention", lambda self, q, k, v, *m: (self, q, k, mx.roll(v, 1, axis=1), *m))
+without_mask = other_arguments(Cpu, "attention", lambda self, q, k, v, *mask: (self, q, k, v))
+wrong_theta = other_arguments(rope, "rope_tables", lambda ids, axes, theta, length: (ids, axes, 5 * theta, length))
+swapped_shift = other_arguments(transformer, "modulated", lambda x, shift, scale, *rest: (x, scale, shift, *rest))
+without_gate = other_arguments(transformer, "add_branch", lambda x, gate, *rest: (x, mx.ones_like(gate), *rest))
+
+FAULTS: list[Any] = [
+    pytest.param("matmul", transposed, marks=pytest.mark.slow),
+    ("lora", transposed),
+    ("lora", without_branch),
+    ("gated-sum", transposed),
+    ("gated-sum", without_gate),
+    ("attention", swapped_attention),
+    ("attention", wrong_scale),
+    ("attention", other_heads),
+    ("norm-rotation", wrong_epsilon(transformer, "normed_and_rotated", 4)),
+    ("norm-rotation", swapped_rotation),
+    ("norm-rotation", wrong_theta),
+    ("layer-norm", wrong_epsilon(transformer, "modulated", 3)),
+    ("layer-norm", swapped_shift),
+    ("swiglu", swapped_swiglu),
+    ("quantized", shifted_bits),
+    ("dequantized", shifted_bits),
+    ("group-norm", lambda patch: patch.setattr(vae, "EPS", 1e-5)),
+    ("group-norm", other_groups),
+    ("convolution", without_bias),
+    ("convolution", lambda patch: patch.setattr(vae, "SAME", ((1, 1), (2, 0)))),
+    pytest.param("single-block", swapped_swiglu, marks=pytest.mark.slow),
+    pytest.param("double-block", swapped_swiglu, marks=pytest.mark.slow),
+    pytest.param("encoder-layer", swapped_swiglu, marks=pytest.mark.slow),
+    ("encoder-layer", other_heads),
+    pytest.param("encoder-layer", without_mask, marks=pytest.mark.slow),
+    ("decoder-level", lambda patch: patch.setattr(vae, "_quarters", mixed_quarters)),
+    ("decoder-level", without_bias),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS)
 def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch, name: str, fault: Fault) -> None:
     fault(monkeypatch)
     assert fails(name)
+
+
+def test_every_kernel_has_a_fault() -> None:
+    """The others' are below: versions, a stage of tiny, an estimate, a rate."""
+    assert {getattr(fault, "values", fault)[0] for fault in FAULTS} == set(shapes.names())
+    assert {check.name for check in doctor.CHECKS} - set(shapes.names()) == {
+        *("environment", "reference", "memory", "speed")
+    }
+
+
+def test_both_ways_of_convolving_are_checked_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU emulated by this CPU; a fault in one of them is named with it."""
+    monkeypatch.setattr(layers, "device_of", lambda *_: layers.Gpu(compiles=False))
+    gpu = replace(HALF, gpu=True)
+    assert [row.holds for row in rows("convolution", gpu)] == [True] * 8
+    right = vae.CONVOLUTIONS["matmul"]
+    monkeypatch.setitem(vae.CONVOLUTIONS, "matmul", lambda *args: 0 * right(*args))
+    assert {row.text.split(", ")[2] for row in rows("convolution", gpu) if not row.holds} == {"matmul"}
+
+
+# ---- speed ----
+
+
+@pytest.fixture
+def rated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, bool | None]]:
+    """What holds of each rate, by a chip's name and the rates; the seconds are a small model's."""
+    small = capacity.picture_cost(capacity.MEDIUM, 64, 64, 1)
+    monkeypatch.setattr(capacity, "picture_cost", lambda *_, **__: small)
+
+    def run(chip: str, setting: Setting, rates: dict[str, float]) -> dict[str, bool | None]:
+        monkeypatch.setattr(capacity, "device_name", lambda: chip)
+        monkeypatch.setattr(capacity, "measure", lambda _: {name: (rate, "") for name, rate in rates.items()})
+        found = rows("speed", setting)
+        assert all(row.remedy for row in found if row.holds is False)
+        return {name: row.holds for row in found for name in row.figures if name in rates}
+
+    return run
+
+
+# What the slowest sound case reaches: an M1 Max with 24 of its 32 cores, in bfloat16.
+M1_MAX = {"matmul": 3.5, "attention": 3.0, "convolution": 2.5, "bandwidth": 300.0}
+
+
+@pytest.mark.parametrize("name", [None, *M1_MAX])
+def test_a_rate_that_no_chip_has_is_named(name: str | None, rated: Callable[..., dict[str, bool | None]]) -> None:
+    """A tenth of it: a kernel in software, another program on the GPU."""
+    gpu = replace(HALF, gpu=True, gigaflops=1000.0)
+    rates = M1_MAX | ({name: M1_MAX[name] / 10} if name else {})
+    assert rated("Apple M1 Max", gpu, rates) == {key: key != name for key in M1_MAX}
+
+
+def test_a_gpu_that_nobody_knows_is_measured_by_its_cpu(rated: Callable[..., dict[str, bool | None]]) -> None:
+    gpu = replace(HALF, gpu=True, gigaflops=1000.0)
+    assert rated("Apple M9", gpu, M1_MAX)["matmul"] is True
+    assert rated("llvmpipe", gpu, M1_MAX | {"matmul": 0.05})["matmul"] is False
+
+
+@pytest.mark.parametrize(("system", "rate", "holds"), [("linux", 0.002, True), ("linux", 2e-4, False)])
+def test_a_debug_build_is_named(
+    system: str, rate: float, holds: bool, rated: Callable[..., dict[str, bool | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capacity.sys, "platform", system)
+    assert rated("x86_64 CPU (Linux)", SMALL, M1_MAX | {"matmul": rate}) == {
+        **dict.fromkeys(M1_MAX),
+        "matmul": holds,
+    }
+
+
+def test_a_mac_that_computes_on_its_cpu_is_named(
+    rated: Callable[..., dict[str, bool | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capacity.sys, "platform", "darwin")
+    assert rated("arm CPU (Darwin)", SMALL, M1_MAX)["matmul"] is False
 
 
 INTO = np.array(
@@ -243,6 +366,8 @@ def test_what_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = rows("swiglu")
     assert row.holds is False
     assert "no kernel of this name" in row.text
+    monkeypatch.setattr(layers, "swiglu", None)  # as a name that another MLX does not have
+    assert [row.holds for row in rows("swiglu")] == [False]
 
 
 # ---- tiny against diffusers ----
@@ -343,6 +468,16 @@ def test_a_report_has_no_names_and_no_paths(
     assert "annabelle" not in out
     assert "MLX_METAL_JIT=..." in out
     assert doctor.private("see /Users/annabelle/x: annabelle's, /tmp/y") == "see ... ... ..."
+    assert doctor.private("Error: '/opt/x y', 300 GB/s, ~/z") == "Error: '... y', 300 GB/s, ..."
+    monkeypatch.setenv("HOME", "/Users/anna belle")
+    assert doctor.private("no /Users/anna belle/x") == "no ..."
+    monkeypatch.setenv("USER", "zoe")
+    assert doctor.private("held by zoe") == "held by ..."
+
+
+@pytest.mark.parametrize("name", [check.name for check in doctor.CHECKS])
+def test_every_check_runs_alone(name: str) -> None:
+    assert [check.name for check in doctor.chosen([name])] == [name]
 
 
 def test_a_name_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
