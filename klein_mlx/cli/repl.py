@@ -6,6 +6,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -389,7 +390,9 @@ class _history:
             path = folder / "history"
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             path.chmod(0o600)
-            readline.read_history_file(path)
+            if path.stat().st_size:  # libedit, macOS' readline, takes an empty file for a damaged one
+                with suppress(OSError):  # of another readline: the lines are written anew
+                    readline.read_history_file(path)
         except OSError:
             return  # a session without a history
         self.path = path

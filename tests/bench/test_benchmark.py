@@ -97,7 +97,7 @@ def test_peak_rss_sees_memory_come_and_go() -> None:
     resets = reset_peak_rss()
     before = peak_rss()
     block = b"x" * (1 << 26)
-    assert peak_rss() >= before + (1 << 25)
+    assert peak_rss() >= before + (1 << 25) * resets  # else what came before may have been more
     del block
     if resets:
         assert reset_peak_rss()

@@ -7,12 +7,11 @@ import signal
 import stat
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import zygote
+from faults import UNWRITABLE, start
 from PIL import Image
 
 PROMPT = "a red circle left of a blue square"
@@ -149,7 +148,7 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     if "locked/x.png" in arguments and os.access(locked, os.W_OK):
-        arguments, words = ("-o", "/proc/x.png"), "/proc is not writable"  # root may write anywhere but here
+        arguments, words = ("-o", f"{UNWRITABLE}/x.png"), f"{UNWRITABLE} is not writable"  # root may write elsewhere
     done = klein(*TINY, "a star", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -179,17 +178,13 @@ def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_whole_pictures_only(tmp_path: Path) -> None:
     """Interrupted after the first of many pictures: exit code 130, and every file there can be opened."""
-    command = [sys.executable, "-m", "klein_mlx", *TINY, "a star", "-n", "500", "--seed", "1", "--keep", "all"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell that runs the tests in the background makes its children ignore the signal.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=heard, **pipes) as process:
+    with start(*TINY, "a star", "-n", "500", "--seed", "1", "--keep", "all", folder=tmp_path) as process:
         assert process.stdout
-        assert process.stdout.readline() == "a-star-1.png\n"
+        assert process.stdout.readline() == b"a-star-1.png\n"
         process.send_signal(signal.SIGINT)
         process.wait(30)
         assert process.stderr
-        error = process.stderr.read()
+        error = process.stderr.read().decode()
     assert process.returncode == 130
     assert error.splitlines()[-1] == "interrupted"
     assert re.match(r"\d+ of 500 pictures in ", error.splitlines()[-2])

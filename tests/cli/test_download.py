@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import zygote
+from faults import start
 from hub_server import COMMIT, Hub, hub
 from huggingface_hub import constants
 
@@ -300,15 +301,12 @@ def test_a_download_that_is_stopped(served: Hub, tmp_path: Path, sent: signal.Si
     """Ctrl-C ends it within seconds though the files would take minutes, with exit code 130. Even after kill -9 the
     process that downloads ends by itself, and no piece of a file stays."""
     served.pace = 1.0
-    command = [sys.executable, "-m", "klein_mlx", *ASK, "--yes", "--quiet"]
-    environment = served.environment(tmp_path / "home")
-    heard: Any = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    environment = {**dict.fromkeys(os.environ), "HF_HUB_OFFLINE": None, **served.environment(tmp_path / "home")}
 
     def pieces() -> list[Path]:
         return [path for path in blobs(tmp_path) if path.suffix == ".incomplete"]
 
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+    with start(*ASK, "--yes", "--quiet", folder=tmp_path, changes=environment) as process:
         deadline = time.monotonic() + 60
         while not pieces():
             assert time.monotonic() < deadline
@@ -316,7 +314,7 @@ def test_a_download_that_is_stopped(served: Hub, tmp_path: Path, sent: signal.Si
         process.send_signal(sent)
         process.wait(20)
         assert process.stderr
-        assert process.stderr.read() == ("interrupted\n" if sent == signal.SIGINT else "")
+        assert process.stderr.read() == (b"interrupted\n" if sent == signal.SIGINT else b"")
     assert process.returncode == (130 if sent == signal.SIGINT else -sent)
     deadline = time.monotonic() + 30
     while pieces():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,8 @@ def test_a_9b_transformer_given_to_a_4b_model(tmp_path: Path) -> None:
     path = _sparse(tmp_path / "9b.safetensors", _bfl(4096, 8, 24, 12288))
     here, big = tmp_path / "here", {"memory": 64 << 30}  # address space; a file is mapped while its header is read
     accepted("info", path, folder=here, words="of FLUX.2 [klein] 9b", **big)
-    refused("info", path, folder=here, words="may take no more memory")
+    if sys.platform == "linux":  # macOS limits no address space
+        refused("info", path, folder=here, words="may take no more memory")
     words = ["these parts do not fit together", "FLUX.2 [klein] 9b"]
     options = ("--transformer", path, *TINY[2:], "-o", "x.png")
     refused("generate", "a star", "--model", "tiny", *options, folder=here, words=words, **big)

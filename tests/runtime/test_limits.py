@@ -39,7 +39,7 @@ def test_memory_is_wired_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     with memory_limits(peak=500, machine=1000):
-        assert (wired == [123]) == (not mx.metal.is_available())
+        assert wired == [123]  # the device is the CPU, on a Mac too
     del wired[1:]
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))

@@ -67,10 +67,10 @@ def test_another_version_encodes_anew(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_another_process_finds_it(tmp_path: Path) -> None:
-    made(tmp_path)
+    made(tmp_path, dtype="float32")
     code = (
         "from klein_mlx import KleinPipeline\n"
-        f"pipe = KleinPipeline.from_pretrained('tiny', keep='all', prompt_cache={str(tmp_path)!r})\n"
+        f"pipe = KleinPipeline.from_pretrained('tiny', keep='all', dtype='float32', prompt_cache={str(tmp_path)!r})\n"
         f"pipe({PROMPT!r}, seed=7, num_inference_steps=1, width=64, height=64)\n"
         "print(sorted(pipe.parts.loaded))\n"
     )

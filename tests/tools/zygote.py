@@ -120,12 +120,19 @@ def run(
     return subprocess.CompletedProcess(words, code, stdout, stderr)
 
 
+def limit(memory: int | None) -> list[str]:
+    """What goes before a command for so many bytes of address space: a shell, since a function between fork and exec is
+    not safe beside MLX's threads. macOS does not keep to such a limit: there, nothing."""
+    if memory is None or sys.platform != "linux":
+        return []
+    return ["/bin/sh", "-c", 'ulimit -v "$0"; exec "$@"', str(memory >> 10)]
+
+
 def spawn(
     command: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bytes, timeout: float, memory: int | None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Any command as a process of its own; a shell sets the limit, which macOS does not have."""
-    limited = ["/bin/sh", "-c", 'ulimit -v "$0" 2>/dev/null; exec "$@"', str(memory >> 10)] if memory else []
-    words = [*limited, *command]
+    """Any command as a process of its own."""
+    words = [*limit(memory), *command]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     with subprocess.Popen(words, cwd=cwd, env=env, start_new_session=True, **pipes) as process:
         try:
