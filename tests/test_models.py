@@ -14,9 +14,11 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
 from klein_mlx.cli.download import obtain
+from klein_mlx.cli.main import main
 from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
 from klein_mlx.formats.diffusers import STEMS
+from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.formats.mflux import TOKENIZER_FILES
 from klein_mlx.formats.open import choose_part, hub_part, open_model
 from klein_mlx.formats.part import KLEIN
@@ -236,6 +238,21 @@ def test_a_failing_download_is_told_with_its_remedy(error: Exception, message: s
     told = refusal(lambda: open_model("owner/name", revision="abc"))
     assert told.startswith("owner/name: ")
     assert message in told
+
+
+def test_a_revision_of_what_is_on_this_disk_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be ignored, and the picture be another's than the one that was asked for."""
+    (tmp_path / "lora.safetensors").touch()
+    for model in ("tiny", str(tmp_path), tmp_path):
+        told = refusal(lambda: open_model(model, revision="abc"))  # noqa: B023
+        assert told == f"revision is 'abc'; {model} is on this disk: only models on the Hub have one"
+    assert refusal(lambda: find_lora(tmp_path / "lora.safetensors", revision="abc")).startswith("revision is 'abc'; ")
+    for words in (["a star", "-m", "tiny"], ["convert", "tiny", str(tmp_path / "new")]):
+        assert main([*words, "--revision", "abc"]) == 2
+        assert (
+            capsys.readouterr().err
+            == "error: revision is 'abc'; tiny is on this disk: only models on the Hub have one\n"
+        )
 
 
 def test_a_model_that_is_one_file_of_a_repository(monkeypatch: Any, tmp_path: Path) -> None:

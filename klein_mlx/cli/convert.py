@@ -1,6 +1,7 @@
 """`klein-mlx convert SOURCE DESTINATION`: any model that can be read into a checkpoint of our own, or diffusers'."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     parts = {p: obtain_part(p, value, **consent) if (value := getattr(args, p)) else None for p in PARTS}
     needed = {part for part in PARTS if parts[part] is None}
     model = obtain(args.source, revision=args.revision, parts=needed, **consent)
-    source = open_model(model, revision=args.revision, local_files_only=args.offline, parts=parts)
+    revision = None if os.path.exists(model) else args.revision  # a file of the Hub's is a path by now
+    source = open_model(model, revision=revision, local_files_only=args.offline, parts=parts)
     source = merge_loras(source, asked_loras(args.lora), **lora_options(args))
     if args.dry_run:
         say(*plan_conversion(source, args.destination, quantize=asked, force=args.force).lines())

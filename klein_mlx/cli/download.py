@@ -149,6 +149,7 @@ def obtain(
     """
     from klein_mlx.formats.open import (
         TOKENIZER_REPOSITORY,
+        check_revision,
         held_parts,
         hub_id_of,
         hub_part,
@@ -161,7 +162,9 @@ def obtain(
     if not os.path.lexists(model):
         name = resolve(model, own_names() if own is None else own)
         if folder := own_model(name):
+            check_revision(folder, revision)
             return str(folder)
+    check_revision(name, revision)
     if (hub := hub_part(name)) and hub[1]:
         name = str(_obtain_file(hub[0], hub[1], revision, offline=offline, yes=yes, quiet=quiet) or name)
     hub_id = hub_id_of(name)

@@ -176,7 +176,7 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
         dtype=options.dtype,
         keep=options.keep,
         prompt_cache=options.prompt_cache,
-        revision=options.revision,
+        revision=None if os.path.exists(model) else options.revision,  # a file of the Hub's is a path by now
         local_files_only=options.offline,
         **parts,
         variant=options.variant,

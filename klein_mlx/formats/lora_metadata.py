@@ -207,6 +207,8 @@ def find_lora(
     text, path = str(name), Path(os.path.expanduser(name))
     if not text or "\0" in text or len(text) > 4096:
         raise CheckpointError(f"LoRA is {text[:60]!r}; it must be a file, a name in the LoRA folder, or a Hub id")
+    if revision is not None and _exists(path):
+        raise CheckpointError(f"revision is {revision!r:.60}; {path} is on this disk: only LoRAs on the Hub have one")
     if _exists(path):
         return _in_folder(path) if path.is_dir() else path
     if isinstance(name, Path) or text.startswith((".", "/", "~")):

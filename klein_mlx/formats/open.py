@@ -149,6 +149,7 @@ def open_model(
     for what, name in {"model": model, **(parts or {})}.items():
         if name is not None and not str(name):  # it would be the current folder
             raise CheckpointError(f"{what} is ''; it must name a model, a file or a folder")
+    check_revision(model, revision)
     given = {
         part: find_part(part, path, token=token, local_files_only=local_files_only)
         for part, path in (parts or {}).items()
@@ -286,6 +287,12 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
     ):
         raise CheckpointError(f"{path}: holds the models {', '.join(inner[:5])}; give one of these folders")
     raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}; it must be {_CHOICES}")
+
+
+def check_revision(model: str | Path, revision: str | None) -> None:
+    """Raises CheckpointError for a revision of a model that has none, as it is on this disk."""
+    if revision is not None and (str(model) == "tiny" or _exists(Path(os.path.expanduser(model)))):
+        raise CheckpointError(f"revision is {revision!r:.60}; {model} is on this disk: only models on the Hub have one")
 
 
 def hub_id_of(model: str) -> str | None:
