@@ -45,7 +45,9 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         module, attribute = _LAZY[name]
         return getattr(import_module(module), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hint = "; use KleinPipeline" if name.endswith("Pipeline") else ""
+    hint = "; pictures are given as paths, PIL images or arrays" if name == "load_image" else hint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

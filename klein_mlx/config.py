@@ -215,7 +215,7 @@ class ModelConfig:
         if t.guidance_embeds:
             raise CheckpointError("guidance_embeds is true: this is FLUX.2 [dev]; klein_mlx runs FLUX.2 [klein]")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 < self.taps[0] <= self.taps[-1]:
-            raise CheckpointError(f"the tapped layers are {self.taps}; they must rise from 1 or more")
+            raise CheckpointError(f"the tapped layers are {self.taps}; they must be at least 1 and increasing")
         if self.taps[-1] > e.num_hidden_layers:
             raise CheckpointError(f"layer {self.taps[-1]} is tapped, but the text encoder has {e.num_hidden_layers}")
 

@@ -97,7 +97,9 @@ def _extension(extend: Any) -> tuple[tuple[int, int, int, int] | None, tuple[int
     """(margins at SIDES, None) or (None, size) of "left=256,right=256", {"left": 256}, "1536x1024" or (1536, 1024)."""
     if extend is None:
         return None, None
-    rule = "it must be pixels to add, as left=256,right=256 (left, top, right, bottom), or a size, as 1536x1024"
+    rule = (
+        "it must be pixels to add, such as left=256,right=256 (left, top, right, bottom), or a size, such as 1536x1024"
+    )
     wrong = RequestError("extend", extend, rule)
     if isinstance(extend, str):
         size = re.fullmatch(r"(\d{1,5})\s*[xX]\s*(\d{1,5})", extend.strip())

@@ -91,12 +91,12 @@ class CheckpointError(KleinError):
 
 
 def of_device(error: RuntimeError) -> RequestError | None:
-    """What MLX raises where the GPU gave up (memory, time), in words for the user; None for any other error."""
+    """What MLX raises where the GPU failed (memory, time), in words for the user; None for any other error."""
     text = str(error)
     if not any(sign in text for sign in ("[METAL]", "[metal::", "[cuda")):
         return None
     return RequestError(
-        f"the GPU gave up ({text:.200}); close other programs, keep less in memory (--keep nothing), use fewer bits (-q"
+        f"the GPU failed ({text:.200}); close other programs, keep less in memory (--keep nothing), use fewer bits (-q"
         " 4), or make a smaller picture"
     )
 

@@ -34,7 +34,7 @@ from klein_mlx.model.sampler import (
 from klein_mlx.model.tokenizer import Tokenizer
 from klein_mlx.model.transformer import in_parts
 from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, velocity
-from klein_mlx.porting import answer, with_hints
+from klein_mlx.porting import COMPONENTS, REPLACED, Answering, answer, with_hints
 from klein_mlx.request import Options, Request, check_options, takes
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
@@ -61,7 +61,7 @@ class Conditions(NamedTuple):
     init: mx.array | None
 
 
-class KleinPipeline:
+class KleinPipeline(metaclass=Answering):
     """FLUX.2 [klein], ready to make and edit pictures.
 
     Weights are read when a part is first needed. Use from one thread at a time; of a run, `cancel` and `close` may be
@@ -80,6 +80,13 @@ class KleinPipeline:
             """diffusers' methods: nothing is done where nothing is needed; else what to use instead."""
             return answer(self, name)
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in COMPONENTS:
+                raise AttributeError(f"pipe.{name} cannot be set; {REPLACED.format(name)}")
+            if name == "scheduler":
+                answer(self, name)
+            super().__setattr__(name, value)
+
     def __init__(
         self,
         source: Source,
@@ -90,6 +97,8 @@ class KleinPipeline:
         prompt_cache: str | Path | bool | None = None,
     ):
         """source: an opened model (klein_mlx.formats.open.open_model). The rest as in `from_pretrained`."""
+        if isinstance(source, str | Path):
+            raise TypeError(f"KleinPipeline takes an opened model; use KleinPipeline.from_pretrained({str(source)!r})")
         self.source = source
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)

@@ -40,6 +40,18 @@ INSTEAD = {
     "attention_kwargs": "pipe.load_lora(path, scale)",
     "output": "pipe(...).save(path)",
     "negative_prompt_embeds": "negative_prompt",
+    "timesteps": "sigmas=[1, 0.75, 0.5, 0.25]",
+    "scheduler": "sigmas=[...] in the call; the sampler is Euler's",
+    "ip_adapter_image": "image",
+    "save": "pipe(...).save(path)",
+    "output_path": "pipe(...).save(path)",
+    "verbose": "progress=True",
+    "adapter_name": "name",
+    "weight": "scale",
+    "lora_scale": "scale",
+    "weight_name": 'the file in path: "owner/name/FILE.safetensors"',
+    "subfolder": "the folder itself as the model",
+    "offload": 'keep="nothing"',
     "callback": "callback_on_step_end, or pipe.stream(...)",
     "torch_dtype": 'dtype="bfloat16"',
     "low_ram": 'keep="nothing"',
@@ -54,8 +66,11 @@ LEFT_OUT = {
     "device_map": "MLX uses the GPU by itself",
     "device": "MLX uses the GPU by itself",
     "use_safetensors": "only safetensors and GGUF files are read",
-    "variant": "the files say what they are",
     "safety_checker": "there is none",
+    "clip_skip": "the checkpoint says which layers are used",
+    "eta": "the sampler is Euler's",
+    "caption_upsample_temperature": "prompts are rewritten by klein-mlx --enhance alone",
+    "prompt_2": "there is one text encoder",
     "low_cpu_mem_usage": "weights are read only when they are needed",
     "trust_remote_code": "no code of a model is ever run",
 }
@@ -83,26 +98,80 @@ ATTRIBUTES = {
     "save_pretrained": "klein-mlx convert MODEL FOLDER",
     "push_to_hub": "klein-mlx convert MODEL FOLDER --upload owner/name",
     "from_single_file": "from_pretrained(model, transformer=file)",
-    "set_progress_bar_config": "pipe(..., progress=True)",
+    "from_pipe": "the same pipeline: it edits too, with image=... or init_image=...",
+    "enable_lora": "set_lora_scale(name, scale)",
+    "disable_lora": "set_lora_scale(name, 0)",
+    "generate": "pipe(prompt)",
+    "generate_image": "pipe(prompt)",
+    "run": "pipe(prompt)",
+    "image_processor": "PIL images, numpy arrays or paths as they are",
+    "vae_scale_factor": "config.pixels_per_token: sides are multiples of it",
+    "_execution_device": "mlx.core.default_device()",
+    "hf_device_map": "mlx.core.default_device()",
     "progress_bar": "pipe(..., progress=True)",
     "encode_prompt": "pipe(..., prompt_embeds=...) for embeddings of your own",
     "scheduler": "pipe(..., sigmas=[...]); the sampler is Euler's",
     "device": "mlx.core.default_device()",
     "components": "from_pretrained(model, transformer=..., text_encoder=..., vae=...)",
 }
+STRIPS = "the VAE decodes in strips by itself, exactly"
 MEMORY = 'memory is planned by itself; keep="nothing" in from_pretrained needs the least'
 NEEDLESS = {
     "to": "MLX uses the GPU by itself; dtype is an argument of from_pretrained",
     "cuda": "MLX uses the GPU by itself",
+    "set_progress_bar_config": "a bar is shown with progress=True alone",
+    "enable_lora_hotswap": "LoRAs can change between pictures",
+    "set_attention_backend": "MLX has an attention kernel of its own",
     "fuse_lora": "a loaded LoRA costs a step next to nothing",
     "unfuse_lora": "unload_lora() restores the weights bit for bit",
     "maybe_free_model_hooks": MEMORY,
     "free_memory": MEMORY,
     "remove_all_hooks": MEMORY,
+    "reset_device_map": "MLX uses the GPU by itself",
+    "compile": "blocks are compiled by themselves",
     "compile_repeated_blocks": "blocks are compiled by themselves",
-    "enable_vae_tiling": "the VAE decodes in strips by itself, exactly",
-    "enable_vae_slicing": "the VAE decodes in strips by itself, exactly",
+    "enable_vae_tiling": STRIPS,
+    "enable_vae_slicing": STRIPS,
+    "enable_tiling": STRIPS,
+    "enable_slicing": STRIPS,
 }
+COMPONENTS = ("transformer", "text_encoder", "vae")
+REPLACED = "components are loaded when needed, and replaced by from_pretrained(model, {}=...)"
+
+
+class Component:
+    """A part of the pipeline as scripts for diffusers name it: what needs nothing there needs nothing here."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if _is_needless(name):
+            return _nothing(self, f"pipe.{self._name}.{name}", name)
+        raise AttributeError(f"pipe.{self._name} has no attribute {name!r}; {REPLACED.format(self._name)}")
+
+
+class Answering(type):
+    """The type of a class whose unknown names say what to use instead: KleinPipeline.from_single_file."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name in ATTRIBUTES:
+            raise AttributeError(f"{cls.__name__} has no attribute {name!r}; use {ATTRIBUTES[name]}")
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
+
+def _is_needless(name: str) -> bool:
+    return name in NEEDLESS or (name.startswith(("enable_", "disable_")) and name not in ATTRIBUTES)
+
+
+def _nothing(result: Any, called: str, name: str) -> Callable[..., Any]:
+    """A method that does nothing, says why in a warning, and returns `result`."""
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        logging.getLogger("klein_mlx").warning("%s() does nothing: %s", called, NEEDLESS.get(name, MEMORY))
+        return result
+
+    return nothing
 
 
 def answer(pipe: Any, name: str) -> Any:
@@ -110,14 +179,10 @@ def answer(pipe: Any, name: str) -> Any:
 
     Raises AttributeError, which says what to use instead, for any other name.
     """
-    if name in NEEDLESS or name.startswith(("enable_", "disable_")):
-        why = NEEDLESS.get(name, MEMORY)
-
-        def nothing(*args: Any, **kwargs: Any) -> Any:
-            logging.getLogger("klein_mlx").warning("pipe.%s() does nothing: %s", name, why)
-            return pipe
-
-        return nothing
+    if name in COMPONENTS:
+        return Component(name)
+    if _is_needless(name):
+        return _nothing(pipe, f"pipe.{name}", name)
     hint = f"; use {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
     near = "" if hint or name.startswith("_") else nearest(name, [n for n in dir(type(pipe)) if n[0] != "_"])
     raise AttributeError(

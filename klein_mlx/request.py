@@ -54,7 +54,7 @@ class Options:
         common=True,
     )
     num_images_per_prompt: int = option(
-        "pictures per prompt, of seeds SEED, SEED + 1, ...",
+        "pictures per prompt, with seeds SEED, SEED + 1, ...",
         "--count",
         1,
         short=("-n",),
@@ -109,7 +109,7 @@ class Options:
         "what to steer away from; needs a {guidance_scale} over 1", "--negative", metavar="TEXT", common=True
     )
     rng: str | None = option(
-        "whose noise a seed means: MLX's, or that of torch's CPU generator, as diffusers draws it",
+        "noise generator: MLX's, or torch's on the CPU, with which a seed gives diffusers' picture",
         "--rng",
         choices=("mlx", "torch"),
         metavar="RNG",
@@ -375,8 +375,8 @@ EDITS = tuple(inspect.signature(check_edit).parameters.keys() - {"sigmas"})
 
 def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
     if (prompt is None) == (prompt_embeds is None):
-        given = "neither" if prompt is None else "both"
-        raise RequestError(f"{given} of prompt and prompt_embeds is given; give one of them")
+        given = "neither prompt nor" if prompt is None else "both prompt and"
+        raise RequestError(f"{given} prompt_embeds {'is' if prompt is None else 'are'} given; give one of them")
     if prompt is None:
         return ()
     prompts = (prompt,) if isinstance(prompt, str) else prompt
@@ -491,7 +491,11 @@ def _initial_seed(generator: Any) -> int:
         if getattr(getattr(generator, "device", None), "type", "cpu") != "cpu":
             raise RequestError("generator", generator, 'it must be of the CPU: torch.Generator("cpu")')
         return integer("generator", seed(), 0, MAX_SEED)
-    return integer("generator", generator, 0, MAX_SEED)
+    try:
+        return integer("generator", generator, 0, MAX_SEED)
+    except RequestError:
+        rule = "it must be a torch.Generator, a whole number from 0 to 2**64 - 1, or a list of these"
+        raise RequestError("generator", generator, rule) from None
 
 
 def _steps(config: ModelConfig, steps: int | None, sigmas: Any) -> tuple[int, tuple[float, ...] | None]:
@@ -509,7 +513,7 @@ def _sigmas(sigmas: Any, steps: int | None) -> tuple[float, ...]:
         raise RequestError("sigmas", sigmas, "it must be a list of numbers") from None
     falling = all(a > b for a, b in pairwise(values))
     if not 0 < len(values) <= MAX_STEPS or not falling or not all(0 < s <= 1 for s in values):
-        raise RequestError("sigmas", sigmas, "it must fall strictly, with every value in (0, 1]")
+        raise RequestError("sigmas", sigmas, "it must be strictly decreasing, with every value in (0, 1]")
     if steps is not None and steps != len(values):
         rule = f"is {steps}, but {{sigmas}} has {len(values)}; leave one of them out"
         raise RequestError("num_inference_steps", rule=rule)

@@ -30,16 +30,16 @@ from klein_mlx.weights.hub import list_files, plan_download, wanted, wanted_file
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nonsense", "it must be 'tiny', a folder, a Hub id"),
+        ("nonsense", "use 'tiny', a folder, a Hub id"),
         ("", "model is ''; it must name a model, a file or a folder"),
-        ("a b/c", "it must be 'tiny'"),
-        ("./absent", "absent: no such folder"),
-        ("/absent/model", "/absent/model: no such folder"),
-        ("a/b/c", "a/b/c: no such folder"),
-        ("owner/", "no such folder"),
-        (Path("owner/name"), "no such folder"),
-        ("x" * 5000, "it must be 'tiny'"),
-        ("x\0y", "it must be 'tiny'"),
+        ("a b/c", "use 'tiny'"),
+        ("./absent", "absent: no such file or folder"),
+        ("/absent/model", "/absent/model: no such file or folder"),
+        ("a/b/c", "a/b/c: no such file or folder"),
+        ("owner/", "no such file or folder"),
+        (Path("owner/name"), "no such file or folder"),
+        ("x" * 5000, "use 'tiny'"),
+        ("x\0y", "use 'tiny'"),
     ],
 )
 def test_a_model_that_cannot_be_is_told(model: str | Path, message: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -217,14 +217,14 @@ def _http(kind: type, status: int) -> Exception:
         (_http(hub_errors.RepositoryNotFoundError, 404), "no such repository"),
         (_http(hub_errors.RevisionNotFoundError, 404), "has no revision 'abc'"),
         (_http(hub_errors.HfHubHTTPError, 401), "refused your token"),
-        (_http(hub_errors.HfHubHTTPError, 503), "the Hub is in trouble (it answered 503)"),
-        (_http(hub_errors.HfHubHTTPError, 429), "too much was asked (429)"),
+        (_http(hub_errors.HfHubHTTPError, 503), "the Hub has a problem (it answered 503)"),
+        (_http(hub_errors.HfHubHTTPError, 429), "too many requests"),
         (_http(hub_errors.HfHubHTTPError, 418), "the Hub answered 418"),
         (hub_errors.LocalEntryNotFoundError("not there"), "the network is not to be used: drop --offline"),
-        (hub_errors.OfflineModeIsEnabled("no"), "the Hub was not reached (no): check the network"),
+        (hub_errors.OfflineModeIsEnabled("no"), "cannot reach huggingface.co (no): check your connection"),
         (OSError(28, "No space left on device"), "is full; free some space, or set HF_HOME to a larger disk"),
         (PermissionError(13, "denied"), "is not writable for you; set HF_HOME"),
-        (ConnectionError("no route"), "the Hub was not reached (no route): check the network"),
+        (ConnectionError("no route"), "cannot reach huggingface.co (no route): check your connection"),
         (ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] x"), "TLS certificate"),
         (OSError("Consistency check failed: file should be 3"), "the connection broke in the middle of a file"),
         (hub_errors.FileMetadataError("missing X-Repo-Commit"), "what answered is not the Hub"),
@@ -305,7 +305,7 @@ def test_the_command_fetches_that_file_and_a_tokenizer(monkeypatch: Any, tmp_pat
     monkeypatch.setattr("klein_mlx.cli.download.bring", bring)
     name = "owner/name/all.safetensors"
     told = refusal(lambda: open_model(obtain(name, offline=True), local_files_only=True))
-    assert told.startswith("owner/name: its model is not whole in ")
+    assert told.startswith("owner/name: its model is incomplete in ")
     assert obtain(name, tokenizer=False) == str(file)
     assert here == {"owner/name": ["checkpoints/all.safetensors"]}
     assert obtain(name) == str(file)

@@ -191,10 +191,10 @@ def test_a_gpu_that_gives_up_is_told_as_such(monkeypatch: pytest.MonkeyPatch) ->
     fresh = KleinPipeline.from_pretrained("tiny", keep="nothing")
     with monkeypatch.context() as patch:
         patch.setattr("klein_mlx.runtime.parts.read_weights", fail)
-        with pytest.raises(RequestError, match=r"the GPU gave up .*Insufficient Memory.*--keep nothing"):
+        with pytest.raises(RequestError, match=r"the GPU failed .*Insufficient Memory.*--keep nothing"):
             fresh(PROMPT)
     monkeypatch.setattr("klein_mlx.pipeline.decode", fail)
-    with pytest.raises(RequestError, match="the GPU gave up"):
+    with pytest.raises(RequestError, match="the GPU failed"):
         fresh(PROMPT)
     words = "something else"
     with pytest.raises(RuntimeError, match="something else"):

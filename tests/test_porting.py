@@ -58,7 +58,7 @@ def test_generators_that_are_refused(pipe: KleinPipeline) -> None:
     gpu = SimpleNamespace(initial_seed=lambda: 7, device=SimpleNamespace(type="cuda"))
     for arguments, words in (
         ({"generator": 7, "seed": 7}, "generator and seed both say which noise"),
-        ({"generator": "7"}, "generator is '7'; it must be a whole number"),
+        ({"generator": "7"}, "generator is '7'; it must be a torch.Generator, a whole number"),
         ({"generator": gpu}, "it must be of the CPU"),
         ({"generator": [1, 2, 3], "num_images_per_prompt": 2}, "generator has 3 entries for 2 pictures"),
         ({"rng": "numpy"}, "rng is 'numpy'; it must be one of mlx, torch"),
@@ -94,7 +94,13 @@ def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.Log
         "pipe.to() does nothing",
         "pipe.enable_model_cpu_offload() does nothing",
     ]
-    for name, words in (("load_lora_weights", "use load_lora"), ("set_adapters", "use set_lora_scale")):
+    vae = getattr(pipe, "vae")  # noqa: B009
+    assert vae.enable_tiling() is vae
+    for name, words in (
+        ("load_lora_weights", "use load_lora"),
+        ("set_adapters", "use set_lora_scale"),
+        ("disable_lora", "use set_lora_scale"),
+    ):
         with pytest.raises(AttributeError, match=words):
             getattr(pipe, name)
     with pytest.raises(AttributeError, match="did you mean 'load_lora'"):
@@ -102,6 +108,12 @@ def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.Log
     for arguments, words in (({"torch_dtype": "x"}, 'use dtype="bfloat16"'), ({"device_map": 1}, "leave it out")):
         with pytest.raises(TypeError, match=f"from_pretrained.. has no argument .*{words}"):
             KleinPipeline.from_pretrained("tiny", **arguments)
+    with pytest.raises(AttributeError, match="use from_pretrained"):
+        getattr(KleinPipeline, "from_single_file")  # noqa: B009
+    with pytest.raises(AttributeError, match="vae cannot be set"):
+        setattr(pipe, "vae", 1)  # noqa: B010
+    with pytest.raises(TypeError, match="use KleinPipeline.from_pretrained\\('tiny'\\)"):
+        KleinPipeline("tiny")  # type: ignore[arg-type]
     assert repr(pipe) == "KleinPipeline(tiny, unquantized, float32, keep='all', loras=0)"
 
 
@@ -116,6 +128,7 @@ def test_arrays_in_and_a_recipe_out(pipe: KleinPipeline, tmp_path: Any, capsys: 
     assert floats.images[0].tobytes() == output.images[0].tobytes()
     output.save(tmp_path / "x.png")
     assert read_metadata(tmp_path / "x.png").recipe == output.recipes[0]
+    assert output[0] is output.images
     assert set(output._repr_mimebundle_()) == {"text/plain", "image/png"}
     with pytest.raises(RequestError, match=r"image is an array of shape \(3, 64, 64\)"):
         pipe("a star", image=array.transpose(2, 0, 1), **small)

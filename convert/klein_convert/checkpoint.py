@@ -153,7 +153,7 @@ def _check(finished: Checkpoint, model: Source, quantization: dict[str, Quantiza
             left, weight = found.pop(name), load_now(right.pop(name))
             same = mx.array_equal(left, weight, equal_nan=True).item() and left.dtype == weight.dtype
             if not same:
-                raise CheckpointError(f"{part}: {name} was not written as it was read: is the disk sound?")
+                raise CheckpointError(f"{part}: {name} was not written as it was read: check the disk")
             mx.clear_cache()
 
 

@@ -32,7 +32,7 @@ def checked_destination(destination: Path, source: Path, force: bool, mark: str)
         target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
         inside = _is_within(target, origin)
     except (OSError, ValueError) as error:  # too long, a zero byte, not UTF-8
-        raise CheckpointError(f"{destination!s:.60}: no such folder can be made ({error!s:.80})") from None
+        raise CheckpointError(f"{destination!s:.60}: cannot be created ({error!s:.80})") from None
     if inside:
         raise CheckpointError(f"{destination}: is the source itself or inside it; choose another folder")
     if _is_within(origin, target):
@@ -133,7 +133,7 @@ def publish(folder: Path, target: Path, force: bool) -> None:
     if not os.path.lexists(target):
         os.rename(folder, target)
     elif not force:
-        raise CheckpointError(f"{target}: has appeared in the meantime; nothing was written")
+        raise CheckpointError(f"{target}: appeared in the meantime; nothing was written")
     else:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(target, replaced)

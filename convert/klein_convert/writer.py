@@ -260,5 +260,5 @@ def _made(name: str, weight: Weight, original: mx.array | None, warn: Warn) -> m
     if any(each.item() == BROKEN for each in found):
         raise CheckpointError(f"{_weight_of(name)}: holds NaN or infinity: the source is damaged; get it again")
     if found[-1].item() == ZEROS and len(weight.shape) > 1 and not name.endswith((".scales", ".biases")):
-        warn(f"{_weight_of(name)} is all zeros: is the source whole?")
+        warn(f"{_weight_of(name)} is all zeros: is the source complete?")
     return array

@@ -44,7 +44,7 @@ def check_memory(setting: Setting) -> Iterator[Row]:
     tokens = f"a step of {text_tokens} + {(side // 16) ** 2} tokens"
     text = f"{tokens}: {peak / 1e6:.0f} MB, estimated {told / 1e6:.0f} ({off:+.0%})"
     figures = {"measured": peak, "estimated": told}
-    remedy = "pictures may need more memory than is told: take --keep nothing, and report this"
+    remedy = "pictures may need more memory than estimated: use --keep nothing, and report this"
     yield Row("memory", text, abs(off) <= TOLERANCE, remedy, figures)
 
 

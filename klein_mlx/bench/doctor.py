@@ -60,7 +60,7 @@ def chosen(only: Sequence[str] | None, model: str | None = None) -> list[Check]:
     names = {name for check in checks for name in (check.section, check.name)}
     for name in only or ():
         if name in (published.SECTION, *published.RUNS) and not model:
-            raise RequestError(f"--only {name} needs --model, as --model 4b")
+            raise RequestError(f"--only {name} needs --model, such as --model 4b")
         if name not in names:
             near = nearest(name, names)
             meant = f" (did you mean {near}?)" if near else ""

@@ -84,9 +84,9 @@ CHIPS = (
 
 
 def find_chip(name: str) -> Chip | None:
-    """The chip that MLX's device_info or a user calls so ("Apple M3 Max", "m3 max"); None if it is not listed."""
-    words = " ".join(name.lower().removeprefix("apple").split())
-    return next((chip for chip in CHIPS if chip.name.lower() == words), None)
+    """The chip that MLX's device_info or a user calls so ("Apple M3 Max", "m3max"); None if it is not listed."""
+    words = "".join(name.lower().removeprefix("apple").split())
+    return next((chip for chip in CHIPS if chip.name.lower().replace(" ", "") == words), None)
 
 
 def named_chip(name: str) -> Chip:

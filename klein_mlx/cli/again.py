@@ -17,6 +17,7 @@ from klein_mlx.cli.options import KEYS, TABLE, Parser, RunOptions, add_request_a
 from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.config import PARTS
 from klein_mlx.errors import RequestError
+from klein_mlx.formats.lora_metadata import lora_folder
 from klein_mlx.images.saving import read_metadata
 from klein_mlx.paths import own_models
 from klein_mlx.runtime.recipe import FORMAT, PIXELS, digest_file
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe as options of `generate`, by their names; what is typed needs not be found."""
     if recipe["recipe"] > FORMAT:
-        raise RequestError(f"{picture}: its recipe is of a newer klein-mlx, {recipe.get('klein_mlx')!r:.40}")
+        raise RequestError(f"{picture}: its recipe was written by a newer klein-mlx, {recipe.get('klein_mlx')!r:.40}")
     if given := recipe.get("given"):
         given = ", ".join(map(str, given)) if isinstance(given, list) else given
         raise RequestError(f"{picture} was made with {given} given in Python; no recipe holds it")
@@ -104,7 +105,7 @@ def _model(model: Mapping[str, Any], picture: str) -> dict[str, Any]:
 def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Path:
     """The file that an entry describes, by its digest. RequestError that names both if it is nowhere."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("sha256"), str):
-        raise RequestError(f"{picture} was made with a picture that was no file; give it with {TABLE[option].flag}")
+        raise RequestError(f"{picture} was made with a picture that was not a file; give it with {TABLE[option].flag}")
     name, digest = str(entry.get("name"))[:100], entry["sha256"]
     for path in _candidates(Path(picture).parent, typed):
         try:
@@ -113,8 +114,8 @@ def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Pa
         except OSError:
             continue
     raise RequestError(
-        f"{picture} was made with {name!r} (sha256 {digest[:16]}), which is neither beside it nor in the current "
-        f"folder; give it with {TABLE[option].flag}"
+        f"{picture} was made with {name!r} (sha256 {digest[:16]}), which was found neither beside the picture nor in "
+        f"the current folder; give it with {TABLE[option].flag}"
     )
 
 
@@ -131,13 +132,11 @@ def _candidates(folder: Path, typed: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
-    """PATH:SCALE of a LoRA in the picture's folder, the current one or the config's."""
+    """PATH:SCALE of a LoRA in the picture's folder, the current one or the LoRA folder."""
     if not isinstance(entry, Mapping):
         raise RequestError(f"{picture}: its recipe is damaged: a LoRA is {entry!r:.60}")
-    folders = [Path(picture).parent, Path()]
-    if own := read_settings(typed.get("config")).folders.get("loras"):
-        folders.append(own)
-    for folder in folders:
+    own = typed.get("lora_folder") or read_settings(typed.get("config")).folders.get("loras")
+    for folder in (Path(picture).parent, Path(), lora_folder(own)):
         path = folder / Path(str(entry.get("file"))).name
         try:
             if os.path.isfile(path) and digest_file(path) == entry.get("sha256"):
@@ -146,7 +145,7 @@ def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
             continue
     raise RequestError(
         f"{picture} was made with the LoRA {str(entry.get('file'))[:100]!r} (sha256 {str(entry.get('sha256'))[:16]}), "
-        "which is not beside it, in the current folder or the config's; give it with --lora"
+        "which was not found beside the picture, in the current folder, or in the LoRA folder; give it with --lora"
     )
 
 

@@ -236,7 +236,7 @@ class Batch:
         suffix = f".{self.options.format or 'png'}"
         if self.to_stdout:
             if self.pictures > 1:
-                raise RequestError(f"-o - writes one picture to stdout, and {self.pictures} are asked for")
+                raise RequestError(f"-o - writes one picture to stdout, and {self.pictures} are requested")
             if sys.stdout.isatty():
                 raise RequestError("-o - writes a picture's bytes, and stdout is a terminal; send it to a file or pipe")
             return

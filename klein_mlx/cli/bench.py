@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx bench`."""
     add = parser.add_argument
     add_options(parser, ("model", "variant", "size", "num_inference_steps"))
-    add("--runs", type=int, default=3, help="pictures that are measured, after one that is not (default: 3)")
+    add("--runs", type=int, default=3, help="pictures to measure, after one warm-up picture (default: 3)")
     add("--cold", action="store_true", help="reload everything for each picture; no warm-up run")
     about = "what to draw; a number is appended so that nothing is cached (default: a red fox in the snow)"
     add("--prompt", default="a red fox in the snow", metavar="TEXT", help=about)
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         metavar="CHIP",
-        help='what a picture takes on "M3 Max", or on every chip from M1 to M5: predicted; nothing is run',
+        help='predict the time on a chip such as "M3 Max", or on every chip from M1 to M5; nothing is run',
     )
-    about = "time the ways in which this GPU may compute, all equal to rounding, and keep the fastest of each"
+    about = "time this GPU's alternative kernels, equal to rounding, and keep the fastest"
     add("--tune", action="store_true", help=about)
 
 
@@ -189,7 +189,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     device = here()
     if not isinstance(device, Gpu):
-        raise RequestError("--tune is for a GPU; how a CPU computes is not open")
+        raise RequestError("--tune is for a GPU; on a CPU there is nothing to choose")
     _progress("timing the ways in which this GPU may compute")
     tuned = tune(device)
     kept = keep_choices(tuned.choices)
@@ -209,11 +209,11 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _measured_table(report: dict[str, Any]) -> str:
     """The report, for a person."""
-    bits = _bits(report["bits"])
+    bits, plural = _bits(report["bits"]), "s" * (report["runs"] > 1)
     lines = [
         f"{report['model']} ({report['variant']}, {bits}), {report['width']} x {report['height']}, "
         f"{report['steps']} steps, {report['dtype']}, keep {report['keep']}",
-        f"{report['device']}, mlx {report['versions']['mlx']}; {report['runs']} {report['mode']} pictures, "
+        f"{report['device']}, mlx {report['versions']['mlx']}; {report['runs']} {report['mode']} picture{plural}, "
         f"{report['tokens']['text']} text and {report['tokens']['image']} image tokens",
         f"computes with {report['choices']}",
         "",

@@ -45,7 +45,10 @@ _COMPLETE_MODELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx completion` takes."""
     parser.add_argument(
-        "shell", choices=(*SHELLS, "models"), help="for which shell; or models: the names that --model knows here"
+        "shell",
+        type=str.lower,
+        choices=(*SHELLS, "models"),
+        help="for which shell; models: print the names that --model knows",
     )
 
 

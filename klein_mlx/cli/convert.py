@@ -30,23 +30,27 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx convert` takes."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a folder in diffusers' layout, of mflux's or of our own, or a hub id")
-    add("destination", type=file_name, metavar="DESTINATION", help="the folder to make; its parent must exist")
+    add("source", metavar="SOURCE", help="a model to convert: a folder, a file, a Hub id or a short name")
+    add("destination", type=file_name, metavar="DESTINATION", help="the folder to write; its parent must exist")
     add_options(parser, BITS, quantize="quantize the weights: 3, 4, 5, 6, 8, mxfp4, nvfp4, mxfp8 or mixed-4")
-    add("--calibrate", action="store_true", help="choose the codes on a few pictures: closer, in minutes to an hour")
-    add("--calibrate-prompts", metavar="FILE", help="with --calibrate: prompts to draw, a line each (default: our own)")
+    add("--calibrate", action="store_true", help="calibrate on a few prompts: more accurate; takes minutes to an hour")
+    add(
+        "--calibrate-prompts",
+        metavar="FILE",
+        help="with --calibrate: prompts to draw, one per line (default: built in)",
+    )
     for part in PARTS:
         option, name = part.replace("_", "-"), part.replace("_", " ")
-        add(f"--{option}", metavar="FILE", help=f"take the {name} from this file, folder or hub id instead")
+        add(f"--{option}", metavar="FILE", help=f"take the {name} from this file, folder or Hub id instead")
     add_options(
         parser, LORAS, lora="merge a LoRA into the weights at strength SCALE (1), before quantizing; repeat for more"
     )
-    add("--to", choices=("klein", "diffusers"), default="klein", help="the layout to write (default: our own)")
-    add("--verify", action="store_true", help="read what was written again and compare it with the source")
-    add("--dry-run", action="store_true", help="print what would be done, with sizes; write nothing")
-    add("--upload", metavar="REPO", help="upload the result to this repository of the Hub (owner/name)")
+    add("--to", choices=("klein", "diffusers"), default="klein", help="the layout to write (default: klein)")
+    add("--verify", action="store_true", help="read the result back and compare it with the source")
+    add("--dry-run", action="store_true", help="print the plan with sizes; write nothing")
+    add("--upload", metavar="REPO", help="upload the result to this repository on the Hub (owner/name)")
     add("--force", action="store_true", help="replace a checkpoint that is there already")
-    add("--variant", metavar="NAME", help='which variant it is where files do not tell ("tiny" marks the embedded one)')
+    add("--variant", metavar="NAME", help="the model's variant, where its files do not say")
     add_options(parser, ("revision", "offline", "yes"))
     add("--quiet", action="store_true", help="no progress on stderr")
 
@@ -116,7 +120,7 @@ def _prompts(args: argparse.Namespace) -> Sequence[str]:
     except (OSError, ValueError) as error:
         raise RequestError(f"{args.calibrate_prompts}: cannot be read as text ({error})") from None
     if not any(line.strip() for line in lines):
-        raise RequestError(f"{args.calibrate_prompts}: holds no prompt; it must have one a line")
+        raise RequestError(f"{args.calibrate_prompts}: holds no prompt; it must have one per line")
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -24,14 +24,19 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx doctor`."""
     add = parser.add_argument
-    add("--only", action="append", metavar="NAME", help="one check or section, such as attention; may be repeated")
-    add("-m", "--model", help="check real weights as well: files, configs, published pixels, bits; minutes more")
+    add(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="run one check or section only, such as attention (repeat for more)",
+    )
+    add("-m", "--model", help="check real weights too: files, configs, published pixels, bits; takes minutes more")
     add("-y", "--yes", action="store_true", help="download the model without asking")
     add("--offline", action="store_true", help="use only what is on disk")
     add("--dtype", help="the compute dtype under test: bfloat16, float16, float32 (default: as generate)")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
-    kinds.add_argument("--report", action="store_true", help="text for an issue: no user name, no paths")
+    kinds.add_argument("--report", action="store_true", help="print text for an issue, without user name and paths")
 
 
 def run(args: argparse.Namespace) -> int:

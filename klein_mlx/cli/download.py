@@ -265,7 +265,7 @@ def bring(
 
     if is_offline():
         raise CheckpointError(
-            f"{hub_id}: is not complete on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
+            f"{hub_id}: is incomplete on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
             "copy the model here from a machine that has it"
         )
     plan = plan_download(hub_id, revision=revision, choice=choice)
@@ -316,7 +316,7 @@ def _memory(plan: "Plan") -> str | None:
         return None
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = human_bytes(max(sizes.values()))
-    return f"up to {most} of weights at a time ({told}), of {human_bytes(here)} here; -q 4 takes a third"
+    return f"needs about {most} of {human_bytes(here)} at a time ({told}); with -q 4 about a third of it"
 
 
 def _here() -> str | None:

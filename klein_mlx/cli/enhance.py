@@ -83,7 +83,7 @@ def _check_config(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({type(error).__name__})") from None
     if not isinstance(config, dict) or "model_file" in config or "auto_map" in config:
-        raise CheckpointError(f"{folder / 'config.json'}: wants code of its own to be run; klein_mlx runs none")
+        raise CheckpointError(f"{folder / 'config.json'}: needs custom code to be run; klein_mlx runs none")
 
 
 class LanguageModel:

@@ -115,7 +115,7 @@ def _together(group: "Group | None") -> Iterator[None]:
     if group and group.agree(failed is not None) and failed is None:
         from klein_mlx.runtime.distributed import LostPeer
 
-        raise LostPeer(f"rank {group.rank}: another machine cannot do this; it says why")
+        raise LostPeer(f"rank {group.rank}: another machine failed; its error says why")
     if failed:
         raise failed
 

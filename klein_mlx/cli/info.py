@@ -14,17 +14,23 @@ from klein_mlx.train.options import METHODS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx info` takes."""
-    parser.add_argument("model", help='a folder, a hub id, "tiny", or a file that holds a part of a model')
+    about = 'a folder, a Hub id, a short name, "tiny", or a file: a model or a component, a LoRA, a picture'
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=about)
+    parser.add_argument("-m", "--model", dest="named", help=argparse.SUPPRESS)
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its recorded sha256")
-    add_options(parser, ("yes", "size"), size="estimate the memory of a picture of this size: 1024x768, 16:9, 2mp")
+    add_options(
+        parser, ("yes", "offline", "size"), size="estimate the memory of a picture of this size: 1024x768, 16:9, 2mp"
+    )
     references = "include N one-megapixel reference images in the estimate"
     parser.add_argument("--references", type=int, default=0, metavar="N", help=references)
     add_options(parser, ("dtype", "keep", "variant", *BITS))
     parser.add_argument("--train", action="store_true", help="estimate the memory of training it, on a Mac")
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of a LoRA, with --train (default: 16)")
-    methods = {"choices": METHODS, "default": "lora", "help": "what is trained, with --train (default: lora)"}
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="with --train: rank of the LoRA (default: 16)"
+    )
+    methods = {"choices": METHODS, "default": "lora", "help": "with --train: what is trained (default: lora)"}
     parser.add_argument("--method", **methods)
-    parser.add_argument("--json", action="store_true", help="as a JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,11 +41,17 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.part import PartFile
 
     typed_options(args)
+    args.model = args.named if args.model is None else args.model
+    if args.model is None:
+        raise RequestError("klein-mlx info needs MODEL; for example: klein-mlx info tiny")
     if args.train:
         return _training(args)
     if (code := _other(args)) is not None:
         return code
-    source = open_any(obtain(args.model, yes=args.yes, tokenizer=False), variant=args.variant)
+    if not args.verify and (published := _published(args)) is not None:
+        return _report_published(published, args)
+    own = {"variant": args.variant, "local_files_only": bool(args.offline)}
+    source = open_any(obtain(args.model, offline=args.offline, yes=args.yes, tokenizer=False), **own)
     if args.variant and isinstance(source, PartFile):
         raise RequestError(f"--variant needs a whole model, and {args.model} is a {source.part}")
     description = describe(source)
@@ -54,8 +66,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _published(args: argparse.Namespace) -> Any:
+    """A published model that is not on disk, by its dimensions alone; None for any other."""
+    from klein_mlx.cli.bench import source_without_files
+    from klein_mlx.config import VARIANTS
+    from klein_mlx.errors import CheckpointError
+    from klein_mlx.formats.open import open_cached
+    from klein_mlx.paths import own_names
+    from klein_mlx.weights.hub import resolve
+
+    hub_id = resolve(args.model, own_names())
+    if not any(variant.hub_id == hub_id for variant in VARIANTS):
+        return None
+    try:
+        open_cached(hub_id)
+        return None
+    except CheckpointError:
+        return source_without_files(hub_id, args.variant)
+
+
+def _report_published(source: Any, args: argparse.Namespace) -> int:
+    from klein_mlx.formats.describe import memory_line
+
+    variant, memory = source.config.variant, _memory(source, args) if args.size is not None else None
+    if args.json:
+        say_json({"variant": variant.name, "path": None, "licence": variant.licence, "memory": memory})
+        return 0
+    kind = "distilled" if variant.is_distilled else "not distilled"
+    say(
+        f"FLUX.2 [klein], variant {variant.name} ({kind}): {variant.steps} steps, guidance {variant.guidance:g}",
+        f"  not on this machine; klein-mlx models pull {variant.name}",
+        f"  license  {variant.licence}",
+        *([memory_line(memory)] if memory else []),
+    )
+    return 0
+
+
 def _other(args: argparse.Namespace) -> int | None:
-    """What fits a file that is no model: a picture's recipe, a LoRA's description; None for anything else."""
+    """What fits a file that is not a model: a picture's recipe, a LoRA's description; None for anything else."""
     path = Path(args.model)
     if not path.is_file():
         return None
@@ -66,7 +114,7 @@ def _other(args: argparse.Namespace) -> int | None:
     if path.suffix == ".safetensors" and _is_lora(path):
         from klein_mlx.cli import lora
 
-        return lora.run(argparse.Namespace(lora=args.model, lora_folder=None, offline=True, json=args.json))
+        return lora.run(argparse.Namespace(words=[args.model], lora_folder=None, offline=True, json=args.json))
     return None
 
 

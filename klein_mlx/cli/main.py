@@ -1,8 +1,8 @@
 """The command `klein-mlx`: which subcommand, its exit code, and every error as one line.
 
 `generate` is the subcommand when none is named. Results (paths, JSON) go to stdout, everything else to stderr. Exit
-codes: 0 done, 1 a bug, 2 what was asked cannot be done, 130 interrupted. Nothing heavy is imported before the arguments
-are known to be good.
+codes: 0 done, 1 a bug, 2 the request cannot be carried out, 130 interrupted. Nothing heavy is imported before the
+arguments are known to be good.
 """
 
 import importlib
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from klein_mlx.cli.hints import command_hint
 from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
 from klein_mlx.cli.output import finish, log_as_notes, note, say
-from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, human_bytes, nearest
+from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, human_bytes
 
 
 class Command(NamedTuple):
@@ -92,28 +93,28 @@ TRAIN_EXAMPLES = """examples:
 COMMANDS = {
     "generate": Command("make a picture from a prompt", "klein_mlx.cli.generate", GENERATE_EXAMPLES),
     "again": Command("make a picture again from its recipe, with changes", "klein_mlx.cli.again", AGAIN_EXAMPLES),
-    "show": Command("how a picture was made, as its file says", "klein_mlx.cli.show", SHOW_EXAMPLES),
-    "models": Command("which models are on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
-    "convert": Command("turn PyTorch weights into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
-    "bench": Command("how fast and how large a model is, here or on a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
-    "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train", TRAIN_EXAMPLES),
-    "doctor": Command("whether this Mac computes what it should", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
-    "lora": Command("what a LoRA file is: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
-    "info": Command("what a model is: variant, sizes, bits, license", "klein_mlx.cli.info", INFO_EXAMPLES),
-    "serve": Command("the studio page and the HTTP server", "klein_mlx.cli.serve", SERVE_EXAMPLES),
-    "mcp": Command("tools for agents: MCP over stdin and stdout", "klein_mlx.cli.mcp", MCP_EXAMPLES),
-    "completion": Command(
-        "a script that completes options in a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES
+    "show": Command("show how a picture was made, from its recipe", "klein_mlx.cli.show", SHOW_EXAMPLES),
+    "models": Command("list models on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
+    "convert": Command(
+        "convert or quantize a model, into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES
     ),
+    "bench": Command("measure time and memory here, or predict them for a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
+    "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train", TRAIN_EXAMPLES),
+    "doctor": Command("check that this Mac computes correctly", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),
+    "lora": Command("describe a LoRA file: model, layout, rank", "klein_mlx.cli.lora", LORA_EXAMPLES),
+    "info": Command("describe a model, a LoRA or a picture file", "klein_mlx.cli.info", INFO_EXAMPLES),
+    "serve": Command("serve the studio page and an HTTP API", "klein_mlx.cli.serve", SERVE_EXAMPLES),
+    "mcp": Command("serve tools to agents: MCP over stdin and stdout", "klein_mlx.cli.mcp", MCP_EXAMPLES),
+    "completion": Command("print a completion script for a shell", "klein_mlx.cli.completion", COMPLETION_EXAMPLES),
 }
 
 
 _LIGHT = ("show", "models", "lora", "completion")  # compute nothing
 _LIBRARIES, _PER_CORE = 1_100_000_000, 64_000_000  # bytes of address space: measured with tiny; a heap for each thread
 
-HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture; as klein-mlx generate
-       klein-mlx [OPTIONS]              a session: prompt after prompt
-       klein-mlx COMMAND [OPTIONS]      or --help
+HELP = """usage: klein-mlx "PROMPT" [OPTIONS]     a picture: klein-mlx generate
+       klein-mlx [OPTIONS]              an interactive prompt
+       klein-mlx COMMAND [OPTIONS]      or klein-mlx COMMAND --help
 
 FLUX.2 [klein] on Apple silicon: make and edit pictures with MLX.
 
@@ -142,7 +143,9 @@ def top_help() -> str:
 def command_parser(name: str) -> Parser:
     """A subcommand's parser, with its options; its module is loaded."""
     command = COMMANDS[name]
-    parser = Parser(prog=f"klein-mlx {name}", description=f"{command.help}.", epilog=command.epilog)
+    parser = Parser(
+        prog=f"klein-mlx {name}", description=f"{command.help[0].upper()}{command.help[1:]}.", epilog=command.epilog
+    )
     importlib.import_module(command.module).add_arguments(parser)
     return parser
 
@@ -165,10 +168,11 @@ def refuse_slip(prompt: str) -> None:
     """RequestError for a prompt that is a subcommand, or one word that is nearly one."""
     if prompt in COMMANDS:
         raise RequestError(f"options come after the command: klein-mlx {prompt} ... (or klein-mlx generate {prompt})")
-    near = nearest(prompt.lower(), COMMANDS) if prompt.isascii() and prompt.isalpha() else None
-    if near:
+    meant = command_hint(prompt.lower(), COMMANDS) if prompt.isascii() and prompt.replace("2", "").isalpha() else None
+    if meant is not None:
         raise RequestError(
-            f"{prompt!r} is no command; did you mean: klein-mlx {near}? (for a picture: klein-mlx generate {prompt})"
+            f"{prompt!r} is not a command; did you mean: {f'klein-mlx {meant}'.rstrip()}?"
+            f" (for a picture: klein-mlx generate {prompt})"
         )
 
 
@@ -179,7 +183,7 @@ def _run(given: Sequence[str]) -> int:
         else:
             say(*top_help().rstrip("\n").split("\n"))
             return 0
-    if given and given[0] == "--version":
+    if given and given[0] in ("--version", "-V"):
         from klein_mlx.paths import version
 
         say(f"klein-mlx {version()}")
@@ -187,6 +191,8 @@ def _run(given: Sequence[str]) -> int:
     log_as_notes()
     name, words = choose(given)
     parser = command_parser(name)
+    if not parser.rare:  # its --help tells all
+        words = ["--help" if word == "--help-all" else word for word in words]
     args = parser.parse_args(words)
     if name not in _LIGHT:
         check_address_space()

@@ -18,23 +18,28 @@ from klein_mlx.weights.hub import ALIASES, BASES, resolve, suggestion
 if TYPE_CHECKING:
     from klein_mlx.weights.checkpoint import Source
 
-ACTIONS = ("list", "ls", "pull", "rm", "path")
+OTHER_NAMES = {"ls": "list", "download": "pull", "remove": "rm", "delete": "rm"}
+ACTIONS = ("list", "pull", "rm", "path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx models` takes."""
     add = parser.add_argument
-    add("action", nargs="?", choices=ACTIONS, default="list", help="list (the default), pull, rm or path")
-    add("name", nargs="*", metavar="MODEL", help="a hub id, a short name, or a folder of your own models")
-    add("--revision", help="of pull: the model's revision on the hub")
-    add("-y", "--yes", action="store_true", help="of rm: delete without asking")
-    add("--json", action="store_true", help="one JSON object a line on stdout")
+    add("action", nargs="?", type=_action, choices=ACTIONS, default="list", help="list (default), pull, rm or path")
+    add("name", nargs="*", metavar="MODEL", help="a Hub id, a short name, or a folder of your own models")
+    add("--revision", help="with pull: the model's revision on the Hub")
+    add("-y", "--yes", action="store_true", help="with rm: delete without asking")
+    add("--json", action="store_true", help="one JSON object per line on stdout")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def _action(word: str) -> str:
+    return OTHER_NAMES.get(word.lower(), word.lower())
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what is asked of the models. Returns the exit code; raises KleinError."""
-    if args.action in ("list", "ls"):
+    if args.action == "list":
         if args.name:
             raise RequestError(f"list takes no model; for one of them: klein-mlx info {args.name[0]}")
         _list(args)
@@ -158,7 +163,7 @@ def _list(args: argparse.Namespace) -> None:
     here = {model.name for model in found}
     others = [f"{name} ({alias.hub_id})" for name, alias in ALIASES.items() if alias.hub_id not in here]
     if others and not args.quiet:
-        note("to be had with klein-mlx models pull:", *(f"  {other}" for other in others))
+        note("available to download (klein-mlx models pull NAME):", *(f"  {other}" for other in others))
         note(f"your own models, by name: the folders in {models_folder()}")
 
 
@@ -177,12 +182,12 @@ def _hub_id(name: str) -> str:
     from klein_mlx.formats.open import hub_id_of
 
     if name == "tiny":
-        raise RequestError("tiny is a part of this installation; it is here already")
+        raise RequestError("tiny is built in; there is nothing to download")
     own = own_names()
     hub_id = hub_id_of(resolve(name, own))
     if hub_id is None:
-        hint = suggestion(name, own) or "; it must be owner/name or a short name"
-        raise RequestError(f"{name!r} is no model of the Hub{hint}")
+        hint = suggestion(name, own) or "; use owner/name or a short name"
+        raise RequestError(f"{name!r} is not a model on the Hub{hint}")
     return hub_id
 
 
@@ -212,14 +217,14 @@ def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
         try:
             source = open_cached(hub_id, args.revision)
         except CheckpointError:
-            raise CheckpointError(f"{hub_id} is not whole on this machine: klein-mlx models pull {name}") from None
+            raise CheckpointError(f"{hub_id} is not (fully) downloaded; run: klein-mlx models pull {name}") from None
     return {"name": resolve(name), "path": str(source.path)}
 
 
 def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Delete a model, after a question."""
     if name == "tiny":
-        raise RequestError("tiny is a part of this installation; it stays")
+        raise RequestError("tiny is built in and cannot be removed")
     folder = own_model(name)
     if folder is None:
         return _remove_cached(args, _hub_id(name))
@@ -229,7 +234,7 @@ def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
         os.path.exists(folder / file)
         for file in ("klein.json", "model_index.json", "transformer", "transformer-packed-mflux")
     ):
-        raise RequestError(f"{folder} is no model; delete it yourself")
+        raise RequestError(f"{folder} is not a model; delete it yourself")
     size = sum(file.st_size for file in _files(folder))
     _ask(args, name, size, folder)
     try:
@@ -264,6 +269,8 @@ def _ask(args: argparse.Namespace, name: str, size: int, folder: Path) -> None:
     if args.yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise RequestError(f"{name} ({human_bytes(size)} in {folder}) is not deleted without a question; add --yes")
+        raise RequestError(
+            f"not a terminal, so cannot ask; add --yes to delete {name} ({human_bytes(size)} in {folder})"
+        )
     if ask(f"Delete {name}, {human_bytes(size)} in {folder}? [y/N]").strip().lower() not in ("y", "yes"):
         raise RequestError(f"{name} was not deleted")

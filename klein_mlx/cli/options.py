@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klein_mlx.cli.hints import option_hint
 from klein_mlx.cli.output import say
-from klein_mlx.errors import KleinError, RequestError, named, nearest
+from klein_mlx.errors import KleinError, RequestError, named
 from klein_mlx.option import Option, option, option_of
 from klein_mlx.request import Options
 
@@ -145,16 +146,16 @@ class RunOptions(Options):
         "weights that share a scale: 32, 64 or 128", "--group-size", kind=int, metavar="N", default="64", group="model"
     )
     transformer_bits: str | None = _run_option(
-        "as {quantize}, for the transformer alone (none: leave it)",
+        "like {quantize}, for the transformer only (none: leave it as it is)",
         "--transformer-bits",
         metavar="BITS",
         group="model",
     )
     text_encoder_bits: str | None = _run_option(
-        "as {quantize}, for the text encoder alone", "--text-encoder-bits", metavar="BITS", group="model"
+        "like {quantize}, for the text encoder only", "--text-encoder-bits", metavar="BITS", group="model"
     )
     quantize_layer: Sequence[str] | None = _run_option(
-        "for the layers of a pattern, such as 'double_blocks.*.to_v=8'; later ones override",
+        "bits of the layers that match, such as 'double_blocks.*.to_v=8'; later patterns override",
         "--quantize-layer",
         many=True,
         metavar="PATTERN=BITS",
@@ -167,10 +168,13 @@ class RunOptions(Options):
         group="model",
     )
     text_encoder: str | None = _run_option(
-        "likewise (ComfyUI's, GGUF, mlx-lm's, ...)", "--text-encoder", metavar="FILE", group="model"
+        "likewise for the text encoder (ComfyUI's, GGUF, mlx-lm's, ...)",
+        "--text-encoder",
+        metavar="FILE",
+        group="model",
     )
     variant: str | None = _run_option(
-        "which variant it is, where its files do not tell: 4b, base-4b, 4b-1step, 9b-kv, ...",
+        "the model's variant, where its files do not say: 4b, base-4b, 4b-1step, 9b-kv, ...",
         "--variant",
         metavar="NAME",
         group="model",
@@ -196,7 +200,7 @@ class RunOptions(Options):
         group="model",
     )
     dtype: str | None = _run_option(
-        "type of the computation; float16 suits M1 and M2",
+        "dtype to compute in; float16 suits M1 and M2",
         "--dtype",
         choices=DTYPES,
         metavar="DTYPE",
@@ -232,17 +236,17 @@ class RunOptions(Options):
         "let a language model rewrite the prompt; the recipe keeps both", "--enhance", group="many at once"
     )
     enhance_model: str | None = _run_option(
-        "for {enhance}: a folder or Hub id",
+        "language model for {enhance}: a folder or Hub id",
         "--enhance-model",
         metavar="MODEL",
         default="the model's own Qwen3",
         group="many at once",
     )
     grid: str | None = _run_option(
-        "make a contact sheet of all pictures too", "--grid", bare="", metavar="FILE", group="many at once"
+        "also make a contact sheet of all pictures", "--grid", bare="", metavar="FILE", group="many at once"
     )
     config: str | None = _run_option(
-        "defaults, presets, models",
+        "file with defaults, presets and models",
         "--config",
         metavar="FILE",
         default="~/.config/klein-mlx/config.toml",
@@ -262,7 +266,7 @@ class RunOptions(Options):
     )
     open: bool = _switch("open the pictures in the system's viewer", "--open", group="output")
     force: bool = _switch("overwrite the output file", "--force", group="output")
-    show_steps: bool = _switch("draw a sketch after each step too", "--show-steps", group="output")
+    show_steps: bool = _switch("also draw a sketch after each step", "--show-steps", group="output")
     no_metadata: bool = _switch("keep the recipe out of the picture", "--no-metadata", group="output")
     json: bool = _switch("one JSON object on the last line of stdout", "--json", group="output")
     progress_format: str = _run_option(
@@ -290,29 +294,6 @@ KEYS = {key: name for name, own in TABLE.items() for key in (own.key, name)}  # 
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-INSTEAD = {  # what other programs call it
-    "--cfg": "--guidance",
-    "--cfg-scale": "--guidance",
-    "--lora-scale": "--lora FILE:SCALE",
-    "--lora-scales": "--lora FILE:SCALE",
-    "--lora-paths": "--lora FILE, once for each",
-    "--lora-path": "--lora FILE",
-    "--low-ram": "--keep nothing, and fewer bits: -q 4",
-    "--bits": "--quantize",
-    "--q-bits": "--quantize",
-    "--aspect": "--size 16:9",
-    "--aspect-ratio": "--size 16:9",
-    "--resolution": "--size",
-    "--batch": "--count",
-    "--batch-size": "--count",
-    "--num-images": "--count",
-    "--image-path": "--image",
-    "--image-paths": "--image, once for each",
-    "--image-strength": "--init-image and --strength",
-    "--metadata": "nothing: recipes are kept unless you add --no-metadata",
-    "--path": "--model",
-    "--temp": "--seed",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -330,27 +311,34 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """What argparse found, in our words: the option, its value, what would be right."""
         if found := re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (\w+) value: (.*)", message, re.S):
-            value = found[3] if len(found[3]) <= 60 else f"{found[3][:57]}..."
-            message = f"{found[1]} is {value}; it must be {_KINDS[found[2]]}"
+            message = f"{found[1]} is {_shortened(found[3])}; it must be {_KINDS[found[2]]}"
+        elif found := re.fullmatch(
+            r"argument (?:\S+/)?(\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.S
+        ):
+            choices = found[3].replace("'", "")
+            message = f"{found[1]} is {_shortened(found[2])}; it must be one of {choices}"
+        elif found := re.fullmatch(r"argument (?:\S+/)?(\S+): expected .*argument", message):
+            message = f"{found[1]} needs a value: {self._option_string_actions[found[1]].metavar}"
+        elif found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{self.prog} needs {found[1].replace(', ', ' and ')}"
         raise RequestError(f"{message}{self._hint(message)} (see {self.prog} --help)")
 
     def _hint(self, message: str) -> str:
         """What may have been meant by an argument that is not known."""
-        _, known, rest = message.partition("unrecognized arguments: ")
-        if not known:
+        _, unknown, rest = message.partition("unrecognized arguments: ")
+        if not unknown:
             return ""
         option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
-        if option is None:
-            dests = {action.dest for action in self._actions}
-            if "words" in dests and any(word.lower().endswith(IMAGES) for word in rest.split()):
-                return "; repeat the option for every file: -i a.png -i b.png"
-            if "words" in dests:
-                return "; put the prompt in quotes, as one argument"
-            return "; another prompt is --prompt" if "prompt" in dests else ""
-        if option in INSTEAD and "--seed" in self._option_string_actions:
-            return f"; use {INSTEAD[option]}"
-        near = nearest(option, self._option_string_actions)
-        return f"; did you mean {near}?" if near else ""
+        if option is not None:
+            return option_hint(option, self._option_string_actions, self.prog.removeprefix("klein-mlx "))
+        dests = {action.dest for action in self._actions}
+        if "words" in dests and any(word.lower().endswith(IMAGES) for word in rest.split()):
+            return "; repeat the option for every file: -i a.png -i b.png"
+        if "words" in dests:
+            return "; put the prompt in quotes, as one argument"
+        if "picture" in dests:
+            return "; another prompt is --prompt"
+        return f"; name a model with --model {rest:.60}" if "--model" in self._option_string_actions else ""
 
     def format_help(self) -> str:
         return self.all_help() if not self.rare else self.common_help()
@@ -392,6 +380,10 @@ class _AllHelp(argparse.Action):
         parser.exit()
 
 
+def _shortened(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:57]}..."
+
+
 def numbers(text: str) -> list[float]:
     """The numbers of "1,0.75,0.5,0.25"."""
     return [float(number) for number in text.split(",")]
@@ -408,7 +400,7 @@ _KINDS = {
     "file_name": "a file or a folder",
     "int": "a whole number",
     "float": "a number",
-    "numbers": "numbers and commas, as 1,0.75,0.5,0.25",
+    "numbers": "numbers and commas, such as 1,0.75,0.5,0.25",
 }
 _PARSED: dict[type, Any] = {int: int, float: float, list: numbers, Path: file_name, str: str}
 

@@ -126,7 +126,7 @@ def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise RequestError(f"the line is not a JSON object: {reason}{column}") from None
     if not isinstance(values.get("prompt"), str):
-        raise RequestError("the line has no prompt; it must be a text under the key prompt")
+        raise RequestError("the line has no prompt; it must be a string under the key prompt")
     return join_line(options, _line_values(values))
 
 
@@ -271,7 +271,7 @@ def _wildcard_lines(name: str, folders: Sequence[Path]) -> list[str]:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name.replace(_PRIVATE["_"], "_")):
         shown = "".join(_BACK.get(char, char) for char in name)
         raise RequestError(
-            f"the prompt's wildcard __{shown[:60]}__ is no name; it must be letters, digits, - and _ "
+            f"the prompt's wildcard __{shown[:60]}__ is not a valid name; it must be letters, digits, - and _ "
             "(a file NAME.txt), or give --no-wildcards"
         )
     path = next((path for folder in folders if os.path.isfile(path := folder / f"{name}.txt")), None)
@@ -291,5 +291,5 @@ def _wildcard_lines(name: str, folders: Sequence[Path]) -> list[str]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if len(content) > MAX_FILE or not lines:
         wrong = f"has over {MAX_FILE} bytes" if lines else "has no line"
-        raise RequestError(f"the wildcard file {path} {wrong}; it must have an option a line")
+        raise RequestError(f"the wildcard file {path} {wrong}; it must have one option per line")
     return lines

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 PROMPT = "klein> "
 HISTORY = 1000  # lines that are kept
-WELCOME = "{model}. A line is a prompt; !help lists the rest; Ctrl-C cancels a picture, Ctrl-D ends."
-HELP = """a prompt makes a picture; its number and file are told; {red|blue} and __name__ vary it by its seed
+WELCOME = "{model}. Type a prompt; !help lists commands; Ctrl-C cancels a picture, Ctrl-D ends the session."
+HELP = """type a prompt to make a picture; {red|blue} and __name__ vary it by its seed
   512x768 a lighthouse     its size first
-  $ make it autumn         changes the last picture; $2 the second; several are several references; $$ is a dollar sign
+  $ make it autumn         changes the last picture; $2 the second; several make several references; $$ is a dollar sign
   !seed 7                  the seed of all that follows; !seed random
   !size 768x1024           the size of all that follows; !size 16:9, !size 2mp; !size default
   !steps 8                 denoising steps; !steps default
@@ -64,7 +64,7 @@ def read_prompt(line: str, pictures: int) -> Asked:
     text = re.sub(r"\$\$|\$(\d*)(?!\w|[.,]\d)", refer, text)
     text = " ".join(text.split())
     if not text:
-        raise RequestError("there is no prompt in this line; for example: $ make it autumn")
+        raise RequestError("this line has no prompt; for example: $ make it autumn")
     return Asked(text, references, size)
 
 
@@ -74,7 +74,7 @@ def _number(text: str, pictures: int) -> int:
     number = int(text) if text.isdecimal() else pictures if not text else 0
     if not 1 <= number <= pictures:
         there = f"there are $1 to ${pictures}" if pictures else "there are none yet"
-        raise RequestError(f"${text} is no picture of this session, {there}; $$ is a dollar sign")
+        raise RequestError(f"${text} is not a picture of this session, {there}; $$ is a dollar sign")
     return number
 
 
@@ -104,8 +104,8 @@ class Session:
         line = line.strip()
         if not line:
             return True
-        if line in ("quit", "exit", "help"):
-            line = f"!{line}"
+        if line.lower() in ("quit", "exit", "help"):
+            line = f"!{line.lower()}"
         elif re.fullmatch(r"\d{2,5}x\d{2,5}", line):
             line = f"!size {line}"
         if not line.startswith("!"):
@@ -130,7 +130,7 @@ class Session:
         }
         if name not in commands:
             near = nearest(name, [*commands, "quit"])
-            raise RequestError(f"!{name} is no command" + (f"; did you mean !{near}?" if near else "; see !help"))
+            raise RequestError(f"!{name} is not a command" + (f"; did you mean !{near}?" if near else "; see !help"))
         commands[name](rest.strip())
         return True
 
@@ -216,7 +216,8 @@ class Session:
                 raise RequestError(f"{error.told({'--size': '!size'})}, or default") from None
             self._try(width=width, height=height)
         width, height = self.settings["width"], self.settings["height"]
-        self.say(f"size {f'{width}x{height}' if width else 'default'}")
+        side = self.pipe.config.default_size
+        self.say(f"size {width}x{height}" if width else f"size {side}x{side}, or that of the picture to change")
 
     def steps(self, rest: str) -> None:
         if rest:
@@ -271,7 +272,7 @@ class Session:
             return
         image, path = self.pictures[_number(rest, len(self.pictures)) - 1]
         if not show(image, sys.stdout):
-            self.say(f"this terminal shows no pictures that klein-mlx knows; it is in {path}")
+            self.say(f"this terminal cannot show pictures; it is in {path}")
 
     def save(self, rest: str) -> None:
         from klein_mlx.images.saving import save_image

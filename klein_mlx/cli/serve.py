@@ -27,14 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--demo", action="store_true", help="the built-in toy model: try the page without a download")
     add("--host", default="127.0.0.1", help="address to listen at; other than loopback needs --token")
-    add("--port", type=int, default=7860, help="(default: 7860; 0: a free one)")
-    add("--token", nargs="?", const="", metavar="TOKEN", help="require a token; without a value one is made up")
+    add("--port", type=int, default=7860, help="port to listen at (default: 7860; 0: a free one)")
+    add("--token", nargs="?", const="", metavar="TOKEN", help="require a token; without a value one is generated")
     add("--open", action="store_true", help="open the page in the browser")
-    add("--allow-host", action="append", default=[], metavar="HOST", help="also answer to this name (repeatable)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="also answer to this host name (repeat for more)",
+    )
     add("--allow-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API")
     add("--save", type=Path, metavar="DIR", help="keep every finished picture in this folder")
     add("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
-    add("--idle-unload", type=float, default=10.0, metavar="MIN", help="free the model when idle; 0: never (10)")
+    add(
+        "--idle-unload",
+        type=float,
+        default=10.0,
+        metavar="MIN",
+        help="minutes until an idle model is freed; 0: never (default: 10)",
+    )
     add("--any-model", action="store_true", help='accept any model\'s name in requests, such as "gpt-image-1"')
     add("--log-prompts", action="store_true", help="write prompts to the log")
     add("--quiet", action="store_true", help="only errors on stderr")

@@ -74,7 +74,7 @@ def read_settings(path: str | Path | None = None) -> Settings:
     except OSError as error:
         raise RequestError(f"config {path} cannot be read: {error.strerror}") from None
     if len(content) > MAX_CONFIG:
-        raise RequestError(f"config {path} has over {MAX_CONFIG} bytes; it is no config of klein-mlx")
+        raise RequestError(f"config {path} has over {MAX_CONFIG} bytes; it is not a klein-mlx config")
     try:
         text = content.decode()
         return _File(path, text).settings(tomllib.loads(text))
@@ -103,7 +103,7 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
-    Path: ((str,), "a text"),
+    Path: ((str,), "a string"),
 }
 
 
@@ -111,7 +111,7 @@ def _single(own: Option, value: Any) -> Any:
     shown = (own.flag or "").lstrip("-")
     if own.kind is list:
         return _numbers(shown, value)
-    wanted, words = _KINDS.get(own.kind, ((str, int), "a text"))
+    wanted, words = _KINDS.get(own.kind, ((str, int), "a string"))
     if own.bare is True and isinstance(value, bool):
         return value or None
     if not isinstance(value, wanted) or (isinstance(value, bool) and own.kind is not bool):
@@ -155,7 +155,7 @@ class _File:
         for table, entries in (("models", models), ("folders", folders)):
             for name, value in entries.items():
                 if not isinstance(value, str):
-                    raise self.error(table, name, f"{name} is {value!r:.60}; it must be a text in quotes")
+                    raise self.error(table, name, f"{name} is {value!r:.60}; it must be a string in quotes")
         for name in folders:
             if name not in FOLDERS:
                 raise self.error("folders", name, f"{name} is unknown; there are {', '.join(FOLDERS)}")

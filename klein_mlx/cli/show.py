@@ -15,7 +15,7 @@ TEXTS = ("prompt", "template", "original", "negative")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", metavar="PICTURE", nargs="+", help="PNG, JPEG or WebP")
-    parser.add_argument("--json", action="store_true", help="one JSON object a picture")
+    parser.add_argument("--json", action="store_true", help="one JSON object per picture")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def _read(picture: str) -> Found:
     """What the picture says. Raises RequestError if that is nothing, or if it cannot be read."""
     found = read_metadata(picture)
     if found.recipe is None and found.parameters is None:
-        raise RequestError(f"{picture} says nothing of how it was made; programs that pass pictures on remove it")
+        raise RequestError(f"{picture} has no recipe; apps that re-save pictures often strip it")
     return found
 
 

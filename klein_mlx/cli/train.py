@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import note, say
@@ -43,17 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             }
         if told.get("many"):
             words["nargs"] = "+"
-        parser.add_argument(*([told["short"]] if "short" in told else []), flag, **words)
-    parser.add_argument("--config", metavar="FILE", help="options from a TOML file; what is typed goes before it")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--dry-run", action="store_true", help="check data and options, tell what would be done")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each event on stdout")
-    parser.add_argument("-q", "--quiet", action="store_true", help="only warnings and the result")
+        parser.add_argument(*told.get("short", ()), flag, **words)
+    parser.add_argument("--config", metavar="FILE", help="options from a TOML file; the command line overrides it")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--dry-run", action="store_true", help="check data and options, print the plan; train nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and event on stdout")
+    parser.add_argument("-y", "--yes", action="store_true", help="download the model without asking")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and the result")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train. Returns the exit code; raises KleinError."""
-    options = _options(args)
+    options = _obtained(_options(args), args)
     if args.dry_run:
         from klein_mlx.cli.output import say
         from klein_mlx.train.plan import make_plan
@@ -80,6 +82,16 @@ def _options(args: argparse.Namespace) -> TrainOptions:
     if args.resume:
         values = {**stored_values(args.resume), "run": args.resume, **values}
     return make_options({**values, **typed})
+
+
+def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
+    """With the model on disk, downloaded if the user agrees. Raises KleinError."""
+    from klein_mlx.cli.download import obtain
+    from klein_mlx.train.dataset import read_items
+
+    if not os.path.exists(options.data):
+        read_items(options)  # it refuses: before a download
+    return replace(options, model=obtain(options.model, yes=args.yes, quiet=args.quiet))
 
 
 def _follow(training: "Training", args: argparse.Namespace) -> int:
@@ -168,7 +180,7 @@ class _Lines:
 
 
 class _Json:
-    """One object a line on stdout."""
+    """One object per line on stdout."""
 
     def event(self, event: "Event") -> None:
         from klein_mlx.train.loop import Done, Preview

@@ -112,6 +112,16 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
     }
 
 
+def memory_line(m: Mapping[str, Any]) -> str:
+    """The estimate of a picture, as one line of `format_description`."""
+    phases = ", ".join(f"{phase} {human_bytes(count)}" for phase, count in m["phases"].items())
+    outlook = "fits" if m["fits"] else "does not fit"
+    return (
+        f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
+        f"{outlook} in {human_bytes(m['machine'])}"
+    )
+
+
 def format_description(description: dict[str, Any]) -> str:
     """What `describe` returned, as lines for a person."""
     d = description
@@ -135,13 +145,7 @@ def format_description(description: dict[str, Any]) -> str:
         size = f"{_count(part['parameters']):>9} parameters {_bytes(part['bytes']):>9}"
         lines.append(f"  {name:<12} {size}  {weights}".rstrip())
     if "memory" in d:
-        m = d["memory"]
-        phases = ", ".join(f"{phase} {human_bytes(count)}" for phase, count in m["phases"].items())
-        outlook = "fits" if m["fits"] else "does not fit"
-        lines.append(
-            f"  memory   {m['width']} x {m['height']} in {m['dtype']}, keep {m['keep']}: {phases}; "
-            f"{outlook} in {human_bytes(m['machine'])}"
-        )
+        lines.append(memory_line(d["memory"]))
     lines += [f"  note     {note}" for note in d["notes"]]
     if "verified" in d:
         lines.append(f"  verified {len(d['verified'])} files have the sha256 that was recorded when they were written")

@@ -156,7 +156,7 @@ def _read(walk: _Walk) -> tuple[dict[str, Any], dict[str, Block]]:
     for _ in range(keys):
         name = walk.text(_MAX_NAME)
         if name in walk.values:
-            raise ValueError(f"the key {name[:80]} stands there twice")
+            raise ValueError(f"the key {name[:80]} appears twice")
         walk.values[name] = walk.value(walk.take("I"))
     claims = [_claim(walk) for _ in range(tensors)]
     alignment = walk.values.get("general.alignment", 32)
@@ -166,7 +166,7 @@ def _read(walk: _Walk) -> tuple[dict[str, Any], dict[str, Block]]:
     blocks: dict[str, Block] = {}
     for name, kind, shape, offset, size in claims:
         if name in blocks:
-            raise ValueError(f"the tensor {name[:80]} stands there twice")
+            raise ValueError(f"the tensor {name[:80]} appears twice")
         if offset % alignment or begin + offset + size > len(walk.data):
             raise ValueError(f"{name[:80]} lies outside of the file: an incomplete download or copy")
         blocks[name] = Block(kind, shape, begin + offset, size)

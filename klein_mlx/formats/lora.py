@@ -345,7 +345,7 @@ def open_lora(path: Path) -> LoraFile:
         adapters.setdefault(key.adapter, name)
         roles = groups.setdefault(key.module, {})
         if key.role in roles:
-            raise CheckpointError(f"{path}: {key.module[:100]}: both {roles[key.role]} and {name} are there")
+            raise CheckpointError(f"{path}: {key.module[:100]}: both {roles[key.role]} and {name} are present")
         roles[key.role] = name
     kind = refused_kind(entries)
     if kind:
@@ -355,7 +355,7 @@ def open_lora(path: Path) -> LoraFile:
     named = [adapter for adapter in adapters if adapter]
     if len(named) > 1:
         raise CheckpointError(
-            f"{path}: holds {len(named)} adapters ({', '.join(named[:5])}); klein_mlx reads one a file"
+            f"{path}: holds {len(named)} adapters ({', '.join(named[:5])}); klein_mlx reads one per file"
         )
     places = {name: place for name in groups if (place := find_module(name)) is not None}
     file = LoraFile(path, entries, read_metadata(path), groups, places, tuple(unknown))
@@ -436,7 +436,7 @@ def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
         if (shape is not None and shape != right) or bias is not None:
             wrong.append((name, place, shape if shape not in (None, right) else bias, right))
         elif (role := _homeless_role(file.groups[name], place, right)) is not None:
-            raise CheckpointError(f"{file.path}: {role} has no use: {place.targets[0].path} is no linear layer")
+            raise CheckpointError(f"{file.path}: {role} has no use: {place.targets[0].path} is not a linear layer")
     mine = tell_base({path: s for path, s in shapes_of(config, "transformer").items() if len(s) == 2})
     if wrong and all(place.part == "text_encoder" for _, place, _, _ in wrong):
         encoder = tell_encoder(file.shapes("text_encoder"))

@@ -65,21 +65,21 @@ def check_group(group: Group) -> None:
     for one, other, name_one, name_other in pairs:
         if (one in has) != (other in has):
             there, lacking = (name_one, name_other) if one in has else (name_other, name_one)
-            raise group.fail(f"has {there} and no {lacking}: the file is not whole")
+            raise group.fail(f"has {there} and no {lacking}: the file is incomplete")
     if any(role.startswith("hada") for role in has) and (lacking := [role for role in LOHA if role not in has]):
-        raise group.fail(f"is a LoHa without {lacking[0]}: the file is not whole")
+        raise group.fail(f"is a LoHa without {lacking[0]}: the file is incomplete")
     if any(role.startswith("lokr") for role in has):
         for side in ("lokr_w1", "lokr_w2"):
             both = {f"{side}_a", f"{side}_b"}
             if not ({side} & has or both <= has):
-                raise group.fail(f"is a LoKr without {side}: the file is not whole")
+                raise group.fail(f"is a LoKr without {side}: the file is incomplete")
             if side in has and both & has:
                 raise group.fail(f"has {side} and factors of it; klein_mlx reads one of them")
     kinds = [word for word, marks in _KINDS.items() if has & marks]
     if len(kinds) > 1:
-        raise group.fail(f"has a {' and a '.join(kinds)}; klein_mlx reads one a module")
+        raise group.fail(f"has a {' and a '.join(kinds)}; klein_mlx reads one per module")
     if has <= {"alpha", "up_bias"}:
-        raise group.fail(f"has {' and '.join(sorted(has))}, and no factors: the file is not whole")
+        raise group.fail(f"has {' and '.join(sorted(has))}, and no factors: the file is incomplete")
     for role, entry in group.entries.items():
         allowed = _ALPHA_DTYPES if role == "alpha" else _FACTOR_DTYPES
         if entry.dtype not in allowed:
@@ -309,7 +309,7 @@ def _magnitude(group: Group, rows: int) -> mx.array | None:
         return None
     shape = weight_shape(group)
     if shape is None:
-        raise group.fail("has a DoRA magnitude and no factors: the file is not whole")
+        raise group.fail("has a DoRA magnitude and no factors: the file is incomplete")
     if magnitude.size == rows and magnitude.shape[:1] == (rows,):
         return magnitude.reshape(rows, 1)
     if magnitude.shape == (1, shape[1]):

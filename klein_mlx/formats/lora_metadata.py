@@ -268,11 +268,11 @@ def _named(name: str, folder: Path) -> Path | None:
 
 def _not_found(name: str, folder: Path) -> str:
     if not folder.is_dir():
-        return f"LoRA {name[:100]!r} is no file, and there is no LoRA folder {folder} to look it up in"
+        return f"LoRA {name[:100]!r} is not a file, and there is no LoRA folder {folder} to look it up in"
     known = sorted({path.stem for path in folder.rglob(f"*{_SUFFIX}") if _is_shown(path)})
     near = get_close_matches(name, known, 3, 0.5) or known[:5]
     holds = f"it holds {', '.join(near)}{' ...' if len(known) > len(near) else ''}" if known else "it is empty"
-    return f"LoRA {name[:100]!r} is no file, and is not in {folder} ({holds})"
+    return f"LoRA {name[:100]!r} is not a file, and is not in {folder} ({holds})"
 
 
 def _from_hub(hub_id: str, file: str | None, revision: str | None, token: str | None, local_files_only: bool) -> Path:
@@ -287,7 +287,7 @@ def _from_hub(hub_id: str, file: str | None, revision: str | None, token: str | 
     if file is None:
         return _in_folder(download(hub_id, revision=revision, local_files_only=True), hub_id)
     if ".." in Path(file).parts or not file.endswith(_SUFFIX):
-        raise CheckpointError(f"{hub_id}: {file[:200]!r} is no {_SUFFIX} file of a repository")
+        raise CheckpointError(f"{hub_id}: {file[:200]!r} is not a {_SUFFIX} file in a repository")
     patterns = [file, str(Path(file).with_name(ADAPTER_CONFIG))]
     for offline in (True, False) if not local_files_only else (True,):
         try:

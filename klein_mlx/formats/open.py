@@ -116,7 +116,7 @@ def find_part(
         return found
     hub_id, file = hub
     if local_files_only:
-        raise CheckpointError(f"{hub_id}: its {part} is not whole in {cache_folder()}, and {NO_NETWORK}")
+        raise CheckpointError(f"{hub_id}: its {part} is incomplete in {cache_folder()}, and {NO_NETWORK}")
     files, opened = choose_part(part, list_files(hub_id, revision=revision, token=token), hub_id, file)
     return download(hub_id, revision=revision, token=token, patterns=[escape(name) for name in files]) / opened
 
@@ -249,10 +249,12 @@ def _open_base(
     if text and _exists(path):
         return _open_folder(path)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
-        raise CheckpointError(f"{path}: no such folder; a model must be {_CHOICES}")
+        raise CheckpointError(f"{path}: no such file or folder; use {_CHOICES}")
+    if text.endswith((*WEIGHTS, ".png", ".jpg", ".jpeg", ".webp")):
+        raise CheckpointError(f"{path}: no such file")
     text = resolve(text)
     if not _HUB_ID.fullmatch(text):
-        raise CheckpointError(f"model is {text[:200]!r}{suggestion(text)}; it must be {_CHOICES}")
+        raise CheckpointError(f"unknown model {text[:200]!r}{suggestion(text)}; use {_CHOICES}")
     return _open_hub(text, revision, token, local_files_only, needed)
 
 
@@ -266,7 +268,7 @@ def _exists(path: Path) -> bool:
 def _open_folder(path: Path, name: str | None = None) -> Source:
     """name: the Hub id whose snapshot this is, for the record."""
     if path.name.endswith(UNFINISHED):
-        raise CheckpointError(f"{path}: is what a conversion that was stopped has left; convert again")
+        raise CheckpointError(f"{path}: is left over from an interrupted conversion; convert again")
     if (path / CONFIG_FILE).exists():
         return open_checkpoint(path)
     parts = part_folders(path)
@@ -286,7 +288,7 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
         p.name for p in path.glob("*") if any((p / name).exists() for name in (CONFIG_FILE, INDEX_FILE))
     ):
         raise CheckpointError(f"{path}: holds the models {', '.join(inner[:5])}; give one of these folders")
-    raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}; it must be {_CHOICES}")
+    raise CheckpointError(f"{path}: has neither {CONFIG_FILE} nor {INDEX_FILE}, so it is not a model; use {_CHOICES}")
 
 
 def check_revision(model: str | Path, revision: str | None) -> None:

@@ -255,7 +255,7 @@ def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
         )
     if not mine:
         held = next(iter(names), "no tensor")[:80]
-        raise CheckpointError(f"{tensors.path}: is no model that klein_mlx knows (it holds {held} ...); {_WANTED}")
+        raise CheckpointError(f"{tensors.path}: is not a model that klein_mlx knows (it holds {held} ...); {_WANTED}")
     chosen = mine[0]
     wide = names.get(chosen.prefix + "img_in.weight") or names.get("x_embedder.weight")
     if chosen.part == "transformer" and wide and wide.shape[:1] == (_DEV_HIDDEN,):
@@ -441,7 +441,7 @@ _INFER: dict[str, Callable[[Shape, Any], Any]] = {
 def _axis(shape: Shape, name: str, axis: int) -> int:
     found = shape(name)
     if found is None:
-        raise CheckpointError(f"{name} is missing: the file is not whole, or not FLUX.2 [klein]")
+        raise CheckpointError(f"{name} is missing: the file is incomplete, or not FLUX.2 [klein]")
     if axis >= len(found):
         raise CheckpointError(f"{name} has shape {found}; FLUX.2 [klein] has more axes there")
     return found[axis]

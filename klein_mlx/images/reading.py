@@ -50,7 +50,9 @@ def load_image(source: Any, what: str = "image") -> tuple[Image.Image, list[str]
     source = as_picture(source)
     given = isinstance(source, Image.Image)
     if not given and not isinstance(source, str | os.PathLike):
-        raise RequestError(what, Shown(f"a {type(source).__name__}"), "it must be a path, a PIL image or a numpy array")
+        kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
+        rule = "it must be a path, a PIL image or a numpy array (H, W, 3)"
+        raise RequestError(what, Shown(f"of type {kind.removeprefix('builtins.')}"), rule)
     name = what if given else f"{what} {os.fspath(source) or repr(source)}"
     with reading(name, None if given else source):
         if given:
@@ -113,7 +115,8 @@ def _check_file(source: str | os.PathLike[str], name: str) -> None:
     if os.fspath(source) == "-":
         raise RequestError(name, rule="is stdin, which is not read; give a file")
     if not os.path.exists(source):
-        raise RequestError(name, rule="does not exist")
+        hint = "; give files one by one" if "," in os.fspath(source) else ""
+        raise RequestError(name, rule=f"does not exist{hint}")
     if not os.path.isfile(source):
         raise RequestError(name, rule="is not a file")
 

@@ -39,7 +39,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     if (length := len(os.fsencode(path.name))) > MAX_NAME:
         raise RequestError(f"output {path.name[:30]}... has a name of {length} bytes; it must have at most {MAX_NAME}")
     if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"output {path} ends in {path.suffix or 'nothing'}; it must end in {', '.join(FORMATS)}")
+        ending = f"ends in {path.suffix}" if path.suffix else "is not a folder, and has no suffix"
+        raise RequestError(f"output {path} {ending}; it must end in {', '.join(FORMATS)}")
     if not os.path.isdir(folder):
         raise RequestError(f"output folder {folder} does not exist; make it first")
     if os.path.isdir(path):
@@ -248,13 +249,13 @@ def read_metadata(path: str | Path) -> Found:
     Raises RequestError for a file that is no picture. Metadata that is damaged counts as none.
     """
     if os.path.isdir(path):
-        raise RequestError(f"image {path} is a folder; name a picture")
+        raise RequestError(f"picture {path} is a folder; name a picture")
     if not os.path.exists(path):
-        raise RequestError(f"image {path} does not exist")
+        raise RequestError(f"picture {path} does not exist")
     if not os.path.isfile(path):
-        raise RequestError(f"image {path} is not a regular file")
+        raise RequestError(f"picture {path} is not a regular file")
     with (
-        reading(f"image {path}", path, "it is no PNG, JPEG or WebP"),
+        reading(f"picture {path}", path, "it is not a PNG, JPEG or WebP"),
         Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image,
     ):
         info = dict(image.info)

@@ -48,7 +48,7 @@ class Group:
                 self.rank, self.size = self._group.rank(), self._group.size()
                 self._sum(mx.array(1.0))  # the first exchange: only now is everyone known to be there
             except RuntimeError as error:
-                raise LostPeer(f"{host}: the machines do not find each other ({_line(error)})") from None
+                raise LostPeer(f"{host}: the machines cannot find each other ({_line(error)})") from None
             finally:
                 watch.kill()
 

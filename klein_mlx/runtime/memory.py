@@ -296,7 +296,7 @@ def check_fits(
     plans = _plans(source, work, quantization)
     given = {"machine": own.machine, "loras": own.loras, "device": device}
     estimates = [(p, estimate(source, p.work, dtype, p.quantization, "nothing", **given)) for p in plans]
-    told = f"this needs {human_bytes(own.peak)} of {human_bytes(own.machine)} of memory"
+    told = f"this needs {human_bytes(own.peak)} of memory, and {human_bytes(own.machine)} can be used"
     plan, found = next(((p, e) for p, e in estimates if e.fits), estimates[-1])
     outlook = "needs" if found.fits else "is the least that it can be, and needs"
     raise DoesNotFit(f"{told}; {plan.words} {outlook} {human_bytes(found.peak)}")

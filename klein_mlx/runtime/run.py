@@ -72,6 +72,10 @@ class KleinOutput:
     seconds: dict[str, float]
     recipes: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
+    def __getitem__(self, index: int) -> Any:
+        """As in diffusers, [0] is the images."""
+        return (self.images,)[index]
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """The pictures, for a notebook."""
         told = {"text/plain": repr(self)}

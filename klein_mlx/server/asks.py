@@ -59,7 +59,7 @@ def prompt_of(values: Mapping[str, Any]) -> str:
     """Its prompt. Raises ApiError."""
     prompt = values.get("prompt")
     if not isinstance(prompt, str):
-        raise ApiError(400, "prompt must be a text", "prompt")
+        raise ApiError(400, "prompt must be a string", "prompt")
     if not prompt.strip():
         raise ApiError(400, "prompt is empty; describe a picture", "prompt")
     if len(prompt) > MAX_PROMPT:
@@ -188,7 +188,7 @@ def loras_of(values: Mapping[str, Any]) -> list[list[Any]]:
                 scale = None
         plain = isinstance(name, str) and 0 < len(name) <= 300
         if not plain or not isinstance(scale, int | float) or isinstance(scale, bool) or not -100 <= scale <= 100:
-            words = f'{field} must be names in the LoRA folder, as {{"name": "style", "scale": 0.8}}'
+            words = f'{field} must be names in the LoRA folder, such as {{"name": "style", "scale": 0.8}}'
             raise ApiError(400, words, field)
         found.append([name, float(scale)])
     return found

@@ -79,7 +79,7 @@ class Mcp:
                 return  # an answer; nothing was asked
             if "id" in message and (isinstance(name, bool) or not isinstance(name, str | int)):
                 name = None
-                raise RpcError(INVALID_REQUEST, "id must be a text or a whole number")
+                raise RpcError(INVALID_REQUEST, "id must be a string or a whole number")
             if message.get("jsonrpc") != "2.0" or not isinstance(message.get("method"), str):
                 raise RpcError(INVALID_REQUEST, 'a message needs "jsonrpc": "2.0" and a method')
             params = message.get("params", {})
@@ -286,7 +286,7 @@ def _parse(line: bytes) -> Message:
     except (ValueError, RecursionError):
         raise RpcError(PARSE_ERROR, "the line is not JSON") from None
     if not isinstance(message, dict):
-        raise RpcError(INVALID_REQUEST, "a message must be an object; send one a line")
+        raise RpcError(INVALID_REQUEST, "a message must be an object; send one per line")
     return message
 
 
@@ -321,7 +321,7 @@ def check_arguments(values: Message, schema: Message) -> None:
             raise RequestError(f"{name} is missing; {known[name]['description'].lower()}")
     for name, value in values.items():
         if name not in known:
-            raise RequestError(f"{name[:100]} is no argument of this tool; it takes {', '.join(known)}")
+            raise RequestError(f"{name[:100]} is not an argument of this tool; it takes {', '.join(known)}")
         _check_type(name, value, known[name])
 
 

@@ -76,7 +76,7 @@ def native_job(values: dict[str, Any], uploads: Uploads) -> Job:
     kind = choice(values, "format", "png", FORMATS)
     session, quality = values.get("session"), whole(values, "quality", None, 0, 100)
     if session is not None and not (isinstance(session, str) and 0 < len(session) <= 100):
-        raise ApiError(400, "session must be a text of up to 100 characters", "session")
+        raise ApiError(400, "session must be a string of up to 100 characters", "session")
     job = make_job(
         arguments,
         pictures_of(values, uploads),

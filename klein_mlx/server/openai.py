@@ -131,7 +131,7 @@ def _size(value: Any) -> dict[str, int]:
         return {}
     found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value) if isinstance(value, str) else None
     if found is None:
-        raise ApiError(400, f"size is {str(value)[:40]!r}; it must be auto or as 1024x768", "size")
+        raise ApiError(400, f"size is {str(value)[:40]!r}; it must be auto or WIDTHxHEIGHT, such as 1024x768", "size")
     return {"width": near(int(found[1])), "height": near(int(found[2]))}
 
 
@@ -140,8 +140,8 @@ def check_model(settings: Settings, name: Any) -> None:
     if name is None or name in settings.names or (settings.any_model and isinstance(name, str)):
         return
     if not isinstance(name, str):
-        raise ApiError(400, "model must be a text", "model")
-    words = f"model is {name[:100]!r}; served here is {settings.name!r} (klein-mlx serve --any-model takes any name)"
+        raise ApiError(400, "model must be a string", "model")
+    words = f"model is {name[:100]!r}; this server has {settings.name!r} (klein-mlx serve --any-model takes any name)"
     raise ApiError(404, words, "model", "model_not_found")
 
 
@@ -275,7 +275,7 @@ def _picture(request: Request, call: ImageRequest, event: Mapping[str, Any]) -> 
 
 async def variations(request: Request) -> Response:
     """POST /v1/images/variations."""
-    words = "variations are not made here; send the picture to /v1/images/edits with a prompt"
+    words = "variations are not supported; send the picture to /v1/images/edits with a prompt"
     raise ApiError(404, words, None, "not_found")
 
 

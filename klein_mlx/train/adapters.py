@@ -63,7 +63,7 @@ def find_targets(layers: Iterable[str], targets: str) -> list[str]:
         found = [path for path in layers if fnmatchcase(path, targets)]
     if not found:
         raise RequestError(
-            f"targets is {targets!r}, which matches no layer; give all, attention, or a pattern as *.to_v"
+            f"targets is {targets!r}, which matches no layer; give all, attention, or a pattern such as *.to_v"
         )
     return sorted(found)
 

@@ -211,7 +211,7 @@ def _of_metadata(path: Path) -> list[Item]:
         where = f"{path}:{number}"
         unknown = sorted(set(row) - _COLUMNS)
         if unknown:
-            raise RequestError(f"{where}: {unknown[0]!r} is no column; there are {', '.join(sorted(_COLUMNS))}")
+            raise RequestError(f"{where}: {unknown[0]!r} is not a column; there are {', '.join(sorted(_COLUMNS))}")
         name, text, repeats = row.get("file_name"), row.get("text"), row.get("repeats") or 1
         if not isinstance(name, str) or not name:
             raise RequestError(f"{where}: file_name is {name!r:.60}; it must name a picture")

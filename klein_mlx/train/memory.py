@@ -146,7 +146,7 @@ def check_training_fits(
     """Raise a RequestError with a plan that would fit, unless the run does. own: its estimate."""
     if own.fits:
         return
-    told = f"this needs {human_bytes(own.peak)} of {human_bytes(own.machine)} of memory"
+    told = f"this needs {human_bytes(own.peak)} of memory, and {human_bytes(own.machine)} can be used"
     words = "nothing smaller is left: train on a machine with more"
     free = options.method != "full" and not options.bits and "transformer" not in source.quantization
     for bits in [None, "8", "4"] if free else [options.bits]:

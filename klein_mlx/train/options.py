@@ -46,48 +46,62 @@ class TrainOptions:
     """A training run. Paths are texts; None is decided from the rest by `checked`, which raises RequestError."""
 
     data: str = _option(MISSING, "a folder of pictures with captions, or a metadata.jsonl or .csv", positional=True)
-    output: str = _option(MISSING, "the LoRA to write, NAME.safetensors; of full training a folder", short="-o")
-    model: str = _option("base-4b", "the base model to train: a name, a folder, a hub id")
+    output: str = _option(
+        MISSING, "the LoRA to write, NAME.safetensors; with full training a folder", short=("-o",), metavar="FILE"
+    )
+    model: str = _option(
+        "base-4b", "the base model to train: a name, a folder, a Hub id", short=("-m",), metavar="MODEL"
+    )
     run: str | None = _option(None, "the run's own folder (default: the output's name with .run)", metavar="DIR")
     method: str = _option("lora", "what is trained", METHODS)
-    rank: int = _option(16, "of LoRA and DoRA")
-    targets: str = _option("all", "layers with an adapter: all (of the blocks), attention, or a pattern such as *.to_v")
-    bits: str | None = _option(None, "quantize the frozen model while loading: 8, 4, mxfp4 ...", metavar="BITS")
-    dtype: str | None = _option(None, "of the computation: bfloat16 or float32 (default: as generate)")
+    rank: int = _option(16, "rank of the LoRA or DoRA")
+    targets: str = _option(
+        "all", "layers with an adapter: all (of the blocks), attention, or a pattern such as *.to_v", metavar="LAYERS"
+    )
+    bits: str | None = _option(
+        None, "quantize the frozen model while loading: 8, 4, mxfp4 ...", short=("-q",), metavar="BITS"
+    )
+    dtype: str | None = _option(
+        None, "dtype to compute in: bfloat16 or float32 (default: as in generate)", metavar="DTYPE"
+    )
     anyway: bool = _option(False, "train a distilled model; its base variant is made for this")
 
     prompt: str | None = _option(None, "the caption of every picture that has none", metavar="TEXT")
-    trigger: str | None = _option(None, "a word put before each caption", metavar="WORD")
+    trigger: str | None = _option(None, "word to put before each caption", metavar="WORD")
     references: tuple[str, ...] = _option(
         (), "folders of reference pictures with the same names", many=True, metavar="DIR"
     )
-    resolution: int = _option(
-        512, "pictures are scaled to this side squared at most; a multiple of 16", metavar="PIXELS"
-    )
+    resolution: int = _option(512, "scale pictures to at most this side squared; a multiple of 16", metavar="PIXELS")
     flip: bool = _option(False, "show each picture mirrored half of the time")
     dropout: float = _option(0.05, "share of samples whose caption is left out", metavar="SHARE")
     keep: str | None = _option(
         None, "preserve what the model makes of this word in the trigger's place", metavar="CLASS"
     )
 
-    steps: int = _option(500, "updates in all")
+    steps: int = _option(500, "updates in total")
     batch: int = _option(1, "samples of one size in a micro-batch")
-    accumulate: int | None = _option(None, "micro-batches an update (default: 4; full training 1)")
-    learning_rate: float | None = _option(None, "default: 1e-4; full training 1e-5", metavar="RATE")
-    optimizer: str | None = _option(None, "default: adamw; full training adafactor", OPTIMIZERS)
-    weight_decay: float = _option(1e-4, "of adamw, lion and muon", metavar="DECAY")
-    schedule: str = _option("constant", "of the learning rate", SCHEDULES)
+    accumulate: int | None = _option(None, "micro-batches per update (default: 4; full training 1)")
+    learning_rate: float | None = _option(None, "learning rate (default: 1e-4; full training 1e-5)", metavar="RATE")
+    optimizer: str | None = _option(None, "optimizer (default: adamw; full training adafactor)", OPTIMIZERS)
+    weight_decay: float = _option(1e-4, "weight decay of adamw, lion and muon", metavar="DECAY")
+    schedule: str = _option("constant", "schedule of the learning rate", SCHEDULES)
     warmup: int = _option(10, "updates over which the learning rate rises")
-    clip: float = _option(1.0, "the largest norm of a gradient: of all together; of each tensor in full training")
+    clip: float = _option(
+        1.0, "largest norm of the gradients: of all together; of each tensor in full training", metavar="NORM"
+    )
     sigmas: str = _option("uniform", "how noise levels are drawn", SIGMAS)
-    rounding: str = _option("stochastic", "of bfloat16 weights in full training", ROUNDINGS)
-    ema: float | None = _option(None, "write the moving average of what is trained, as 0.99", metavar="DECAY")
-    seed: int = _option(0, "decides order, noise and first weights")
+    rounding: str = _option("stochastic", "rounding of bfloat16 weights in full training", ROUNDINGS)
+    ema: float | None = _option(None, "write the moving average of what is trained, such as 0.99", metavar="DECAY")
+    seed: int = _option(0, "seed of order, noise and first weights")
 
-    hold_out: str = _option("5%", "pictures kept apart to measure the loss on: a count or a share; 0: none")
+    hold_out: str = _option(
+        "5%", "pictures kept apart to measure the loss on: a count or a share; 0: none", metavar="COUNT"
+    )
     hold_out_every: int = _option(100, "updates between measurements", metavar="N")
     preview: tuple[str, ...] = _option((), "prompts to draw while training", many=True, metavar="PROMPT")
-    preview_model: str | None = _option(None, "draws the previews (default: the distilled partner, if it is there)")
+    preview_model: str | None = _option(
+        None, "model that draws the previews (default: the distilled partner, if on disk)", metavar="MODEL"
+    )
     preview_every: int | None = _option(
         None, "updates between previews (default: at most a tenth of the time)", metavar="N"
     )
@@ -95,7 +109,7 @@ class TrainOptions:
     keep_last: int = _option(4, "checkpoints kept besides the best", metavar="N")
     stop_early: bool = _option(False, "stop when training has collapsed")
     format: str = _option("diffusers", "layout of the LoRA file; both: comfy's in NAME.comfy.safetensors", FORMATS)
-    backend: str = _option("ring", "between several machines: ring or jaccl", ("ring", "jaccl", "any"))
+    backend: str = _option("ring", "link between several machines: ring or jaccl", ("ring", "jaccl", "any"))
 
     @property
     def run_folder(self) -> Path:
@@ -125,12 +139,12 @@ class TrainOptions:
             if choices and value not in choices:
                 raise RequestError(f"{one.name} is {short(value)}; it must be one of {', '.join(choices)}")
             if kind.startswith("str") and (not isinstance(value, str) or not value.strip()):
-                raise RequestError(f"{one.name} is {short(value)}; it must be a text")
+                raise RequestError(f"{one.name} is {short(value)}; it must be a string")
             if kind == "bool" and not isinstance(value, bool):
                 raise RequestError(f"{one.name} is {short(value)}; it must be true or false")
             texts = value if isinstance(value, tuple) else (None,)
             if kind.startswith("tuple") and not all(isinstance(text, str) and text.strip() for text in texts):
-                raise RequestError(f"{one.name} is {short(value)}; it must be a list of texts")
+                raise RequestError(f"{one.name} is {short(value)}; it must be a list of strings")
 
     def _check_ranges(self) -> None:
         whole = {"steps": 10**7, "batch": 256, "rank": 4096, "hold_out_every": 10**7, "save_every": 10**7}
@@ -148,7 +162,7 @@ class TrainOptions:
         _between("weight_decay", self.weight_decay, 0, 1, "from 0 to 1")
         _between("clip", self.clip, 0, 1e6, "over 0", open_low=True)
         if self.ema is not None:
-            _between("ema", self.ema, 0, 1 - 1e-9, "over 0 and under 1, as 0.99", open_low=True)
+            _between("ema", self.ema, 0, 1 - 1e-9, "over 0 and under 1, such as 0.99", open_low=True)
         self.held_out_of(1)
         if self.keep and (not self.trigger or self.method != "lora"):
             raise RequestError(f"keep is {self.keep!r}; it needs a trigger and the method lora")
@@ -161,7 +175,9 @@ class TrainOptions:
         """How many of so many pictures are held out: at least 1 and at most 16, and one is left to train on."""
         match = re.fullmatch(r"(\d{1,7})|(\d{1,3}(?:\.\d+)?)%", str(self.hold_out).strip())
         if not match or (match[2] and float(match[2]) >= 100):
-            raise RequestError(f"hold_out is {short(self.hold_out)}; it must be a count, as 4, or a share, as 5%")
+            raise RequestError(
+                f"hold_out is {short(self.hold_out)}; it must be a count such as 4, or a share such as 5%"
+            )
         asked = int(match[1]) if match[1] else float(match[2]) / 100 * count
         wanted = 0 if not asked else max(1, min(MAX_HELD_OUT, round(asked)))
         return max(0, min(wanted, count - 1))
@@ -194,7 +210,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     for name in values:
         if name not in known:
             near = nearest(name, known)
-            raise RequestError(f"config {path}: {name!r} is no option{f'; did you mean {near}?' if near else ''}")
+            raise RequestError(f"config {path}: {name!r} is not an option{f'; did you mean {near}?' if near else ''}")
     return {name: _typed(known[name], value, str(path)) for name, value in values.items()}
 
 
@@ -232,7 +248,7 @@ def _typed(one: Field[Any], value: Any, where: str) -> Any:
         value = str(value)  # bits = 4, hold_out = 2
     wanted = {"int": int, "flo": float, "str": str, "boo": bool, "tup": tuple}[kind[:3]]
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"}
+        words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a list"}
         raise RequestError(f"config {where}: {one.name} is {short(value)}; it must be {words[wanted]}")
     return value
 

@@ -50,20 +50,22 @@ def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
     """The model that a name stands for; a name that is no alias comes back as it is.
 
     own: the user's aliases, which come before those of the package and may stand for one of them, a hub id or a folder.
-    The package's are known in any case and with the model's name before them: klein-4b, FLUX.2-klein-4B.
+    The package's are known in any case and with the model's name before them: klein-4b, FLUX.2-klein-4B; Hub ids of
+    theirs in any case.
     """
     model = (own or {}).get(model, model)
     plain = re.sub(r"^(flux\.?2-)?klein-", "", model.lower())
-    known = plain if plain in ALIASES else "tiny" if plain == "tiny" else None
+    same = (name for name, alias in ALIASES.items() if alias.hub_id.lower() == plain)
+    known = plain if plain in ALIASES or plain == "tiny" else next(same, None)
     if known is None or (known != model and os.path.exists(model)):
         return model
     return ALIASES[known].hub_id if known in ALIASES else known
 
 
 def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:
-    """ "; did you mean ...?" for a word that is nearly an alias, else nothing."""
+    """ " (did you mean ...?)" for a word that is nearly an alias, else nothing."""
     near = nearest(model, ["tiny", *ALIASES, *(own or {})])
-    return f"; did you mean {near}?" if near else ""
+    return f" (did you mean {near}?)" if near else ""
 
 
 MARGIN = 256 << 20  # bytes that stay free on the disk: for the file system, and for what else is written meanwhile
@@ -305,7 +307,7 @@ def reason(error: BaseException, revision: str | None = None) -> str:
     if status is not None:
         return _status_reason(status)
     if isinstance(error, errors.LocalEntryNotFoundError) and (cause is error or "Offline" in type(cause).__name__):
-        return f"is not complete in {cache_folder()}, and {NO_NETWORK}"
+        return f"is incomplete in {cache_folder()}, and {NO_NETWORK}"
     return _disk_reason(cause) or _network_reason(cause, text)
 
 
@@ -318,9 +320,9 @@ def _status_reason(status: int) -> str:
             return "is not there, or not for everybody: check the spelling, or `hf auth login`"
         return "the Hub refused your token: `hf auth login` with a new one (or unset HF_TOKEN)"
     if status == 429:
-        return "the Hub says that too much was asked (429): wait some minutes, or `hf auth login` for a higher limit"
+        return "too many requests (the Hub answered 429): wait some minutes, or `hf auth login` for a higher limit"
     if status >= 500:
-        return f"the Hub is in trouble (it answered {status}): try again later"
+        return f"the Hub has a problem (it answered {status}): try again later"
     return f"the Hub answered {status}: check HF_ENDPOINT and the proxy, if you have set them"
 
 
@@ -352,9 +354,11 @@ def _network_reason(cause: BaseException, text: str) -> str:
     if kinds & {"ConnectError", "TimeoutException", "ConnectionError", "ConnectTimeout", "ReadTimeout"}:
         proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
         also = f" and {proxy}" if proxy else ""
-        return f"the Hub was not reached ({told or type(cause).__name__}): check the network{also}, or give a folder"
+        host = endpoint().partition("://")[2] or endpoint()
+        reason = told or type(cause).__name__
+        return f"cannot reach {host} ({reason}): check your connection{also}, or use --model FOLDER"
     if kinds & {"UnsupportedProtocol", "InvalidURL"}:
-        return f"HF_ENDPOINT is {endpoint()!r}; it must be a URL, as https://huggingface.co"
+        return f"HF_ENDPOINT is {endpoint()!r}; it must be a URL such as https://huggingface.co"
     if "Consistency check failed" in text or kinds & {"RemoteProtocolError", "ReadError", "IncompleteRead"}:
         return "the connection broke in the middle of a file: run it again (files that are whole are kept)"
     if kinds & {"JSONDecodeError", "FileMetadataError"} or "X-Repo-Commit" in text:

@@ -28,7 +28,7 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["inof", "tiny"], "'inof' is no command; did you mean: klein-mlx info?"),
+        (["inof", "tiny"], "'inof' is not a command; did you mean: klein-mlx info?"),
         (["Convrt"], "did you mean: klein-mlx convert?"),
         (["genrate", "a fox"], "did you mean: klein-mlx generate?"),
         (["--model", "tiny", "info"], "options come after the command: klein-mlx info"),
@@ -36,6 +36,27 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
         (["--wdith", "128", "a fox"], "did you mean --width? (see klein-mlx generate --help)"),
         (["--sede=3", "a fox"], "did you mean --seed?"),
         (["a", "red", "fox"], "unrecognized arguments: red fox; put the prompt in quotes"),
+        (["pull", "4b"], "did you mean: klein-mlx models pull NAME?"),
+        (["img2img"], 'did you mean: klein-mlx "PROMPT" -i FILE?'),
+        (["interactive"], "did you mean: klein-mlx? (for a picture: klein-mlx generate interactive)"),
+        (["a fox", "--cfg=3"], "--cfg=3; use --guidance (see klein-mlx generate --help)"),
+        (["a fox", "--image_path", "a.png"], "use --image, once for each"),
+        (["a fox", "--device", "mps"], "leave it out: MLX uses the GPU by itself"),
+        (["a fox", "-i", "a.png", "b.png"], "repeat the option for every file: -i a.png -i b.png"),
+        (["bench", "--cfg", "3"], "unrecognized arguments: --cfg 3 (see klein-mlx bench --help)"),
+        (["bench", "-n", "3"], "unrecognized arguments: -n 3; use --runs"),
+        (["bench", "tiny"], "name a model with --model tiny"),
+        (["convert", "-m", "tiny", "-o", "x"], "use klein-mlx convert SOURCE DESTINATION"),
+        (["convert", "tiny", "x", "-q"], "--quantize needs a value: BITS"),
+        (["convert", "tiny"], "klein-mlx convert needs DESTINATION"),
+        (["info"], "klein-mlx info needs MODEL; for example: klein-mlx info tiny"),
+        (["info", "x.gguf"], "x.gguf: no such file"),
+        (["info", "tiny", "-W", "64"], "use --size 1024x768"),
+        (["serve", "--api-key", "x"], "use --token"),
+        (["train", "x", "--lr", "1"], "use --learning-rate"),
+        (["train", "absent", "-o", "x.safetensors"], "data is 'absent', which is not a folder"),
+        (["completion", "powershell"], "shell is 'powershell'; it must be one of bash, zsh, fish, models"),
+        (["lora", "info"], "klein-mlx lora info needs one LORA"),
         (["info", "tiny", "--jsno"], "did you mean --json? (see klein-mlx info --help)"),
         (["info", "tiny", "--qqqqqq"], "unrecognized arguments: --qqqqqq (see klein-mlx info --help)"),
     ],
@@ -75,6 +96,12 @@ def test_what_would_be_refused_or_ignored_is_told_first(
 def test_a_slip_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="klein-mlx convert"):
         choose(["convetr"])
+
+
+def test_words_that_mean_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["models", "LS"], ["info", "-m", "TINY"], ["doctor", "--help-all"], ["-V"]):
+        assert main(given) == 0, given
+    assert "check that this mac" in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize("given", [["--help"], ["-h"], ["help"]])

@@ -172,4 +172,4 @@ def test_zsh(typed: str, wanted: str, place: Path, capsys: pytest.CaptureFixture
 
 def test_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "tcsh"]) == 2
-    assert "invalid choice: 'tcsh'" in capsys.readouterr().err
+    assert "shell is 'tcsh'" in capsys.readouterr().err

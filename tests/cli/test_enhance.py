@@ -112,7 +112,7 @@ def test_which_model_is_taken(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mlx-lm cannot load it as a language model"):
         enhance_prompts([("a fox", 1)], Source(tmp_path), None, True)
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
-    with pytest.raises(CheckpointError, match="wants code of its own to be run"):
+    with pytest.raises(CheckpointError, match="needs custom code to be run"):
         find_language_model(Source(tmp_path), None, True)
 
 

@@ -202,7 +202,7 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("a star", "-o", "-", "-n", "2"), "-o - writes one picture to stdout, and 2 are asked for"),
+        (("a star", "-o", "-", "-n", "2"), "-o - writes one picture to stdout, and 2 are requested"),
         (("a star", "-o", "-", "--json"), "-o - writes the picture to stdout, which --json needs too"),
         (("a star", "-o", "x.png", "--format", "jpg"), "--format is jpg, and output x.png has its own suffix"),
         (("a star", "-o", "{prompt}.png"), "has the field {prompt}; there are {slug}, {seed}"),
@@ -210,7 +210,7 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
         (("a star", "--size", "1:1", "--width", "64"), "--size and --width or --height are given"),
         (("a star", "--sigmas", "1,x"), "--sigmas is '1,x'; it must be numbers and commas"),
         (("a {b|c",), "the prompt's choice that opens at column 3"),
-        (("__../../etc/passwd__",), "is no name; it must be letters, digits, - and _"),
+        (("__../../etc/passwd__",), "is not a valid name; it must be letters, digits, - and _"),
         (("a star", "--prompt-file", "p.txt"), "a prompt and --prompt-file are given"),
         (("--prompt-file", "none.txt"), "--prompt-file none.txt cannot be read: No such file"),
         (("--prompt-file", os.devnull), "is a device; it must be a file, or - for stdin"),

@@ -59,7 +59,7 @@ def test_pull_list_path_and_rm(served: Hub, told: Told, tmp_path: Path) -> None:
     snapshot = folder / "snapshots" / COMMIT
     assert list(listed(told)) == ["tiny"]
     assert told("path", "owner/name")[2] == (
-        "error: owner/name is not whole on this machine: klein-mlx models pull owner/name\n"
+        "error: owner/name is not (fully) downloaded; run: klein-mlx models pull owner/name\n"
     )
     code, out, err = told("pull", "owner/name")
     assert (code, out) == (0, f"{snapshot}\n")
@@ -82,7 +82,7 @@ def test_pull_list_path_and_rm(served: Hub, told: Told, tmp_path: Path) -> None:
 
     code, _, err = told("rm", "owner/name")
     assert (code, err.count("\n")) == (2, 1)
-    assert "is not deleted without a question; add --yes" in err
+    assert "not a terminal, so cannot ask; add --yes to delete" in err
     assert snapshot.is_dir()
     code, out, _ = told("rm", "owner/name", "--yes", "--json")
     assert (code, json.loads(out)["freed"]) == (0, pytest.approx(entry["bytes"], abs=4096))  # and the cache's own notes
@@ -112,7 +112,7 @@ def test_models_of_ones_own(served: Hub, told: Told, tmp_path: Path) -> None:
     asked = ["a star", "--model", "mine", "--steps", "1", "--width", "64", "--height", "64"]
     assert main([*asked, "-o", str(tmp_path / "x.png"), "--quiet"]) == 0
     told.capsys.readouterr()
-    assert "notes is no model; delete it yourself" in told("rm", "notes", "-y")[2]
+    assert "notes is not a model; delete it yourself" in told("rm", "notes", "-y")[2]
     assert "is a link; delete it yourself" in told("rm", "link", "-y")[2]
     assert told("rm", "mine", "-y")[0] == 0
     assert sorted(path.name for path in own.iterdir()) == ["link", "notes"]
@@ -131,7 +131,7 @@ def test_names_from_the_config(served: Hub, told: Told, tmp_path: Path, monkeypa
     assert json.loads(told.capsys.readouterr().out)["variant"] == "tiny"
     assert told("pull", "there")[0] == 0
     assert told("path", "there")[1].endswith(f"{COMMIT}\n")
-    assert "FLUX.2-klein-9B is not whole" in told("path", "big")[2]
+    assert "FLUX.2-klein-9B is not (fully) downloaded" in told("path", "big")[2]
     assert {"home", "there", "big"} <= set(model_names())
     assert "did you mean there?" in told("path", "theer")[2]
     config.write_text("[models\n")
@@ -143,14 +143,14 @@ def test_names_from_the_config(served: Hub, told: Told, tmp_path: Path, monkeypa
     [
         (("pull",), "pull needs a model; for example: klein-mlx models pull 4b"),
         (("list", "4b"), "list takes no model; for one of them: klein-mlx info 4b"),
-        (("pull", "4bb"), "'4bb' is no model of the Hub; did you mean 4b?"),
+        (("pull", "4bb"), "'4bb' is not a model on the Hub (did you mean 4b?)"),
         (("pull", "other/name"), "other/name: no such repository"),
-        (("rm", "tiny"), "tiny is a part of this installation; it stays"),
-        (("pull", "tiny"), "tiny is a part of this installation; it is here already"),
+        (("rm", "tiny"), "tiny is built in and cannot be removed"),
+        (("pull", "tiny"), "tiny is built in; there is nothing to download"),
         (("rm", "owner/name", "-y"), "owner/name is not on this machine; klein-mlx models lists what is"),
-        (("rm", "..", "-y"), "'..' is no model of the Hub"),
-        (("path", "9b"), "black-forest-labs/FLUX.2-klein-9B is not whole on this machine: klein-mlx models pull 9b"),
-        (("lst",), "invalid choice: 'lst'"),
+        (("rm", "..", "-y"), "'..' is not a model on the Hub"),
+        (("path", "9b"), "black-forest-labs/FLUX.2-klein-9B is not (fully) downloaded; run: klein-mlx models pull 9b"),
+        (("lst",), "action is 'lst'; it must be one of list, pull, rm, path"),
     ],
 )
 def test_what_is_refused(served: Hub, told: Told, words: tuple[str, ...], line: str) -> None:

@@ -46,11 +46,11 @@ def test_prompts(line: str, asked: Asked) -> None:
 @pytest.mark.parametrize(
     ("line", "pictures", "words"),
     [
-        ("$4 at night", 3, r"\$4 is no picture of this session, there are \$1 to \$3; \$\$ is a dollar sign"),
-        ("$0 at night", 3, r"\$0 is no picture"),
+        ("$4 at night", 3, r"\$4 is not a picture of this session, there are \$1 to \$3; \$\$ is a dollar sign"),
+        ("$0 at night", 3, r"\$0 is not a picture"),
         ("$ at night", 0, "there are none yet"),
-        ("$2", 3, "there is no prompt in this line"),
-        ("512x768 $", 3, "there is no prompt in this line"),
+        ("$2", 3, "this line has no prompt"),
+        ("512x768 $", 3, "this line has no prompt"),
     ],
 )
 def test_prompts_that_cannot_be(line: str, pictures: int, words: str) -> None:
@@ -99,7 +99,7 @@ def test_commands(session: Any, tmp_path: Path) -> None:
     assert (tmp_path / "a-star-9.png").exists()
     for line in ("!seed random", "!size default", "!steps default", "!show off", ""):
         assert session.line(line)
-    assert session.told[-4:] == ["seed random", "size default", "steps 4", "show off"]
+    assert session.told[-4:] == ["seed random", "size 128x128, or that of the picture to change", "steps 4", "show off"]
     session.line("!help")
     assert "!undo" in session.told[-1]
     assert not session.line("!quit")
@@ -137,7 +137,7 @@ def test_another_model(session: Any) -> None:
         ("!size 100x64", "width is 100; it must be a multiple of 16"),
         ("!size big", "!size is 'big'; it must be WIDTHxHEIGHT (1024x768), an aspect (16:9), megapixels (2mp)"),
         ("!steps 0", "steps is 0; it must be a whole number from 1 to 1000"),
-        ("!svae x.png", "!svae is no command; did you mean !save?"),
+        ("!svae x.png", "!svae is not a command; did you mean !save?"),
         ("!save", "!save needs a name"),
         ("!save x.png", "there are none yet"),
         ("!show", "there are none yet"),
@@ -222,7 +222,7 @@ def opened(tmp_path: Path) -> Any:
 def test_a_session_in_a_terminal(tmp_path: Path, opened: Any) -> None:
     """Prompts, an edit, Ctrl-C in a picture and at the prompt, a mistake, Ctrl-D; and the history file."""
     terminal = opened("-m", "tiny", "--seed", "7", "--steps", "1")
-    assert "tiny: tiny. A line is a prompt" in terminal.until("klein> ")
+    assert "tiny: tiny. Type a prompt" in terminal.until("klein> ")
     terminal.type("a red circle\n")
     shown = terminal.until("klein> ")
     assert "$1  a-red-circle-7.png  seed 7" in shown
@@ -238,7 +238,7 @@ def test_a_session_in_a_terminal(tmp_path: Path, opened: Any) -> None:
     terminal.type("\x03")
     assert "cancelled" in terminal.until("klein> ", 10)
     terminal.type("!stpes 1\n")
-    assert "error: !stpes is no command; did you mean !steps?" in terminal.until("klein> ")
+    assert "error: !stpes is not a command; did you mean !steps?" in terminal.until("klein> ")
     terminal.settle()
     terminal.type("half a line\x03")
     assert "Ctrl-D ends the session" in terminal.until("klein> ")
@@ -283,7 +283,7 @@ def test_a_plain_terminal_gets_no_pictures(opened: Any, environment: dict[str, s
     assert "\u2580" not in shown
     assert "\033[38" not in shown
     terminal.type("!show\n")
-    assert "this terminal shows no pictures that klein-mlx knows; it is in a-star-7.png" in terminal.until("klein> ")
+    assert "this terminal cannot show pictures; it is in a-star-7.png" in terminal.until("klein> ")
     terminal.type("!quit\n")
     assert terminal.end() == 0
 

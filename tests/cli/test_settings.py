@@ -78,9 +78,9 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("[presets]\nfast = 3", ":2: fast is 3; it must be a table: [presets.fast]"),
         ("steps = 1\n[presets.fast]\nsteps = 'x'", ":3: steps is 'x'"),
         ("[presets.fast]\npreset = 'slow'", ":2: preset is unknown"),
-        ("[models]\nmine = 3", ":2: mine is 3; it must be a text in quotes"),
+        ("[models]\nmine = 3", ":2: mine is 3; it must be a string in quotes"),
         ("[folders]\nphotos = 'x'", ":2: photos is unknown; there are loras, wildcards"),
-        ("[preset.fast]\nsteps = 1", ": preset is {'fast': {'steps': 1}}; it must be a text"),
+        ("[preset.fast]\nsteps = 1", ": preset is {'fast': {'steps': 1}}; it must be a string"),
         ("preset = 'fast'", ":1: preset is 'fast'; there are none"),
         ("prompt = 'x'", ":1: prompt is unknown"),
         ("steps = 1\nsteps = 2", ":2: Cannot overwrite a value"),
@@ -113,7 +113,7 @@ def test_a_value_of_any_kind_is_read_or_refused(value: object) -> None:
         with suppress(RequestError):
             option_value(own, value)
     if value == 64:
-        with pytest.raises(RequestError, match="output is 64; it must be a text"):
+        with pytest.raises(RequestError, match="output is 64; it must be a string"):
             option_value(TABLE["output"], value)
 
 

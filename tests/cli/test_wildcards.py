@@ -57,8 +57,8 @@ def test_escapes() -> None:
     [
         ("a {b|c", "opens at column 3 ('{b|c') has no closing brace"),
         (r"\{ a {b|{c}", "opens at column 6"),
-        ("__../../etc/passwd__", "__../../etc/passwd__ is no name; it must be letters, digits, - and _"),
-        ("__a/b__", "__a/b__ is no name"),
+        ("__../../etc/passwd__", "__../../etc/passwd__ is not a valid name; it must be letters, digits, - and _"),
+        ("__a/b__", "__a/b__ is not a valid name"),
         ("__none__", "has no file none.txt in "),
         ("__loop__", "name each other without end"),
         ("__bad__", "it is not UTF-8"),

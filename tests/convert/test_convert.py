@@ -247,12 +247,12 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent/model/x", "y"], "absent/model/x: no such folder"),
+        (["absent/model/x", "y"], "absent/model/x: no such file or folder"),
         ([str(GOLDEN), "absent/x"], "is not a folder; create it first"),
         ([str(GOLDEN), "x", "--quantize", "7"], "quantize is '7'; it must be 3, 4, 5, 6, 8, mx"),
         ([str(GOLDEN), "x", "--quantize", "4"], "has 160 inputs"),
         ([str(GOLDEN), "x", "--variant", "9c"], "variant is '9c'; it must be one of tiny"),
-        ([str(GOLDEN)], "the following arguments are required: DESTINATION"),
+        ([str(GOLDEN)], "klein-mlx convert needs DESTINATION"),
         ([str(GOLDEN), "x", "--forc"], "unrecognized arguments: --forc"),
     ],
 )

@@ -19,7 +19,7 @@ MORE = {
     "a negative array": (lambda: crafted(keys=[key("k", 9, b"\x04\0\0\0" + b"\xff" * 8)]), "an array claims"),
     "arrays in arrays": (lambda: crafted(keys=[key("k", 9, (b"\x09\0\0\0" + b"\x01" + bytes(7)) * 99)]), "of type 9"),
     "a name of 2^62 bytes": (lambda: crafted(tensors=[text("a", 1 << 62)]), "claims 4611686018427387904 bytes"),
-    "no tensors": (lambda: crafted(tensors=[]), "is no model that klein_mlx knows (it holds no tensor ...)"),
+    "no tensors": (lambda: crafted(tensors=[]), "is not a model that klein_mlx knows (it holds no tensor ...)"),
     "an alignment of text": (
         lambda: crafted(keys=[key("general.alignment", 8, text("32"))]),
         "its alignment is '32'",

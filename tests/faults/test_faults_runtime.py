@@ -96,13 +96,13 @@ def test_two_at_once_choose_two_names(tmp_path: Path) -> None:
     [
         ("old.png", "output old.png exists; choose another name, or overwrite it with --force"),
         ("dangling.png", "output dangling.png exists"),
-        ("none", "output none ends in nothing; it must end in .png, .jpg"),
+        ("none", "output none is not a folder, and has no suffix; it must end in .png, .jpg"),
         ("x.xyz", "output x.xyz ends in .xyz; it must end in .png, .jpg"),
         (f"{UNWRITABLE}/x.png", f"output folder {UNWRITABLE} is not writable"),
         ("none/x.png", "output folder none does not exist; make it first"),
         ("old.png/x.png", "output folder old.png does not exist; make it first"),
         ("狐" * 300 + ".png", "File name too long"),  # whether a disk counts bytes or characters
-        (".png", "output .png ends in nothing"),
+        (".png", "output .png is not a folder, and has no suffix"),
     ],
 )
 def test_outputs_that_are_refused(tmp_path: Path, output: str, words: str) -> None:

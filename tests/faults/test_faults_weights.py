@@ -198,7 +198,7 @@ def test_a_matrix_of_zeros_is_told(tmp_path: Path) -> None:
     model = copy_model(tmp_path / "model")
     edit_weights(model, "transformer", lambda w: w.update({QUERY: mx.zeros_like(w[QUERY])}))
     files = ["", "/README.md", "/klein.json", "/tokenizer.json", *(f"/{part}.safetensors" for part in PARTS)]
-    words = "warning: double_blocks.0.img.to_q.weight is all zeros: is the source whole?"
+    words = "warning: double_blocks.0.img.to_q.weight is all zeros: is the source complete?"
     accepted("convert", "model", "ours", folder=tmp_path, words=words, changes=[f"+ours{name}" for name in files])
 
 
@@ -305,7 +305,7 @@ STRANGERS = {
     "T5": ({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (8, 8)}, "is a T5 encoder; "),
     "a language model": ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "is a language model other than Qwen3; "),
     "FLUX.1's VAE": ({"encoder.down.0.block.0.norm1.weight": (128,)}, "without the latent statistics of FLUX.2's"),
-    "none that is known": ({"a.b.c": (8,)}, "is no model that klein_mlx knows (it holds a.b.c ...)"),
+    "none that is known": ({"a.b.c": (8,)}, "is not a model that klein_mlx knows (it holds a.b.c ...)"),
 }
 
 

@@ -52,7 +52,7 @@ def test_either_config_may_state_the_taps_and_both_must_agree(folder: Path) -> N
     edit_json(folder / "text_encoder" / "config.json", lambda values: values.update({name: [1, 3, 3]}))
     assert "the tapped layers are (1, 3, 3)" in refusal(lambda: open_model(folder))
     edit_json(folder / "text_encoder" / "config.json", lambda values: values.update({name: [2, 1, 3]}))
-    assert "they must rise" in refusal(lambda: open_model(folder))
+    assert "they must be at least 1 and increasing" in refusal(lambda: open_model(folder))
     edit_json(folder / "text_encoder" / "config.json", lambda values: values.update({name: [1, 2, 3]}))
     edit_json(folder / "model_index.json", lambda values: values.update({name: [1, 2, 3]}))
     assert open_model(folder).config.taps == (1, 2, 3)

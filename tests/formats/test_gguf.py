@@ -231,7 +231,7 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "an array of arrays": (lambda: crafted(keys=[key("k", 9, struct.pack("<IQ", 9, 1))]), "items of type 9"),
     "an unknown kind of key": (lambda: crafted(keys=[key("k", 77, b"")]), "the unknown type 77"),
-    "a key twice": (lambda: crafted(keys=[key("k", 0, b"1")] * 2), "the key k stands there twice"),
+    "a key twice": (lambda: crafted(keys=[key("k", 0, b"1")] * 2), "the key k appears twice"),
     "2^31 axes": (lambda: crafted(tensors=[text("a") + struct.pack("<I", 1 << 31)]), "a has 2147483648 axes"),
     "2^64 numbers": (
         lambda: crafted(tensors=[tensor(shape=(1 << 31, 1 << 33))]),
@@ -245,7 +245,7 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "an offset past the end": (lambda: crafted(tensors=[tensor(offset=1 << 40)]), "lies outside of the file"),
     "an odd offset": (lambda: crafted(tensors=[tensor(offset=1)]), "lies outside of the file"),
     "overlap": (lambda: crafted(tensors=[tensor(shape=(12,)), tensor("b", offset=32)]), "a overlaps its neighbour"),
-    "a tensor twice": (lambda: crafted(tensors=[tensor(), tensor()]), "the tensor a stands there twice"),
+    "a tensor twice": (lambda: crafted(tensors=[tensor(), tensor()]), "the tensor a appears twice"),
     "alignment 0": (lambda: crafted(keys=[key("general.alignment", 4, bytes(4))]), "its alignment is 0"),
     "alignment 3": (lambda: crafted(keys=[key("general.alignment", 4, b"\3\0\0\0")]), "its alignment is 3"),
     "a type unknown": (lambda: crafted(tensors=[tensor(kind=39)]), "a has the type 39, which klein_mlx does not read"),

@@ -70,7 +70,7 @@ def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["info", str(tmp_path / "absent")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {tmp_path / 'absent'}: no such folder; a model must be 'tiny', a folder, ")
+    assert err.startswith(f"error: {tmp_path / 'absent'}: no such file or folder; use 'tiny', a folder, ")
     assert err.count("\n") == 1
 
 

@@ -51,7 +51,7 @@ def test_what_a_norm_cannot_have(role: str, shape: tuple[int, ...], tmp_path: Pa
     tensors = {f"{NORM}.diff": np.ones(32, np.float32)}
     assert read_lora(save(tmp_path / "sound.safetensors", tensors), pipeline().config).modules == 1
     line = told({**tensors, f"{NORM}.{role}": np.ones(shape, np.float32)}, tmp_path)
-    assert f"{NORM}.{role} has no use: double_blocks.0.img.norm_q is no linear layer" in line
+    assert f"{NORM}.{role} has no use: double_blocks.0.img.norm_q is not a linear layer" in line
 
 
 # ---- damaged, or not whole ----
@@ -103,8 +103,8 @@ def broken_factor(value: float) -> Callable[[Tensors], None]:
         (put("lokr_w1", np.ones((8, 8))), "is a LoKr without lokr_w2"),
         (put("oft_blocks", np.ones((2, 2, 2))), "is OFT; klein_mlx applies LoRA, DoRA, LoHa, LoKr"),
         (put("set_weight", np.ones((2, 2))), "is a replacement of weights; klein_mlx applies"),
-        (put("lora_A.second.weight", np.ones((3, 64))), "are there"),
-        (put("diff", np.ones((64, 64))), "has a LoRA and a full difference; klein_mlx reads one a module"),
+        (put("lora_A.second.weight", np.ones((3, 64))), "are present"),
+        (put("diff", np.ones((64, 64))), "has a LoRA and a full difference; klein_mlx reads one per module"),
     ],
 )
 def test_a_damaged_file_is_refused(change: Callable[[Tensors], None], message: str, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_names_that_lead_nowhere_are_told(folder: Path, tmp_path: Path, monkeypa
     assert "there is no LoRA folder" in refusal(lambda: find_lora("style", folder=tmp_path / "absent"))
     assert "absent.safetensors: no such file" in refusal(lambda: find_lora("./absent.safetensors", folder=folder))
     assert "holds 4 safetensors files; name one of them" in refusal(lambda: find_lora(folder))
-    assert "is no file, and is not in" in refusal(lambda: find_lora("x/../../style", folder=folder / "one"))
+    assert "is not a file, and is not in" in refusal(lambda: find_lora("x/../../style", folder=folder / "one"))
     assert "it must be a file" in refusal(lambda: find_lora("", folder=folder))
     (tmp_path / "empty").mkdir()
     assert "holds no .safetensors file" in refusal(lambda: find_lora(tmp_path / "empty"))
@@ -106,8 +106,8 @@ def test_a_repository_of_the_hub_is_asked_for_its_file(tmp_path: Path, monkeypat
     assert "holds 2 safetensors files; name one of them: style.safetensors, other.safetensors" in message
     assert find_lora("owner/name/style.safetensors", folder=tmp_path) == cache / "style.safetensors"
     assert find_lora("owner/name", folder=tmp_path, local_files_only=True) == cache / "style.safetensors"
-    assert "is no .safetensors file" in refusal(lambda: find_lora("owner/name/style.ckpt", folder=tmp_path))
-    assert "is no .safetensors file" in refusal(lambda: find_lora("owner/name/../x.safetensors", folder=tmp_path))
+    assert "is not a .safetensors file" in refusal(lambda: find_lora("owner/name/style.ckpt", folder=tmp_path))
+    assert "is not a .safetensors file" in refusal(lambda: find_lora("owner/name/../x.safetensors", folder=tmp_path))
 
 
 def test_pefts_config_beside_its_file_states_the_strength(tmp_path: Path) -> None:

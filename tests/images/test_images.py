@@ -113,7 +113,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
         images.load_image(tmp_path / "none.png")
     with pytest.raises(RequestError, match="is not a file"):
         images.load_image(tmp_path)
-    with pytest.raises(RequestError, match="image is a int; it must be a path, a PIL image or a numpy array"):
+    with pytest.raises(RequestError, match="image is of type int; it must be a path, a PIL image or a numpy array"):
         images.load_image(3)
 
 

@@ -156,7 +156,7 @@ def outcome(path: Path) -> str:
 def test_hostile_metadata_counts_as_none(tmp_path: Path, case: str) -> None:
     (tmp_path / "x.png").write_bytes(png_with(HOSTILE[case]))
     told = outcome(tmp_path / "x.png")
-    assert told in ("nothing", "parameters") or told.startswith(f"image {tmp_path / 'x.png'} cannot be read: ")
+    assert told in ("nothing", "parameters") or told.startswith(f"picture {tmp_path / 'x.png'} cannot be read: ")
     assert "\n" not in told
 
 
@@ -175,7 +175,7 @@ def test_mutated_files_never_crash(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(changed[: draw.choice((len(changed), len(changed), draw.randrange(len(changed))))])
         told = outcome(path)
         assert "\n" not in told
-        outcomes.add(told if told == "recipe" else told.startswith("image "))
+        outcomes.add(told if told == "recipe" else told.startswith("picture "))
     assert {"recipe", True} <= outcomes
 
 
@@ -183,7 +183,7 @@ def test_mutated_files_never_crash(tmp_path: Path, suffix: str) -> None:
     ("name", "content", "words"),
     [
         ("none.png", None, "does not exist"),
-        ("text.png", b"hello", "it is no PNG, JPEG or WebP"),
+        ("text.png", b"hello", "it is not a PNG, JPEG or WebP"),
         ("empty.png", b"", "the file is empty"),
     ],
 )

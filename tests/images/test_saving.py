@@ -48,7 +48,7 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytes
     ("name", "message"),
     [
         ("x.gif", "ends in .gif; it must end in .png, .jpg, .jpeg, .webp"),
-        ("x", "ends in nothing; it must end in"),
+        ("x", "is not a folder, and has no suffix; it must end in"),
         ("none/x.png", "does not exist; make it first"),
         ("folder.png", "is a folder; name a file"),
     ],

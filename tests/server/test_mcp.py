@@ -119,7 +119,7 @@ def test_the_tools_are_described() -> None:
         ({"prompt": "x", "n": True}, "n is true"),
         ({"prompt": "x", "lora": ["a", 1]}, "an item of lora is 1"),
         ({"prompt": "x", "format": "gif"}, "format is 'gif'; it must be one of png"),
-        ({"prompt": "x", "output_path": "/tmp/x"}, "output_path is no argument of this tool"),
+        ({"prompt": "x", "output_path": "/tmp/x"}, "output_path is not an argument of this tool"),
     ],
 )
 def test_arguments_are_checked_by_the_schema(arguments: dict[str, Any], words: str) -> None:

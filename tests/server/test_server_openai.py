@@ -257,7 +257,7 @@ def test_models_and_their_names(api: Any, http: httpx.Client) -> None:
         reply = http.options(path)
         assert reply.status_code == 200
         assert not any(name.startswith("access-control") for name in reply.headers)
-    with pytest.raises(openai.NotFoundError, match="variations are not made here"):
+    with pytest.raises(openai.NotFoundError, match="variations are not supported"):
         api.post("/images/variations", cast_to=object, body={"model": "tiny"})
 
 

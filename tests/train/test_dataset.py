@@ -150,7 +150,7 @@ def test_a_fault_names_the_file(spoil: Callable[[Path], Any], words: str, tmp_pa
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"file_name": "x.png", "caption": "y"}', "'caption' is no column"),
+        ('{"file_name": "x.png", "caption": "y"}', "'caption' is not a column"),
         ('{"text": "y"}', "file_name is None"),
         ("[]", "is not a JSON object"),
         ('{"file_name": "red.png", "text": "y", "repeats": 0}', ""),

@@ -183,7 +183,7 @@ def test_a_signal_lets_the_running_update_be_the_last(
         return told(self, *args)
 
     monkeypatch.setattr(Training, "_told", raising)
-    words = ["--model", "tiny", "--resolution", "64", "--rank", "2", "--accumulate", "1", "--hold-out", "0", "-q"]
+    words = ["--model", "tiny", "--resolution", "64", "--rank", "2", "--accumulate", "1", "--hold-out", "0", "--quiet"]
     assert main(["train", options.data, "-o", options.output, "--steps", "9", *words]) == code
     assert [path.name for path in (options.run_folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert not Path(options.output).exists()
@@ -221,7 +221,7 @@ def test_keeping_a_class_costs_nothing_at_scale_0(options: TrainOptions) -> None
 
 
 FAULTS: list[tuple[Callable[[Path, TrainOptions], TrainOptions], str]] = [
-    (lambda a, o: replace(o, model="nowhere"), "model is 'nowhere'"),
+    (lambda a, o: replace(o, model="nowhere"), "unknown model 'nowhere'"),
     (lambda a, o: replace(o, rank=4000), "rank is 4000"),
     (lambda a, o: replace(o, targets="to_z"), "matches no layer"),
     (lambda a, o: replace(o, output=str(a / "gone" / "x.safetensors"), run=str(a / "r")), "is not a folder"),

@@ -16,7 +16,7 @@ GOOD: dict[str, Any] = {"data": "pictures", "output": "style.safetensors"}
 def test_flags_are_keys_are_fields(tmp_path: Path) -> None:
     names = {one.name for one in fields(TrainOptions)}
     flags = {action.dest for action in command_parser("train")._actions}
-    assert flags - names == {"help", "config", "resume", "dry_run", "json", "quiet"}
+    assert flags - names == {"help", "config", "resume", "dry_run", "json", "quiet", "yes"}
     assert names <= flags
     options = replace(
         make_options(GOOD),
@@ -63,7 +63,7 @@ def test_defaults_depend_on_the_method() -> None:
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"hold_out": "100%"}, "hold_out is '100%'"),
-        ({"hold_out": "some"}, "hold_out is 'some'; it must be a count, as 4, or a share, as 5%"),
+        ({"hold_out": "some"}, "hold_out is 'some'; it must be a count such as 4, or a share such as 5%"),
         ({"keep": "dog"}, "it needs a trigger"),
         ({"keep": "dog", "trigger": "x", "method": "dora"}, "and the method lora"),
         ({"sigmas": "cosine"}, "must be one of uniform"),
@@ -85,7 +85,7 @@ def test_a_bad_value_is_one_line(values: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stepz = 3", "'stepz' is no option; did you mean steps?"),
+        ("stepz = 3", "'stepz' is not an option; did you mean steps?"),
         ('steps = "many"', "steps is 'many'; it must be a whole number"),
         ("flip = 1", "flip is 1; it must be true or false"),
         ("steps = [", "run.toml: "),

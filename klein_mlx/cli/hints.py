@@ -1,0 +1,114 @@
+"""What other programs call an option or a command: mflux, mlx-lm, diffusers' scripts, flux2.c, sd-scripts."""
+
+import re
+from collections.abc import Collection
+
+from klein_mlx.errors import nearest
+
+_USE = {  # an option as it is spelled elsewhere -> here; of use where the command knows all the flags on the right
+    "--cfg --cfg-scale --true-cfg-scale": "--guidance",
+    "--lora-scale --lora-scales": "--lora FILE:SCALE",
+    "--lora-path --lora-paths": "--lora FILE, once for each",
+    "--low-ram --low-memory --lowvram": "--keep nothing, and fewer bits: -q 4",
+    "--bits --q-bits": "--quantize",
+    "--aspect --aspect-ratio": "--size 16:9",
+    "--resolution --width --height -W -H": "--size 1024x768",
+    "--batch --batch-size --num-images --auto-seeds": "--count",
+    "--num-steps --n-steps": "--steps",
+    "--image-path --image-paths --images --input --reference": "--image, once for each",
+    "--image-strength": "--init-image and --strength",
+    "--mask-path --masked-image-path": "--mask",
+    "--path --dir -d --base-model --model-path --hf-path": "--model",
+    "--out --outfile --output-path --output-file": "--output",
+    "--output-dir --out-dir --outdir": "--output FOLDER",
+    "--config-from-metadata": "klein-mlx again PICTURE",
+    "--stepwise-image-output-dir": "--show-steps",
+    "--hf-token --token": "the environment variable HF_TOKEN, or hf auth login",
+    "--no-download": "--offline",
+    "--disable-tqdm --no-progress": "--quiet",
+    "--temp": "--seed",
+}
+_LEFT_OUT = {
+    "--metadata": "recipes are kept unless you add --no-metadata",
+    "--device --mlx --metal --mps --gpu": "MLX uses the GPU by itself",
+    "--scheduler --sampler": "the sampler is Euler's",
+    "--vae-tiling --vae-slicing": "the VAE decodes in strips by itself, exactly",
+    "--threads -t": "MLX chooses its threads",
+    "--compile": "blocks are compiled by themselves",
+    "--mlx-cache-limit --mlx-cache-limit-gb": "memory is planned by itself",
+    "--verbose -v": "progress goes to stderr anyway",
+    "--gradient-checkpointing": "memory is planned by itself",
+    "--alpha --lora-alpha --network-alpha": "alpha is the rank",
+}
+_OF_COMMANDS = {
+    "convert": {
+        "-m --model -o --output --hf-path --mlx-path": "klein-mlx convert SOURCE DESTINATION",
+        "--upload-repo": "--upload owner/name",
+    },
+    "bench": {"-n --count --iterations --num-runs": "--runs"},
+    "info": {"-i --image": "--references N"},
+    "serve": {
+        "-p": "--port",
+        "--api-key": "--token",
+        "--listen": "--host 0.0.0.0 --token",
+        "--cors --cors-origins": "--allow-origin",
+    },
+    "train": {
+        "--lr": "--learning-rate",
+        "--quantize": "--bits",
+        "--epochs --num-train-epochs --iters --max-train-steps --train-steps": "--steps",
+        "--batch-size --train-batch-size": "--batch",
+        "--data --dataset --instance-data-dir --train-data-dir": "klein-mlx train DATA -o NAME.safetensors",
+        "--instance-prompt --caption": "--prompt",
+        "--network-dim --lora-rank": "--rank",
+        "--gradient-accumulation-steps --grad-accumulate": "--accumulate",
+        "--output-dir --output-name": "-o NAME.safetensors",
+        "--validation-prompt --sample-prompts": "--preview",
+        "--max-grad-norm": "--clip",
+        "--lr-scheduler": "--schedule",
+        "--lr-warmup-steps --warmup-steps": "--warmup",
+        "--checkpointing-steps --save-every-n-steps": "--save-every",
+        "--resume-from-checkpoint": "--resume RUN",
+        "--pretrained-model-name-or-path": "--model",
+        "--mixed-precision": "--dtype",
+        "--size --width --height": "--resolution",
+        "--use-8bit-adam": "--optimizer adafactor",
+    },
+}
+_COMMANDS = {  # a command that is not one -> what was meant
+    "list ls": "models",
+    "pull download": "models pull NAME",
+    "rm remove delete": "models rm NAME",
+    "quantize quantise": "convert MODEL FOLDER -q 4",
+    "benchmark": "bench",
+    "finetune": "train",
+    "ui gui web studio": "serve --open",
+    "edit img2img inpaint": '"PROMPT" -i FILE',
+    "version": "--version",
+}
+
+
+def _row(table: dict[str, str], word: str) -> str | None:
+    return next((value for names, value in table.items() if word in names.split()), None)
+
+
+def option_hint(option: str, known: Collection[str], command: str) -> str:
+    """What to write for an option that a command does not know, as the end of a sentence; "" where nothing is near."""
+    plain = option.replace("_", "-")
+    for table in (_OF_COMMANDS.get(command, {}), _USE):
+        use = _row(table, plain)
+        if use and ("klein-mlx" in use or set(re.findall(r"(?<!\S)--?[a-z][\w-]*", use)) <= set(known)):
+            return f"; use {use}"
+    if why := _row(_LEFT_OUT, plain):
+        return f"; leave it out: {why}"
+    near = nearest(plain, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def command_hint(word: str, commands: Collection[str]) -> str | None:
+    """The command line that was probably meant by a first word that is not a command, without klein-mlx; or None."""
+    if word in ("interactive", "repl"):
+        return ""
+    if found := _row(_COMMANDS, word):
+        return found
+    return nearest(word, commands)
