@@ -86,15 +86,14 @@ def _published(args: argparse.Namespace) -> Any:
 
 
 def _report_published(source: Any, args: argparse.Namespace) -> int:
-    from klein_mlx.formats.describe import memory_line
+    from klein_mlx.formats.describe import heading, memory_line
 
     variant, memory = source.config.variant, _memory(source, args) if args.size is not None else None
     if args.json:
         say_json({"variant": variant.name, "path": None, "licence": variant.licence, "memory": memory})
         return 0
-    kind = "distilled" if variant.is_distilled else "not distilled"
     say(
-        f"FLUX.2 [klein], variant {variant.name} ({kind}): {variant.steps} steps, guidance {variant.guidance:g}",
+        heading(variant.name, variant.is_distilled, variant.steps, variant.guidance),
         f"  not on this machine; klein-mlx models pull {variant.name}",
         f"  license  {variant.licence}",
         *([memory_line(memory)] if memory else []),

@@ -112,6 +112,12 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
     }
 
 
+def heading(name: str, is_distilled: bool, steps: int, guidance: float) -> str:
+    """The first line of a model's description."""
+    kind = "" if name == "distilled" else f" ({'distilled' if is_distilled else 'not distilled'})"
+    return f"FLUX.2 [klein], variant {name}{kind}: {steps} steps, guidance {guidance:g}"
+
+
 def memory_line(m: Mapping[str, Any]) -> str:
     """The estimate of a picture, as one line of `format_description`."""
     phases = ", ".join(f"{phase} {human_bytes(count)}" for phase, count in m["phases"].items())
@@ -127,9 +133,8 @@ def format_description(description: dict[str, Any]) -> str:
     d = description
     if "part" in d:
         return _format_part(d)
-    kind = "distilled" if d["is_distilled"] else "not distilled"
     lines = [
-        f"FLUX.2 [klein], variant {d['variant']} ({kind}): {d['steps']} steps, guidance {d['guidance']:g}",
+        heading(d["variant"], d["is_distilled"], d["steps"], d["guidance"]),
         f"  folder   {d['path']} ({d['format']} format)",
         f"  source   {d['source'] or 'not stated'}",
         f"  license  {d['licence']}",

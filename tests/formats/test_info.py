@@ -60,10 +60,19 @@ def test_nothing_is_evaluated() -> None:
 def test_the_command_prints_lines_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "FLUX.2 [klein], variant distilled (distilled): 4 steps, guidance 1"
+    assert lines[0] == "FLUX.2 [klein], variant distilled: 4 steps, guidance 1"
     assert [line.split()[0] for line in lines[-4:]] == [*PARTS, "total"]
     assert main(["info", str(GOLDEN), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == describe(open_model(GOLDEN))
+
+
+def test_a_published_model_that_is_not_on_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its memory is estimated from its dimensions; nothing is downloaded."""
+    assert main(["info", "klein-4B", "--size", "1024x1024", "-q", "4", "--dtype", "bfloat16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "FLUX.2 [klein], variant 4b (distilled): 4 steps, guidance 1"
+    assert "klein-mlx models pull 4b" in lines[1]
+    assert lines[3].startswith("  memory   1024 x 1024 in bfloat16, keep ")
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

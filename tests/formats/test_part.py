@@ -186,7 +186,7 @@ STRANGERS = {
     "a CLIP encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": (4, 4)},
     "a language model other than Qwen3": {"model.layers.0.self_attn.q_proj.weight": (4, 4)},
     "a VAE without the latent statistics of FLUX.2's": {"encoder.down.0.block.0.norm1.weight": (4,)},
-    "no model that klein_mlx knows (it holds x ...)": {"x": (4,)},
+    "not a model that klein_mlx knows (it holds x ...)": {"x": (4,)},
 }
 
 
