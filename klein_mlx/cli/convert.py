@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --calibrate: prompts to draw, one per line (default: built in)",
     )
     for part in PARTS:
-        option, name = part.replace("_", "-"), part.replace("_", " ")
+        option, name = part.replace("_", "-"), part.replace("_", " ").replace("vae", "VAE")
         add(f"--{option}", metavar="FILE", help=f"take the {name} from this file, folder or Hub id instead")
     add_options(
         parser, LORAS, lora="merge a LoRA into the weights at strength SCALE (1), before quantizing; repeat for more"

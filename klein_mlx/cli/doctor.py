@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", help="check real weights too: files, configs, published pixels, bits; takes minutes more")
     add("-y", "--yes", action="store_true", help="download the model without asking")
     add("--offline", action="store_true", help="use only what is on disk")
-    add("--dtype", help="the compute dtype under test: bfloat16, float16, float32 (default: as generate)")
+    add("--dtype", help="the compute dtype under test: bfloat16, float16, float32 (default: as in generate)")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     kinds.add_argument("--report", action="store_true", help="print text for an issue, without user name and paths")

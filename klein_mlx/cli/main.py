@@ -95,9 +95,7 @@ COMMANDS = {
     "again": Command("make a picture again from its recipe, with changes", "klein_mlx.cli.again", AGAIN_EXAMPLES),
     "show": Command("show how a picture was made, from its recipe", "klein_mlx.cli.show", SHOW_EXAMPLES),
     "models": Command("list models on disk; pull, rm, path", "klein_mlx.cli.models", MODELS_EXAMPLES),
-    "convert": Command(
-        "convert or quantize a model, into an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES
-    ),
+    "convert": Command("convert or quantize a model to an MLX checkpoint", "klein_mlx.cli.convert", CONVERT_EXAMPLES),
     "bench": Command("measure time and memory here, or predict them for a Mac", "klein_mlx.cli.bench", BENCH_EXAMPLES),
     "train": Command("train a LoRA, or the whole model, on your pictures", "klein_mlx.cli.train", TRAIN_EXAMPLES),
     "doctor": Command("check that this Mac computes correctly", "klein_mlx.cli.doctor", DOCTOR_EXAMPLES),

@@ -86,11 +86,19 @@ def _options(args: argparse.Namespace) -> TrainOptions:
 
 def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     """With the model on disk, downloaded if the user agrees. Raises KleinError."""
+    from klein_mlx.cli.bench import source_without_files
     from klein_mlx.cli.download import obtain
+    from klein_mlx.config import VARIANTS
+    from klein_mlx.paths import own_names
     from klein_mlx.train.dataset import read_items
+    from klein_mlx.train.plan import check_variant
+    from klein_mlx.weights.hub import resolve
 
     if not os.path.exists(options.data):
         read_items(options)  # it refuses: before a download
+    hub_id = resolve(options.model, own_names())
+    if any(variant.hub_id == hub_id for variant in VARIANTS):
+        check_variant(source_without_files(hub_id, None).config, options)  # likewise
     return replace(options, model=obtain(options.model, yes=args.yes, quiet=args.quiet))
 
 

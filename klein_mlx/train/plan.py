@@ -12,7 +12,7 @@ from klein_mlx.runtime.parts import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
 from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
 from klein_mlx.train.options import TrainOptions
-from klein_mlx.weights.bits import parse, settle
+from klein_mlx.weights.bits import Asked, parse, settle
 from klein_mlx.weights.checkpoint import Source, read_tokenizer
 from klein_mlx.weights.quantize import Quantization
 
@@ -93,7 +93,7 @@ def make_plan(options: TrainOptions) -> Plan:
     options = options.checked()
     source = open_model(options.model)
     config = source.config
-    _check_variant(config, options)
+    check_variant(config, options)
     dtype = compute_dtype(options.dtype)
     if dtype == mx.float16 and options.dtype is None:
         dtype = mx.bfloat16  # what is fastest for pictures is none of training's
@@ -101,7 +101,7 @@ def make_plan(options: TrainOptions) -> Plan:
         raise RequestError("dtype is 'float16'; training is done in bfloat16 or float32")
     if options.method == "full" and "transformer" in source.quantization:
         raise RequestError(f"model is {options.model!r}, which is quantized; full training starts from the original")
-    quantization = settle(parse(options.bits), source)
+    quantization = settle(_bits(options), source)
     table = check_items(options, config.pixels_per_token)
     tokenizer = read_tokenizer(source.tokenizer_file, config.text_encoder.vocab_size)
     captions = list(dict.fromkeys(item.caption or "" for item in table.items))
@@ -114,7 +114,14 @@ def make_plan(options: TrainOptions) -> Plan:
     return Plan(options, source, table, dtype, quantization, training, held_out, known, cut)
 
 
-def _check_variant(config: ModelConfig, options: TrainOptions) -> None:
+def _bits(options: TrainOptions) -> Asked | None:
+    try:
+        return parse(options.bits)
+    except RequestError as error:
+        raise RequestError(error.told({"quantize": "bits"})) from None
+
+
+def check_variant(config: ModelConfig, options: TrainOptions) -> None:
     """Distilled models lose their few steps when they are trained plainly; tiny was made to be."""
     variant = config.variant
     if not config.is_distilled or variant is TINY or variant.hub_id is None or options.anyway:

@@ -212,6 +212,8 @@ def _usual_mistake(path: Path) -> str | None:
     if length > min(size, _MAX_HEADER_BYTES):
         if start.lstrip()[:1] == b"{":
             return "is a JSON file, not weights: give the folder that it is in"
+        if length >> 40:  # text, or another kind of file
+            return "is not a safetensors file"
         return f"is not a safetensors file, or is cut short: its header claims {length} bytes, the file has {size}"
     return None
 

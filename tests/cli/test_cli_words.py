@@ -55,6 +55,7 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
         (["serve", "--api-key", "x"], "use --token"),
         (["train", "x", "--lr", "1"], "use --learning-rate"),
         (["train", "absent", "-o", "x.safetensors"], "data is 'absent', which is not a folder"),
+        (["train", ".", "-o", "x.safetensors", "-m", "4b"], "is distilled and would lose its few steps; train base-4b"),
         (["completion", "powershell"], "shell is 'powershell'; it must be one of bash, zsh, fish, models"),
         (["lora", "info"], "klein-mlx lora info needs one LORA"),
         (["info", "tiny", "--jsno"], "did you mean --json? (see klein-mlx info --help)"),

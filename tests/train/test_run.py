@@ -336,8 +336,8 @@ def test_a_distilled_model_is_refused(tmp_path: Path) -> None:
     config: Any = type("Config", (), {"variant": variant, "is_distilled": True})
     options = TrainOptions("x", "x.safetensors", "4b")
     with pytest.raises(RequestError, match="train base-4b, whose LoRAs work on it, or give --anyway"):
-        plan._check_variant(config, options)
-    plan._check_variant(config, replace(options, anyway=True))
+        plan.check_variant(config, options)
+    plan.check_variant(config, replace(options, anyway=True))
 
 
 def test_the_command_tells_what_it_would_do(
