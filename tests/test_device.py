@@ -4,7 +4,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+
+from klein_mlx.model import layers
 
 
 def _conftest() -> Any:
@@ -20,9 +23,15 @@ def _conftest() -> Any:
 conftest = _conftest()
 
 
-@pytest.mark.parametrize("name", conftest.ON_CPU)
+@pytest.mark.parametrize("name", sorted({*conftest.ON_CPU, *conftest.COMPILED}))
 def test_the_list_names_what_there_is(name: str) -> None:
     assert (conftest.HERE / name).exists()
+
+
+def test_compiling_is_heard(request: pytest.FixtureRequest) -> None:
+    """This module is on neither list: it computes as the machine does, or as is asked."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    assert layers.here().compiles == (on_gpu or request.config.getoption("--compiled"))
 
 
 def test_a_module_is_found_by_its_path() -> None:

@@ -44,6 +44,8 @@ from klein_mlx.formats.names import (
 from klein_mlx.formats.open import open_model
 from klein_mlx.weights.checkpoint import expected
 
+PAGES = 8 * (1 << 14) if sys.platform == "darwin" else 0  # Metal's allocator gives an array whole pages
+
 # ---- the tables ----
 
 
@@ -214,7 +216,7 @@ def test_memory_holds_a_few_tensors_at_a_time(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     convert_checkpoint(source, tmp_path / "ours")
-    assert mx.get_peak_memory() - before < 4 * largest
+    assert mx.get_peak_memory() - before < 4 * largest + PAGES
     assert mx.get_active_memory() - before < 10_000
 
 
@@ -230,7 +232,7 @@ def test_quantising_frees_each_original(tmp_path: Path, bits: int) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     convert_checkpoint(source, tmp_path / "ours", quantize=bits)
-    assert mx.get_peak_memory() - before < 4 * largest
+    assert mx.get_peak_memory() - before < 4 * largest + PAGES
 
 
 # ---- the command ----

@@ -1,5 +1,6 @@
 """Beside quantised layers a LoRA keeps all of its strength, and the layers keep their bits."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_a_branch_s_memory_is_told(tmp_path: Path, model: Path) -> None:
         assert pipe.stream("x", seed=0).expected["steps"] == before
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX compiles for a CPU by a C++ compiler")
 def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None:
     """A compiled block is a function of what stands beside its weights too: another scale is no other trace."""
     pipe = pipeline(model, quantize=4)
