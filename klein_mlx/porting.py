@@ -101,6 +101,8 @@ ATTRIBUTES = {
     "from_pipe": "the same pipeline: it edits too, with image=... or init_image=...",
     "enable_lora": "set_lora_scale(name, scale)",
     "disable_lora": "set_lora_scale(name, 0)",
+    "enable_adapters": "pipe.set_lora_scale(name, scale)",
+    "disable_adapters": "pipe.set_lora_scale(name, 0)",
     "generate": "pipe(prompt)",
     "generate_image": "pipe(prompt)",
     "run": "pipe(prompt)",
@@ -143,12 +145,18 @@ class Component:
     """A part of the pipeline as scripts for diffusers name it: what needs nothing there needs nothing here."""
 
     def __init__(self, name: str):
-        self._name = name
+        self.__dict__["_name"] = name
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy whose own name is not set yet, too
+            raise AttributeError(name)
         if _is_needless(name):
             return _nothing(self, f"pipe.{self._name}.{name}", name)
-        raise AttributeError(f"pipe.{self._name} has no attribute {name!r}; {REPLACED.format(self._name)}")
+        hint = f"use {ATTRIBUTES[name]}" if name in ATTRIBUTES else REPLACED.format(self._name)
+        raise AttributeError(f"pipe.{self._name} has no attribute {name!r}; {hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"pipe.{self._name}.{name} cannot be set; {REPLACED.format(self._name)}")
 
 
 class Answering(type):

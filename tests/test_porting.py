@@ -1,6 +1,8 @@
 """What a script written for diffusers finds: its names answered, its callback called, its seeds drawn as there."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,11 +97,17 @@ def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.Log
         "pipe.enable_model_cpu_offload() does nothing",
     ]
     vae = getattr(pipe, "vae")  # noqa: B009
-    assert vae.enable_tiling() is vae
+    for own in (vae, copy.copy(vae), pickle.loads(pickle.dumps(vae))):
+        assert own.enable_tiling() is own
+    with pytest.raises(AttributeError, match=r"pipe.vae.decoder cannot be set; components are .*\(model, vae=...\)"):
+        vae.decoder = 1
+    with pytest.raises(AttributeError, match=r"no attribute 'disable_adapters'; use pipe.set_lora_scale\(name, 0\)"):
+        vae.disable_adapters()
     for name, words in (
         ("load_lora_weights", "use load_lora"),
         ("set_adapters", "use set_lora_scale"),
         ("disable_lora", "use set_lora_scale"),
+        ("disable_adapters", "use pipe.set_lora_scale"),
     ):
         with pytest.raises(AttributeError, match=words):
             getattr(pipe, name)

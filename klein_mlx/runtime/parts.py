@@ -309,7 +309,7 @@ def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
     CPU. Raises RequestError for any other."""
     if dtype is None:
         return chosen_device().dtype
-    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.").removeprefix("torch.")
+    name = str(dtype).removeprefix("mlx.core.").removeprefix("torch.")
     if name not in DTYPES:
         raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -101,7 +101,8 @@ def test_choices_are_kept_by_chip_and_version(gpu: Gpu, monkeypatch: pytest.Monk
     assert parts.keep_choices({"dtype": "float16"})
     assert parts.compute_dtype(None) == mx.float16
     monkeypatch.undo()
-    assert parts.compute_dtype("float32") == mx.float32
+    for name in ("float32", "mlx.core.float32", "torch.float32"):
+        assert parts.compute_dtype(name) == mx.float32
 
 
 @pytest.mark.parametrize(
