@@ -28,7 +28,7 @@ _USE = {  # an option as it is spelled elsewhere -> here; of use where the comma
     "--disable-tqdm --no-progress": "--quiet",
     "--temp": "--seed",
 }
-_LEFT_OUT = {
+_LEFT_OUT = {  # likewise -> why it is not needed
     "--metadata": "recipes are kept unless you add --no-metadata",
     "--device --mlx --metal --mps --gpu": "MLX uses the GPU by itself",
     "--scheduler --sampler": "the sampler is Euler's",
@@ -38,7 +38,6 @@ _LEFT_OUT = {
     "--mlx-cache-limit --mlx-cache-limit-gb": "memory is planned by itself",
     "--verbose -v": "progress goes to stderr anyway",
     "--gradient-checkpointing": "memory is planned by itself",
-    "--alpha --lora-alpha --network-alpha": "alpha is the rank",
 }
 _OF_COMMANDS = {
     "convert": {
@@ -55,17 +54,19 @@ _OF_COMMANDS = {
     },
     "train": {
         "--lr": "--learning-rate",
-        "--quantize": "--bits",
+        "--quantize --q-bits": "--bits",
+        "--low-ram --low-memory --lowvram": "--bits 4",
+        "--alpha --lora-alpha --network-alpha": "--rank: alpha is equal to it",
         "--epochs --num-train-epochs --iters --max-train-steps --train-steps": "--steps",
         "--batch-size --train-batch-size": "--batch",
         "--data --dataset --instance-data-dir --train-data-dir": "klein-mlx train DATA -o NAME.safetensors",
         "--instance-prompt --caption": "--prompt",
         "--network-dim --lora-rank": "--rank",
         "--gradient-accumulation-steps --grad-accumulate": "--accumulate",
-        "--output-dir --output-name": "-o NAME.safetensors",
+        "--output-dir --out-dir --outdir --output-name": "-o NAME.safetensors",
         "--validation-prompt --sample-prompts": "--preview",
         "--max-grad-norm": "--clip",
-        "--lr-scheduler": "--schedule",
+        "--lr-scheduler --scheduler": "--schedule",
         "--lr-warmup-steps --warmup-steps": "--warmup",
         "--checkpointing-steps --save-every-n-steps": "--save-every",
         "--resume-from-checkpoint": "--resume RUN",
@@ -92,14 +93,17 @@ def _row(table: dict[str, str], word: str) -> str | None:
     return next((value for names, value in table.items() if word in names.split()), None)
 
 
+def _flags(words: str) -> set[str]:
+    return set(re.findall(r"(?<!\S)--?[a-z][\w-]*", words))
+
+
 def option_hint(option: str, known: Collection[str], command: str) -> str:
     """What to write for an option that a command does not know, as the end of a sentence; "" where nothing is near."""
     plain = option.replace("_", "-")
     for table in (_OF_COMMANDS.get(command, {}), _USE):
-        use = _row(table, plain)
-        if use and ("klein-mlx" in use or set(re.findall(r"(?<!\S)--?[a-z][\w-]*", use)) <= set(known)):
+        if (use := _row(table, plain)) and ("klein-mlx" in use or _flags(use) <= set(known)):
             return f"; use {use}"
-    if why := _row(_LEFT_OUT, plain):
+    if (why := _row(_LEFT_OUT, plain)) and _flags(why) <= set(known):
         return f"; leave it out: {why}"
     near = nearest(plain, known)
     return f"; did you mean {near}?" if near else ""

@@ -318,7 +318,8 @@ class Parser(argparse.ArgumentParser):
             choices = found[3].replace("'", "")
             message = f"{found[1]} is {_shortened(found[2])}; it must be one of {choices}"
         elif found := re.fullmatch(r"argument (?:\S+/)?(\S+): expected .*argument", message):
-            message = f"{found[1]} needs a value: {self._option_string_actions[found[1]].metavar}"
+            action = self._option_string_actions[found[1]]
+            message = f"{found[1]} needs a value: {action.metavar or action.dest.upper()}"
         elif found := re.fullmatch(r"the following arguments are required: (.*)", message):
             message = f"{self.prog} needs {found[1].replace(', ', ' and ')}"
         raise RequestError(f"{message}{self._hint(message)} (see {self.prog} --help)")
@@ -338,7 +339,8 @@ class Parser(argparse.ArgumentParser):
             return "; put the prompt in quotes, as one argument"
         if "picture" in dests:
             return "; another prompt is --prompt"
-        return f"; name a model with --model {rest:.60}" if "--model" in self._option_string_actions else ""
+        wants_model = "--model" in self._option_string_actions and not self._get_positional_actions()
+        return f"; name a model with --model {rest:.60}" if wants_model else ""
 
     def format_help(self) -> str:
         return self.all_help() if not self.rare else self.common_help()

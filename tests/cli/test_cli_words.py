@@ -1,7 +1,10 @@
 """Which subcommand the words of a command line mean, and what is suggested for those that mean none."""
 
+import re
+
 import pytest
 
+from klein_mlx.cli import hints
 from klein_mlx.cli.main import COMMANDS, choose, command_parser, main, top_help
 from klein_mlx.errors import RequestError, nearest
 
@@ -49,11 +52,15 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
         (["convert", "-m", "tiny", "-o", "x"], "use klein-mlx convert SOURCE DESTINATION"),
         (["convert", "tiny", "x", "-q"], "--quantize needs a value: BITS"),
         (["convert", "tiny"], "klein-mlx convert needs DESTINATION"),
+        (["doctor", "--dtype"], "--dtype needs a value: DTYPE"),
         (["info"], "klein-mlx info needs MODEL; for example: klein-mlx info tiny"),
+        (["info", "tiny", "-m", "4b"], "a model is given twice, 'tiny' and with --model"),
+        (["info", "tiny", "4b"], "unrecognized arguments: 4b (see klein-mlx info --help)"),
         (["info", "x.gguf"], "x.gguf: no such file"),
         (["info", "tiny", "-W", "64"], "use --size 1024x768"),
         (["serve", "--api-key", "x"], "use --token"),
         (["train", "x", "--lr", "1"], "use --learning-rate"),
+        (["train", "x", "--low-ram"], "--low-ram; use --bits 4 (see"),
         (["train", "absent", "-o", "x.safetensors"], "data is 'absent', which is not a folder"),
         (["train", ".", "-o", "x.safetensors", "-m", "4b"], "is distilled and would lose its few steps; train base-4b"),
         (["completion", "powershell"], "shell is 'powershell'; it must be one of bash, zsh, fish, models"),
@@ -92,6 +99,16 @@ def test_what_would_be_refused_or_ignored_is_told_first(
     told = capsys.readouterr()
     assert told.out == ""
     assert words in told.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_hint_names_options_that_the_command_has(name: str) -> None:
+    known = command_parser(name)._option_string_actions
+    tables = (hints._USE, hints._LEFT_OUT, *hints._OF_COMMANDS.values())
+    for word in {word for table in tables for row in table for word in row.split()} - set(known):
+        hint = hints.option_hint(word, known, name)
+        if "klein-mlx" not in hint:
+            assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", hint)) <= set(known), (word, hint)
 
 
 def test_a_slip_is_a_request_error() -> None:
