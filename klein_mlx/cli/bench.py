@@ -281,14 +281,16 @@ def source_without_files(model: str, variant: str | None) -> Any:
     from types import SimpleNamespace
 
     from klein_mlx.bench.predict import klein
-    from klein_mlx.config import ONE_STEP, VARIANTS, settle_variant
+    from klein_mlx.config import settle_variant
+    from klein_mlx.paths import own_names
+    from klein_mlx.weights.hub import published
 
-    known = {name: v for v in (*VARIANTS, ONE_STEP) for name in (v.name, v.hub_id)}
-    found = known.get(model)
+    found = published(model, own_names())
     if found is None:
+        from klein_mlx.cli.download import obtain
         from klein_mlx.formats.open import open_model
 
-        return open_model(model, local_files_only=True, variant=variant)
+        return open_model(obtain(model, offline=True), local_files_only=True, variant=variant)
     config = settle_variant(klein("9b" if "9b" in found.name else "4b"), variant or found.name)
     return SimpleNamespace(path=found.name, config=config, quantization={})
 

@@ -316,7 +316,8 @@ def _memory(plan: "Plan") -> str | None:
         return None
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = human_bytes(max(sizes.values()))
-    return f"needs about {most} of {human_bytes(here)} at a time ({told}); with -q 4 about a third of it"
+    less = "; with -q 4 about a third of it" if any(row.hub_id == plan.hub_id for row in VARIANTS) else ""
+    return f"needs about {most} of {human_bytes(here)} at a time ({told}){less}"
 
 
 def _here() -> str | None:

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.formats.part import PartFile
 
     typed_options(args)
+    if args.model is not None and args.named is not None:
+        raise RequestError(f"a model is given twice, {args.model[:40]!r} and with --model; give one of them")
     args.model = args.named if args.model is None else args.model
     if args.model is None:
         raise RequestError("klein-mlx info needs MODEL; for example: klein-mlx info tiny")
@@ -69,34 +71,37 @@ def run(args: argparse.Namespace) -> int:
 def _published(args: argparse.Namespace) -> Any:
     """A published model that is not on disk, by its dimensions alone; None for any other."""
     from klein_mlx.cli.bench import source_without_files
-    from klein_mlx.config import VARIANTS
     from klein_mlx.errors import CheckpointError
     from klein_mlx.formats.open import open_cached
     from klein_mlx.paths import own_names
-    from klein_mlx.weights.hub import resolve
+    from klein_mlx.weights.hub import published
 
-    hub_id = resolve(args.model, own_names())
-    if not any(variant.hub_id == hub_id for variant in VARIANTS):
+    found = published(args.model, own_names())
+    if found is None or found.hub_id is None:
         return None
     try:
-        open_cached(hub_id)
+        open_cached(found.hub_id)
         return None
     except CheckpointError:
-        return source_without_files(hub_id, args.variant)
+        return source_without_files(found.hub_id, args.variant)
 
 
 def _report_published(source: Any, args: argparse.Namespace) -> int:
     from klein_mlx.formats.describe import heading, memory_line
 
-    variant, memory = source.config.variant, _memory(source, args) if args.size is not None else None
+    variant = source.config.variant
+    d = {"variant": variant.name, "path": None, "licence": variant.licence, "is_distilled": variant.is_distilled}
+    d |= {"steps": variant.steps, "guidance": variant.guidance}
+    if args.size is not None:
+        d["memory"] = _memory(source, args)
     if args.json:
-        say_json({"variant": variant.name, "path": None, "licence": variant.licence, "memory": memory})
+        say_json(d)
         return 0
     say(
         heading(variant.name, variant.is_distilled, variant.steps, variant.guidance),
-        f"  not on this machine; klein-mlx models pull {variant.name}",
+        f"  not on this machine; klein-mlx models pull {source.path}",
         f"  license  {variant.licence}",
-        *([memory_line(memory)] if memory else []),
+        *([memory_line(d["memory"])] if "memory" in d else []),
     )
     return 0
 

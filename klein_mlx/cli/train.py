@@ -88,18 +88,18 @@ def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     """With the model on disk, downloaded if the user agrees. Raises KleinError."""
     from klein_mlx.cli.bench import source_without_files
     from klein_mlx.cli.download import obtain
-    from klein_mlx.config import VARIANTS
     from klein_mlx.paths import own_names
     from klein_mlx.train.dataset import read_items
     from klein_mlx.train.plan import check_variant
-    from klein_mlx.weights.hub import resolve
+    from klein_mlx.weights.hub import published, resolve
 
     if not os.path.exists(options.data):
         read_items(options)  # it refuses: before a download
-    hub_id = resolve(options.model, own_names())
-    if any(variant.hub_id == hub_id for variant in VARIANTS):
-        check_variant(source_without_files(hub_id, None).config, options)  # likewise
-    return replace(options, model=obtain(options.model, yes=args.yes, quiet=args.quiet))
+    if published(options.model, own_names()):
+        check_variant(source_without_files(options.model, None).config, options)  # likewise
+    model = obtain(options.model, yes=args.yes, quiet=args.quiet)
+    # A name that anybody knows stays as it is: the run records it, and Python may resume it by that name.
+    return options if model == resolve(options.model) else replace(options, model=model)
 
 
 def _follow(training: "Training", args: argparse.Namespace) -> int:

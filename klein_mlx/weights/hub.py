@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, gated_notice
+from klein_mlx.config import ONE_STEP, PARTS, VARIANTS, Variant, gated_notice
 from klein_mlx.errors import CheckpointError, human_bytes, nearest, short
 from klein_mlx.paths import precision_of
 
@@ -60,6 +60,12 @@ def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
     if known is None or (known != model and os.path.exists(model)):
         return model
     return ALIASES[known].hub_id if known in ALIASES else known
+
+
+def published(model: str, own: Mapping[str, str] | None = None) -> Variant | None:
+    """The published variant that a name stands for; None where it is a path on this disk, or any other model."""
+    hub_id = None if os.path.lexists(model) else resolve(model, own)
+    return next((row for row in (*VARIANTS, ONE_STEP) if hub_id and row.hub_id == hub_id), None)
 
 
 def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:

@@ -73,6 +73,22 @@ def test_a_published_model_that_is_not_on_disk(capsys: pytest.CaptureFixture[str
     assert lines[0] == "FLUX.2 [klein], variant 4b (distilled): 4 steps, guidance 1"
     assert "klein-mlx models pull 4b" in lines[1]
     assert lines[3].startswith("  memory   1024 x 1024 in bfloat16, keep ")
+    assert main(["info", "klein-4B", "--train"]) == 0
+    assert capsys.readouterr().out.startswith("klein-4B: LoRA of rank 16, 512 x 512\n")
+    assert main(["info", "4b-1step", "--json"]) == 0
+    told = {"variant": "4b-1step", "path": None, "licence": "Apache-2.0"}
+    assert json.loads(capsys.readouterr().out) == {**told, "is_distilled": True, "steps": 1, "guidance": 1}
+
+
+def test_a_folder_with_a_published_models_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("4b").symlink_to(GOLDEN)
+    assert main(["info", "4b"]) == 0
+    assert capsys.readouterr().out.startswith("FLUX.2 [klein], variant distilled")
+    assert main(["info", "4b", "--train", "--method", "full", "--size", "64"]) == 0
+    assert capsys.readouterr().out.startswith("4b: all weights, 64 x 64\nmemory, estimated")
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

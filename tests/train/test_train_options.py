@@ -41,6 +41,18 @@ def test_what_is_typed_goes_before_the_file(tmp_path: Path) -> None:
     assert isinstance(options.learning_rate, float)
 
 
+def test_a_name_that_anybody_knows_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that Python resumes the run by it; the user's own names are recorded as what they mean."""
+    from klein_mlx.cli.train import _obtained
+
+    monkeypatch.setenv("KLEIN_MLX_HOME", str(tmp_path))
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    args = command_parser("train").parse_args([])
+    for name, recorded in (("tiny", "tiny"), ("klein-Tiny", "klein-Tiny"), ("mine", str(tmp_path / "models" / "mine"))):
+        options = make_options({**GOOD, "data": str(tmp_path), "model": name})
+        assert _obtained(options, args).model == recorded
+
+
 def test_defaults_depend_on_the_method() -> None:
     lora, full = make_options(GOOD), make_options({**GOOD, "output": "tuned", "method": "full"})
     assert (lora.accumulate, lora.learning_rate, lora.optimizer) == (4, 1e-4, "adamw")
