@@ -243,10 +243,12 @@ def test_a_failing_download_is_told_with_its_remedy(error: Exception, message: s
 def test_a_revision_of_what_is_on_this_disk_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It would be ignored, and the picture be another's than the one that was asked for."""
     (tmp_path / "lora.safetensors").touch()
-    for model in ("tiny", str(tmp_path), tmp_path):
+    for model in ("tiny", "klein-Tiny", str(tmp_path), tmp_path):
         told = refusal(lambda: open_model(model, revision="abc"))  # noqa: B023
         assert told == f"revision is 'abc'; {model} is on this disk: only models on the Hub have one"
-    assert refusal(lambda: find_lora(tmp_path / "lora.safetensors", revision="abc")).startswith("revision is 'abc'; ")
+    for lora in (tmp_path / "lora.safetensors", "lora"):
+        told = refusal(lambda: find_lora(lora, folder=tmp_path, revision="abc"))  # noqa: B023
+        assert told.startswith(f"revision is 'abc'; {tmp_path / 'lora.safetensors'} is on this disk")
     for words in (["a star", "-m", "tiny"], ["convert", "tiny", str(tmp_path / "new")]):
         assert main([*words, "--revision", "abc"]) == 2
         assert (

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     options = complete(typed, asked)
     model, fingerprint = recipe["model"], recipe["model"].get("fingerprint")
     if "model" not in typed and "id" not in model:
-        options = replace(options, model=_local_model(model.get("name"), options))
+        options = replace(options, model=_local_model(model.get("name"), options), revision=typed.get("revision"))
     extra = {name: recipe[name] for name in _KEPT if isinstance(recipe.get(name), str) and not new_prompt}
     return make(options, extra, fingerprint if isinstance(fingerprint, str) else None)
 

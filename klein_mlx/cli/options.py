@@ -124,6 +124,7 @@ class RunOptions(Options):
         DEFAULT_MODEL,
         short=("-m",),
         default=DEFAULT_MODEL,
+        excludes=("revision",),
         common=True,
     )
     quantize: str | None = _run_option(

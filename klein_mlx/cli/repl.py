@@ -351,7 +351,7 @@ def _session(options: "RunOptions") -> Session:
     draws = not options.quiet and protocol(os.environ) is not None
 
     def reopen(model: str) -> "KleinPipeline":
-        return open_pipeline(replace(options, model=model))
+        return open_pipeline(replace(options, model=model, revision=None))
 
     def vary(prompt: str, seeds: Sequence[int]) -> list[str]:
         if options.no_wildcards or not is_template(prompt):

@@ -207,15 +207,14 @@ def find_lora(
     text, path = str(name), Path(os.path.expanduser(name))
     if not text or "\0" in text or len(text) > 4096:
         raise CheckpointError(f"LoRA is {text[:60]!r}; it must be a file, a name in the LoRA folder, or a Hub id")
-    if revision is not None and _exists(path):
-        raise CheckpointError(f"revision is {revision!r:.60}; {path} is on this disk: only LoRAs on the Hub have one")
-    if _exists(path):
-        return _in_folder(path) if path.is_dir() else path
-    if isinstance(name, Path) or text.startswith((".", "/", "~")):
+    is_path = _exists(path)
+    if not is_path and (isinstance(name, Path) or text.startswith((".", "/", "~"))):
         raise CheckpointError(f"{path}: no such file")
-    found = _named(text, lora_folder(folder))
+    found = path if is_path else _named(text, lora_folder(folder))
+    if found is not None and revision is not None:
+        raise CheckpointError(f"revision is {revision!r:.60}; {found} is on this disk: only LoRAs on the Hub have one")
     if found is not None:
-        return found
+        return _in_folder(found) if found.is_dir() else found
     hub = _HUB.fullmatch(text)
     if hub is None:
         raise CheckpointError(_not_found(text, lora_folder(folder)))

@@ -241,7 +241,7 @@ def _is_part(folder: Path) -> bool:
 def _open_base(
     model: str | Path, revision: str | None, token: str | None, local_files_only: bool, needed: Collection[str]
 ) -> Source:
-    if model == "tiny":
+    if isinstance(model, str) and resolve(model) == "tiny":
         if not (TINY_FOLDER / CONFIG_FILE).exists():
             raise CheckpointError(f"{TINY_FOLDER}: the embedded checkpoint is not in this installation: reinstall it")
         return open_checkpoint(TINY_FOLDER)
@@ -293,7 +293,7 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
 
 def check_revision(model: str | Path, revision: str | None) -> None:
     """Raises CheckpointError for a revision of a model that has none, as it is on this disk."""
-    if revision is not None and (str(model) == "tiny" or _exists(Path(os.path.expanduser(model)))):
+    if revision is not None and (resolve(str(model)) == "tiny" or _exists(Path(os.path.expanduser(model)))):
         raise CheckpointError(f"revision is {revision!r:.60}; {model} is on this disk: only models on the Hub have one")
 
 

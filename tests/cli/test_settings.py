@@ -28,6 +28,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "klein-mlx").mkdir()
     path = tmp_path / "klein-mlx" / "config.toml"
     path.write_text(
+        'revision = "abc"\n'
         'model = "mine"\nsteps = 8\nsize = "3:2"\nquiet = true\n[presets.fast]\nsteps = 2\nguidance = 1\n'
         'max-sequence-length = 20\n[models]\nmine = "~/klein"\n[folders]\nloras = "~/loras"\n'
     )
@@ -46,6 +47,8 @@ def test_what_goes_before_what(config: Path) -> None:
     assert (plain.num_images_per_prompt, plain.force, plain.negative_prompt) == (1, False, None)
     assert plain.models == {"mine": str(Path("~/klein").expanduser())}
     assert plain.lora_folder == str(Path("~/loras").expanduser())
+    other = complete(typed("a fox", "-m", "tiny"))
+    assert (plain.revision, other.revision) == ("abc", None)  # it is of the config's model
     fast = complete(typed("a fox", "--preset", "fast"))
     assert (fast.num_inference_steps, fast.guidance_scale, fast.max_sequence_length, fast.size) == (2, 1.0, 20, "3:2")
     given = complete(typed("a fox", "--preset", "fast", "--steps", "3", "--width", "64", "-m", "tiny"))
