@@ -13,7 +13,7 @@ from klein_mlx.weights.hub import ALIASES
 PROGRAM = "klein-mlx"
 SHELLS = ("bash", "zsh", "fish")
 BITS = ("4", "8", "3", "5", "6", "mxfp4", "nvfp4", "mxfp8", "mixed-4")
-_FILES = {"FILE", "FOLDER", "SOURCE", "DESTINATION", "VAE", "PICTURE"}  # metavars of paths
+_FILES = set("FILE FOLDER DIR RUN DATA LORA SOURCE DESTINATION VAE PICTURE".split())  # metavars of paths
 _MODELS = {"MODEL", "SOURCE"}  # metavars of models
 # Names of models are read line by line and quoted: a folder's name is a user's data, never the shell's code.
 _PREAMBLE = {
