@@ -303,6 +303,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("formatter_class", partial(argparse.RawDescriptionHelpFormatter, max_help_position=26))
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.color = False  # Python 3.14 would color the help, and `say` escapes its codes
         self.rare: list[argparse._ArgumentGroup] = []  # headings whose options only --help-all explains
 
     def _print_message(self, message: str, file: object = None) -> None:

@@ -132,7 +132,8 @@ def test_help_names_every_command(given: list[str], capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_examples(name: str) -> None:
+def test_every_command_has_help_with_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for Python 3.14, as in a terminal
     told = command_parser(name).format_help()
     assert told.startswith(f"usage: klein-mlx {name}")
     assert "\nexamples:\n  klein-mlx " in told
