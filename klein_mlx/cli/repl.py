@@ -197,7 +197,7 @@ class Session:
         if rest in ("random", "default"):
             self.settings["seed"] = None
         elif rest:
-            self.settings["seed"] = _whole("!seed", rest)
+            self._try(seed=_whole("!seed", rest))
         self.say(f"seed {'random' if self.settings['seed'] is None else self.settings['seed']}")
 
     def size(self, rest: str) -> None:

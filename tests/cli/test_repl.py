@@ -134,6 +134,7 @@ def test_another_model(session: Any) -> None:
     ("line", "words"),
     [
         ("!seed x", "!seed is 'x'; it must be a whole number"),
+        ("!seed -1", "seed is -1; it must be a whole number from 0"),
         ("!size 100x64", "width is 100; it must be a multiple of 16"),
         ("!size big", "!size is 'big'; it must be WIDTHxHEIGHT (1024x768), an aspect (16:9), megapixels (2mp)"),
         ("!steps 0", "steps is 0; it must be a whole number from 1 to 1000"),
