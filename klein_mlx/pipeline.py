@@ -83,7 +83,7 @@ class KleinPipeline(metaclass=Answering):
         def __setattr__(self, name: str, value: Any) -> None:
             if name in COMPONENTS:
                 raise AttributeError(f"pipe.{name} cannot be set; {REPLACED.format(name)}")
-            if name == "scheduler":
+            if name in ("scheduler", "_interrupt"):
                 answer(self, name)
             super().__setattr__(name, value)
 

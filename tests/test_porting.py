@@ -118,6 +118,8 @@ def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.Log
             KleinPipeline.from_pretrained("tiny", **arguments)
     with pytest.raises(AttributeError, match="use from_pretrained"):
         getattr(KleinPipeline, "from_single_file")  # noqa: B009
+    with pytest.raises(AttributeError, match="use pipe.stream"):
+        setattr(pipe, "_interrupt", True)  # noqa: B010
     with pytest.raises(AttributeError, match="vae cannot be set"):
         setattr(pipe, "vae", 1)  # noqa: B010
     with pytest.raises(TypeError, match="use KleinPipeline.from_pretrained\\('tiny'\\)"):
