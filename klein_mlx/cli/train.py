@@ -57,11 +57,10 @@ def run(args: argparse.Namespace) -> int:
     """Train. Returns the exit code; raises KleinError."""
     options = _obtained(_options(args), args)
     if args.dry_run:
-        from klein_mlx.cli.output import say
         from klein_mlx.train.plan import make_plan
 
-        for line in make_plan(options).lines():
-            say(line)
+        lines = make_plan(options).lines()
+        say(*([json.dumps({"event": "plan", "lines": lines})] if args.json else lines))
         return 0
     from klein_mlx.runtime.distributed import LostPeer
     from klein_mlx.train.loop import train
@@ -149,7 +148,6 @@ class _Lines:
         self._bar = tqdm(total=steps, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False)
 
     def event(self, event: "Event") -> None:
-        from klein_mlx.cli.output import say
         from klein_mlx.train.loop import Checkpoint, Done, Notice, Preview, TrainStep
 
         if isinstance(event, TrainStep):

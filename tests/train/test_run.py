@@ -351,6 +351,8 @@ def test_the_command_tells_what_it_would_do(
     assert "on disk    " in out
     assert "for 4 captions" in out
     assert "TFLOP an update" in out
+    assert main([*words, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "plan", "lines": out.splitlines()}
     assert not options.run_folder.exists()
     assert main(["train"]) == 2
     assert "train needs DATA" in capsys.readouterr().err
