@@ -57,7 +57,7 @@ _OF_COMMANDS = {
         "--quantize --q-bits": "--bits",
         "--low-ram --low-memory --lowvram": "--bits 4",
         "--alpha --lora-alpha --network-alpha": "--rank: alpha is equal to it",
-        "--epochs --num-train-epochs --iters --max-train-steps --train-steps": "--steps",
+        "--epochs --num-train-epochs --max-train-epochs --iters --max-train-steps --train-steps": "--steps",
         "--batch-size --train-batch-size": "--batch",
         "--data --dataset --instance-data-dir --train-data-dir": "klein-mlx train DATA -o NAME.safetensors",
         "--instance-prompt --caption": "--prompt",
