@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -92,10 +91,9 @@ def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     from klein_mlx.train.plan import check_variant
     from klein_mlx.weights.hub import published, resolve
 
-    if not os.path.exists(options.data):
-        read_items(options)  # it refuses: before a download
-    if published(options.model, own_names()):
-        check_variant(source_without_files(options.model, None).config, options)  # likewise
+    if published(options.model, own_names()):  # what is refused without the weights is refused before a download
+        check_variant(source_without_files(options.model, None).config, options)
+    read_items(options)
     model = obtain(options.model, yes=args.yes, quiet=args.quiet)
     # A name that anybody knows stays as it is: the run records it, and Python may resume it by that name.
     return options if model == resolve(options.model) else replace(options, model=model)

@@ -131,8 +131,18 @@ def test_a_part_from_the_hub(served: Hub, tmp_path: Path) -> None:
     assert klein(served, tmp_path, *command, code=NO_SOCKETS).returncode == 0
 
 
-def test_nobody_to_ask(served: Hub, tmp_path: Path) -> None:
-    done = klein(served, tmp_path, *ASK)
+TRAIN = ("train", "pictures", "-o", "x.safetensors", "-m", "owner/name")
+
+
+@pytest.mark.parametrize("command", [ASK, TRAIN])
+def test_nobody_to_ask(served: Hub, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "pictures").mkdir()
+    if command is TRAIN:
+        done = klein(served, tmp_path, *command)
+        assert "data is 'pictures', which holds no pictures" in done.stderr
+        assert served.asked == []
+        (tmp_path / "pictures" / "a.png").touch()
+    done = klein(served, tmp_path, *command)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "owner/name is not on this machine: 9.9 MB from http://127.0.0.1" in done.stderr
     assert "add --yes to download it, or first: klein-mlx models pull owner/name" in done.stderr

@@ -47,6 +47,7 @@ def test_a_name_that_anybody_knows_is_recorded(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("KLEIN_MLX_HOME", str(tmp_path))
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "a.png").touch()
     args = command_parser("train").parse_args([])
     for name, recorded in (("tiny", "tiny"), ("klein-Tiny", "klein-Tiny"), ("mine", str(tmp_path / "models" / "mine"))):
         options = make_options({**GOOD, "data": str(tmp_path), "model": name})
