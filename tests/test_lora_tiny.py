@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from adherence import world
+from adherence import captions, world
 from checker import judge_scene, read
 from lora_layouts import LAYOUTS, Factors, Twin, save
 
@@ -36,7 +36,7 @@ def trained() -> Twin:
 def prompts(count: int) -> list[tuple[str, world.Scene]]:
     """Unseen prompts of coloured shapes on backgrounds of other colours than black."""
     found = []
-    for words, scene in world.held_out_prompts(4 * count, seed=3):
+    for words, scene in captions.judged_captions(4 * count, seed=3):
         if COLOUR not in {scene.background, *(shape.colour for shape in scene.shapes)}:
             found.append((words, scene))
     return found[:count]

@@ -1,6 +1,6 @@
-"""Measures a trained folder on held-out prompts and edits, with the geometric checker of tests/checker.py.
+"""Measures a trained folder on held-out prompts and edits, with the geometric checker of tests/tools/checker.py.
 
-    python examples/tiny/evaluate.py --folder DIR/v2 --prompts 200 --edits 50
+    python examples/tiny/evaluate.py --folder DIR/tiny --prompts 200 --edits 50
 
 `sample` is the same loop as diffusers' Flux2KleinPipeline (same sigmas, same positions), batched over prompts;
 --pipeline runs diffusers' own pipeline on the first prompts and reports how far the two differ.
@@ -17,36 +17,47 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from captions import combine_instruction, instruction, judged_captions
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from fast import GRID, make_velocity
 from pool import latent_pictures, latent_tokens
-from text import LENGTH
+from text import LENGTH, Prompts
 from torch import Tensor
-from train_flow import TextFeatures
-from train_text_encoder import TAPS
+from train_text_encoder import TAPS, taps_of
 from training import write_json
+from transformers import Qwen3ForCausalLM
 from world import (
     EDIT_KINDS,
     KINDS,
-    SIZE_WORDS,
     Scene,
+    Shape,
     apply_edit,
-    caption,
     combine,
-    combine_instruction,
-    held_out_prompts,
-    instruction,
-    is_captioned,
     random_edit,
     random_scene,
     render,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "tools"))
-from checker import judge_edit, judge_scene, match, read  # noqa: E402
+from checker import judge_edit, judge_scene, read  # noqa: E402
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TextFeatures:
+    """The frozen encoder: prompts to prompt_embeds (B, LENGTH, 3 * HIDDEN) bfloat16."""
+
+    def __init__(self, out: Path) -> None:
+        self.prompts = Prompts(out / "tokenizer")
+        self.encoder = Qwen3ForCausalLM.from_pretrained(
+            out / "text_encoder", dtype=torch.bfloat16, attn_implementation="eager"
+        )
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        ids, mask = self.prompts(prompts)
+        return taps_of(self.encoder, torch.from_numpy(ids), torch.from_numpy(mask))[0]
 
 
 def sigmas_of(steps: int) -> list[float]:
@@ -105,59 +116,100 @@ class Judge:
             results.append(latent_pictures(self.vae, latents))
         return np.concatenate(results)
 
-    def prompts(self, cases: list[tuple[str, Scene]], seed: int) -> dict:
-        """Accuracies over (prompt, scene) pairs."""
+    def prompts(self, cases: list[tuple[str, Scene]], seed: int, open_: frozenset[int] = frozenset()) -> dict:
+        """Accuracies over (prompt, scene) pairs, and the prompts of which something is wrong.
+
+        open_: cases whose background or relation is not said; "background" and "relation" leave them out.
+        """
         pictures = self.pictures([words for words, _ in cases], seed)
         tally: dict[str, list[bool]] = defaultdict(list)
-        for (words, scene), picture in zip(cases, pictures, strict=True):
+        wrong = []
+        for i, ((words, scene), picture) in enumerate(zip(cases, pictures, strict=True)):
             verdict = judge_scene(picture, scene)
-            arity = "single" if len(scene.shapes) == 1 else "pair"
-            tally["background"].append(verdict["background"])
-            tally[f"{arity}_colour"] += verdict["colours"]
-            tally[f"{arity}_shape"] += verdict["kinds"]
-            tally[f"{arity}_all"].append(verdict["all"])
-            if arity == "pair":
-                tally["relation"].append(verdict["relation"])
-            for shape, right in zip(scene.shapes, verdict["kinds"], strict=True):
-                tally[f"shape_{shape.kind}"].append(right)
-            tally["size_when_said"] += sizes_right(words, scene, picture)
-        return summary(tally)
+            tally["colour"] += verdict["colours"]
+            tally["shape"] += verdict["kinds"]
+            right = [verdict["count"], *verdict["colours"], *verdict["kinds"]]
+            if i not in open_:
+                tally["background"].append(verdict["background"])
+                tally["relation"] += [verdict["relation"]] if len(scene.shapes) == 2 else []
+                right.append(verdict["all"])
+            tally["all"].append(all(right))
+            if not all(right):
+                wrong.append(words)
+        return {**summary(tally), "wrong": wrong[:20]}
 
-    def edits(self, count: int, seed: int) -> dict:
+    def variety(self, prompts: list[str], seeds: int = 16) -> dict:
+        """Of `seeds` pictures of each prompt "a COLOUR KIND": how many have the colour and kind, how many clearly
+        different places (12 pixels) or sizes (a third) there are among them."""
+        rows = {}
+        for words in prompts:
+            colour, kind = words.split()[-2:]
+            pictures = self.pictures([words] * seeds, 7)
+            regions = [read(picture).regions for picture in pictures]
+            different: list[tuple[float, float, float]] = []
+            for found in regions:
+                if found and all(
+                    max(abs(found[0].x - x), abs(found[0].y - y)) > 12 or not 0.75 < found[0].width / w < 1.33
+                    for x, y, w in different
+                ):
+                    different.append((found[0].x, found[0].y, found[0].width))
+            rows[words] = {
+                "colour": sum(bool(f) and f[0].colour == colour for f in regions),
+                "kind": sum(bool(f) and f[0].kind == kind and len(f) == 1 for f in regions),
+                "different": len(different),
+            }
+        return rows
+
+    def edits(self, count: int, seed: int, held: bool) -> dict:
         """Accuracies of `count` edits of every kind, towards held-out results, and of `count` combinations."""
         result = {}
         for kind in (*EDIT_KINDS, "combine"):
             rng = np.random.default_rng((seed, (*EDIT_KINDS, "combine").index(kind)))
-            cases = [edit_case(kind, i, rng) for i in range(count)]
+            cases = [edit_case(kind, i, rng, held) for i in range(count)]
             befores = [np.stack([render(c[1][k]) for c in cases]) for k in range(len(cases[0][1]))]
             pictures = self.pictures([words for words, _, _ in cases], seed, befores)
             tally: dict[str, list[bool]] = defaultdict(list)
-            for i, ((_, _, after), picture) in enumerate(zip(cases, pictures, strict=True)):
-                for name, right in judge_edit(picture, befores[0][i], render(after), after).items():
+            wrong = []
+            for i, ((words, _, after), picture) in enumerate(zip(cases, pictures, strict=True)):
+                verdict = judge_edit(picture, befores[0][i], render(after), after)
+                for name, right in verdict.items():
                     tally[name].append(right)
-            result[kind] = summary(tally)
+                wrong += [] if verdict["all"] else [words]
+            result[kind] = {**summary(tally), "wrong": wrong[:6]}
         return result
 
 
-def sizes_right(words: str, scene: Scene, picture: np.ndarray) -> list[bool]:
-    """For a single shape whose size the prompt names: whether its box is nearer to that size than to the other."""
-    shape = scene.shapes[0]
-    if len(scene.shapes) != 1 or not any(word in words.split() for word in SIZE_WORDS[shape.size]):
-        return []
-    region = match(read(picture).regions, scene.shapes)[0]
-    return [region is not None and (region.width + region.height > 84) == (shape.size == "large")]
-
-
-def edit_case(kind: str, index: int, rng: np.random.Generator) -> tuple[str, tuple[Scene, ...], Scene]:
+def edit_case(kind: str, index: int, rng: np.random.Generator, held: bool) -> tuple[str, tuple[Scene, ...], Scene]:
     """Instruction, reference scenes and the wanted scene; scenes of one and two shapes take turns."""
     if kind == "combine":
         while True:
             first, second = random_scene(rng, 1), random_scene(rng)
             if second.background not in (first.background, first.shapes[0].colour):
-                return combine_instruction(first, rng), (first, second), combine(first, second)
+                return combine_instruction(first, rng, held).words, (first, second), combine(first, second)
     scene = random_scene(rng, 2 if kind == "remove" else 1 + index % 2)
     edit = random_edit(scene, kind, rng, held=True)
-    return instruction(scene, edit, rng), (scene,), apply_edit(scene, edit)
+    return instruction(scene, edit, rng, held).words, (scene,), apply_edit(scene, edit)
+
+
+def everyday() -> tuple[list[tuple[str, Scene]], frozenset[int]]:
+    """The prompts of everyday.txt with the scenes that they name, and those that leave background or relation open."""
+    cases, open_ = [], set()
+    for line in (Path(__file__).parent / "everyday.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        words, background, *rest = (part.strip() for part in line.split("|"))
+        places = {"left of": ((32, 64), (96, 64)), "right of": ((96, 64), (32, 64)), "above": ((64, 32), (64, 96))}
+        places |= {"below": ((64, 96), (64, 32)), "-": ((32, 64), (96, 64))}
+        centres = places[rest[1]] if len(rest) > 1 else ((64, 64),)
+        named = (rest[0], rest[2]) if len(rest) > 1 else (rest[0],)
+        shapes = tuple(
+            Shape(kind, colour, "large", x, y)
+            for (colour, kind), (x, y) in zip((name.split() for name in named), centres, strict=True)
+        )
+        if background == "-" or "-" in rest:
+            open_.add(len(cases))
+        cases.append((words, Scene("white" if background == "-" else background, shapes)))
+    return cases, frozenset(open_)
 
 
 def summary(tally: dict[str, list[bool]]) -> dict:
@@ -171,22 +223,11 @@ def load_predict(folder: Path, compiled: bool = False) -> Predict:
     return make_velocity(model, LENGTH, compiled)
 
 
-def seen_prompts(count: int, seed: int) -> list[tuple[str, Scene]]:
-    """As held_out_prompts, but of combinations that occur in training."""
-    rng = np.random.default_rng((seed, 1))
-    cases: list[tuple[str, Scene]] = []
-    while len(cases) < count:
-        scene = random_scene(rng, 1 + len(cases) % 2)
-        if is_captioned(scene):
-            cases.append((caption(scene, rng), scene))
-    return cases
-
-
 def against_pipeline(folder: Path, judge: Judge, count: int, seed: int) -> float:
     """Largest share of pixels (over `count` prompts) that differ by over 24 of 255 from diffusers' own pipeline."""
     pipe = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    cases = held_out_prompts(count, seed)
+    cases = judged_captions(count, seed)
     ours = judge.pictures([words for words, _ in cases], seed)
     noise = torch.randn(count, GRID * GRID, 64, generator=torch.Generator().manual_seed(seed))
     worst = 0.0
@@ -209,20 +250,39 @@ def against_pipeline(folder: Path, judge: Judge, count: int, seed: int) -> float
 
 
 def evaluate(judge: Judge, prompts: int, edits: int, seeds: list[int]) -> dict:
-    """All figures, one entry per noise-and-prompt seed."""
+    """All figures: of combinations held out of training unless it says otherwise, one entry per seed."""
     figures: dict = {"steps": judge.steps, "guidance": judge.guidance, "kinds": list(KINDS), "seeds": {}}
+    cases, open_ = everyday()
+    figures["everyday"] = judge.prompts(cases, 5, open_)
+    figures["variety"] = judge.variety(["a red circle", "a blue star", "a green square", "black ring"])
     for seed in seeds:
         figures["seeds"][str(seed)] = {
-            "held_out_prompts": judge.prompts(held_out_prompts(prompts, seed), seed),
-            "seen_prompts": judge.prompts(seen_prompts(prompts // 2, seed), seed),
-            "edits": judge.edits(edits, seed),
+            "own_wordings": judge.prompts(judged_captions(prompts, seed), seed),
+            "seen_combinations": judge.prompts(judged_captions(prompts // 2, seed, combinations=False), seed),
+            "held_out_wordings": judge.prompts(judged_captions(prompts, seed, held=True), seed),
+            "held_out_synonyms": judge.prompts(judged_captions(prompts // 2, seed, synonyms=True), seed),
+            "edits": judge.edits(edits, seed, held=False),
+            "edits_held_out_wordings": judge.edits(edits, seed, held=True),
         }
     return figures
+
+
+def in_lines(figures: dict, indent: str = "") -> None:
+    """Print shares and counts, a line each."""
+    for name, value in figures.items():
+        if isinstance(value, dict) and "share" in value:
+            print(f"{indent}{name}: {value['share']:.3f} of {value['n']}")
+        elif isinstance(value, dict):
+            print(f"{indent}{name}")
+            in_lines(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {value}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="a diffusers folder, or the training folder")
+    parser.add_argument("--transformer", default="transformer", help="which folder in it has the transformer")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--prompts", type=int, default=200)
@@ -231,9 +291,9 @@ if __name__ == "__main__":
     parser.add_argument("--pipeline", type=int, default=0, help="compare so many prompts with diffusers' pipeline")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    judging = Judge(chosen.folder, load_predict(chosen.folder / "transformer"), chosen.steps, chosen.guidance)
+    judging = Judge(chosen.folder, load_predict(chosen.folder / chosen.transformer), chosen.steps, chosen.guidance)
     results = evaluate(judging, chosen.prompts, chosen.edits, chosen.seeds)
     if chosen.pipeline:
         results["pixels_apart_from_diffusers"] = against_pipeline(chosen.folder, judging, chosen.pipeline, 0)
     write_json(chosen.folder / "evaluation.json", results)
-    print((chosen.folder / "evaluation.json").read_text())
+    in_lines(results)

@@ -1,10 +1,10 @@
 """Trains the `tiny` checkpoint from nothing: one command, seeded, resumable.
 
-    python examples/tiny/make.py --out DIR
+    python examples/tiny/make.py --out DIR [--start FOLDER]
 
 Stages run one after the other, each as its own script; a stage whose result is there is skipped, a killed one resumes.
-At the end DIR/base and DIR/tiny are folders in diffusers' layout for Flux2KleinPipeline.from_pretrained, and
-DIR/tiny/figures.json says what was measured. `--export-only` writes those two folders from what is there.
+At the end DIR/tiny is a folder in diffusers' layout for Flux2KleinPipeline.from_pretrained, and DIR/tiny/figures.json
+says what was measured. `--export-only` writes that folder from what is there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# stage: (script, minutes of training, what shows that it is done)
+# stage: (script, what shows that it is done)
 STAGES = {
-    "vae": ("train_vae.py", 13.0, "vae/config.json"),
-    "text_encoder": ("train_text_encoder.py", 5.5, "text_encoder/config.json"),
-    "pool": ("pool.py", 0.0, "pool/7.pt"),
-    "flow": ("train_flow.py", 32.0, "flow.done"),
-    "student": ("distil.py", 30.0, "student.done"),
+    "vae": ("train_vae.py", "vae/config.json"),
+    "text_encoder": ("train_text_encoder.py", "text_encoder/config.json"),
+    "pool": ("pool.py", "pool.pt"),
+    "student": ("train_student.py", "student.done"),
 }
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -48,28 +47,26 @@ INDEX = {
 }
 
 
-def run_stage(name: str, out: Path, seed: int, scale: float) -> None:
+def run_stage(name: str, out: Path, seed: int, more: list[str]) -> None:
     """Run one stage unless its mark is there, and say how long it took."""
-    script, minutes, mark = STAGES[name]
+    script, mark = STAGES[name]
     if (out / mark).exists():
         print(f"{name}: done before", flush=True)
         return
     start = time.monotonic()
-    command = [sys.executable, str(HERE / script), "--out", str(out), "--seed", str(seed)]
-    amount = ["--minutes", str(minutes * scale)] if minutes else ["--families", str(max(10, round(1000 * scale)))]
-    subprocess.run([*command, *amount], check=True)
+    subprocess.run([sys.executable, str(HERE / script), "--out", str(out), "--seed", str(seed), *more], check=True)
     if mark.endswith(".done"):
         (out / mark).touch()
     print(f"{name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
 
-def export(out: Path, transformer: str, destination: Path, distilled: bool) -> None:
-    """Gather a folder in diffusers' layout; `transformer` names the subfolder of `out` with the weights."""
+def export(out: Path, destination: Path) -> None:
+    """Gather the student's folder in diffusers' layout."""
     scratch = destination.with_name(destination.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(out / part, scratch / part)
-    shutil.copytree(out / transformer, scratch / "transformer")
+    shutil.copytree(out / "student", scratch / "transformer")
     for config in scratch.glob("*/config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)
@@ -81,7 +78,7 @@ def export(out: Path, transformer: str, destination: Path, distilled: bool) -> N
 
     # The last three are for klein-mlx, which finds them nowhere else; diffusers ignores them with a warning.
     ours = {"text_encoder_out_layers": list(TAPS), "max_sequence_length": LENGTH, "default_size": 128}
-    index = {**INDEX, "is_distilled": distilled, **ours}
+    index = {**INDEX, "is_distilled": True, **ours}
     (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(destination, ignore_errors=True)
     scratch.rename(destination)
@@ -97,11 +94,6 @@ def stage_minutes(out: Path) -> dict[str, float]:
     return minutes
 
 
-def vae_psnr(out: Path) -> float:
-    """The last PSNR in the autoencoder's log, in dB."""
-    return float(re.findall(r"psnr=([\d.]+)", (out / "vae.log").read_text())[-1])
-
-
 def measure(out: Path, folder: Path, prompts: int, edits: int, seeds: list[int]) -> None:
     """Evaluate an exported student with 4 steps and guidance 1, and write figures.json into it."""
     command = [sys.executable, str(HERE / "evaluate.py"), "--folder", str(folder), "--pipeline", "4"]
@@ -109,7 +101,7 @@ def measure(out: Path, folder: Path, prompts: int, edits: int, seeds: list[int])
     subprocess.run(command, check=True)
     figures = json.loads((folder / "evaluation.json").read_text())
     (folder / "evaluation.json").unlink()
-    figures = {"vae_psnr_db": vae_psnr(out), "training_minutes": stage_minutes(out), **figures}
+    figures = {"training_minutes": stage_minutes(out), **figures}
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -117,17 +109,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="tiny", help="name of the student's folder in DIR")
+    parser.add_argument("--start", type=Path, help="a diffusers folder whose VAE is kept and whose transformer goes on")
+    parser.add_argument("--steps", type=int, default=2000, help="updates of the student; from nothing it takes 8000")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--scale", type=float, default=1.0, help="times all stages' minutes; small to try it out")
     parser.add_argument("--export-only", action="store_true")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.start is not None and not (chosen.out / "vae").exists():
+        shutil.copytree(chosen.start / "vae", chosen.out / "vae")
+    student = ["--steps", str(chosen.steps)]
+    student += ["--start", str(chosen.start / "transformer")] if chosen.start is not None else []
     if not chosen.export_only:
         for stage in STAGES:
-            run_stage(stage, chosen.out, chosen.seed, chosen.scale)
-    export(chosen.out, "transformer", chosen.out / "base", distilled=False)
-    export(chosen.out, "student", chosen.out / chosen.name, distilled=True)
-    measure(chosen.out, chosen.out / chosen.name, chosen.prompts, chosen.edits, chosen.seeds)
+            run_stage(stage, chosen.out, chosen.seed, student if stage == "student" else [])
+    export(chosen.out, chosen.out / "tiny")
+    measure(chosen.out, chosen.out / "tiny", chosen.prompts, chosen.edits, chosen.seeds)

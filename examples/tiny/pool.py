@@ -1,33 +1,42 @@
-"""Families of scenes with their latents, encoded once, from which every training batch is drawn.
+"""Latents of scenes, encoded once, from which every training batch is drawn.
 
-A family is a scene and the scenes one edit away from it: one of each edit of each shape. So every member is a picture
-for text-to-image, every member next to the first is an edit and (but for removals) its inverse, and a background edit
-of a single shape is also the answer to a two-reference task.
+All single shapes (of combinations that training may show) at all places and sizes, pairs with all their variants
+(sizes, lanes, across or down), and families: a pair and the pairs one edit away from it. Every picture is a target for
+text-to-image; a single shape's edit, and the answer to a two-reference task, is another single shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from captions import caption, combine_instruction, instruction
 from diffusers import AutoencoderKLFlux2
+from text import Prompts
 from torch import Tensor
 from training import Log
+from unsaid import TOKENS, draw, imprint, values_of, with_values
 from world import (
     COLOURS,
+    EDIT_KINDS,
+    GRID,
+    KINDS,
+    RADIUS,
     SIDE,
     Edit,
     Scene,
+    Shape,
     apply_edit,
-    caption,
-    combine_instruction,
-    instruction,
+    combine,
     inverse_edit,
-    is_captioned,
+    is_held_out,
+    is_valid,
     random_edit,
     random_scene,
     render,
@@ -36,18 +45,50 @@ from world import (
 
 TOKEN = 16  # pixels a side
 SHAPE_WEIGHT = 4.0  # loss weight of tokens that a shape touches; 1 elsewhere
+CANDIDATES = 4  # scenes at most that one piece of noise may mean
 
 
 @dataclass(frozen=True)
 class Family:
-    """A scene, edits of it, and where the latents of scene and results stand in the pool."""
+    """A pair and edits of it: a new background, a recolouring, a replacement and a removal of each shape."""
 
     scene: Scene
     edits: tuple[Edit, ...]
-    rows: tuple[int, ...]
 
 
-def family_edits(scene: Scene, rng: np.random.Generator) -> tuple[Edit, ...]:
+@dataclass(frozen=True)
+class Batch:
+    """What one training step needs.
+
+    words: (B) prompts; noise: (B, 64, C); targets: (B, CANDIDATES, 64, C), any of which is right (the first is what the
+    noise means); references: one (B, 64, C) for each; weights: (B, 64) of the loss.
+    """
+
+    words: list[str]
+    noise: Tensor
+    targets: Tensor
+    references: list[Tensor]
+    weights: Tensor
+
+
+def singles() -> list[Scene]:
+    """Every scene of one shape that training may show, and the empty backgrounds."""
+    scenes = [Scene(background) for background in COLOURS]
+    for kind, colour, background, size, x, y in product(KINDS, COLOURS, COLOURS, RADIUS, GRID, GRID):
+        scene = Scene(background, (Shape(kind, colour, size, x, y),))
+        if is_valid(scene) and not is_held_out(scene):
+            scenes.append(scene)
+    return scenes
+
+
+def variants(scene: Scene) -> list[Scene]:
+    """A pair in all sizes and lanes, across and down."""
+    options = product(RADIUS, RADIUS, (32, 64, 96), ("across", "down"))
+    names = ("size0", "size1", "lane", "axis")
+    return [with_values(scene, values_of(scene) | dict(zip(names, option, strict=True))) for option in options]
+
+
+def family_of(scene: Scene, rng: np.random.Generator) -> Family:
     """A background edit, and for each shape one recolouring, one replacement and its removal."""
     edits = [random_edit(scene, "background", rng)]
     for index in range(len(scene.shapes)):
@@ -56,7 +97,7 @@ def family_edits(scene: Scene, rng: np.random.Generator) -> tuple[Edit, ...]:
                 pass
             edits.append(edit)
         edits.append(Edit("remove", index))
-    return tuple(edits)
+    return Family(scene, tuple(edits))
 
 
 def latent_tokens(vae: AutoencoderKLFlux2, pixels: np.ndarray) -> Tensor:
@@ -91,119 +132,117 @@ def token_weights(scenes: list[Scene]) -> Tensor:
 
 
 @torch.no_grad()
-def build_chunk(vae: AutoencoderKLFlux2, seed: int, families: int) -> dict:
-    """`families` new families (half of them of one shape) and their latents (rows, 64, channels) bfloat16."""
-    rng = np.random.default_rng(seed)
-    scenes: list[Scene] = []
-    members: list[Family] = []
-    for i in range(families):
-        scene = random_scene(rng, 1 + i % 2)
-        edits = family_edits(scene, rng)
-        start = len(scenes)
-        scenes += [scene, *(apply_edit(scene, edit) for edit in edits)]
-        members.append(Family(scene, edits, tuple(range(start, len(scenes)))))
-    latents = []
-    for start in range(0, len(scenes), 64):
-        latents.append(latent_tokens(vae, np.stack([render(s) for s in scenes[start : start + 64]])))
-    return {"families": members, "latents": torch.cat(latents).to(torch.bfloat16)}
-
-
-def build_pool(out: Path, chunks: int, families: int, seed: int) -> None:
-    """Write out/pool/<i>.pt, skipping the chunks that are there."""
-    log = Log(out, "pool")
+def build_pool(out: Path, groups: int, families: int, seed: int) -> None:
+    """Write out/pool.pkl (scenes and families) and out/pool.pt (their latents, bfloat16)."""
+    log, rng = Log(out, "pool"), np.random.default_rng((seed, 3))
     vae = AutoencoderKLFlux2.from_pretrained(out / "vae", torch_dtype=torch.bfloat16)
     vae.to(memory_format=torch.channels_last)
-    (out / "pool").mkdir(exist_ok=True)
-    for i in range(chunks):
-        path = out / "pool" / f"{i}.pt"
-        if path.exists():
-            continue
-        chunk = build_chunk(vae, 1000 + 100 * seed + i, families)
-        torch.save(chunk, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-        log(chunk=i, rows=len(chunk["latents"]))
+    scenes = dict.fromkeys(singles())
+    for _ in range(groups):
+        scenes |= dict.fromkeys(variants(random_scene(rng, 2)))
+    members = [family_of(random_scene(rng, 2), rng) for _ in range(families)]
+    for family in members:
+        scenes |= dict.fromkeys([family.scene, *(apply_edit(family.scene, edit) for edit in family.edits)])
+    ordered = list(scenes)
+    latents = torch.empty(len(ordered), TOKENS, 64, dtype=torch.bfloat16)
+    for start in range(0, len(ordered), 64):
+        part = slice(start, start + 64)
+        latents[part] = latent_tokens(vae, np.stack([render(s) for s in ordered[part]])).to(torch.bfloat16)
+        if start % 6400 == 0:
+            log(pictures=start, of=len(ordered))
+    torch.save(latents, out / "pool.part")
+    (out / "pool.pkl").write_bytes(pickle.dumps((ordered, members)))
+    (out / "pool.part").rename(out / "pool.pt")
 
 
 class Pool:
-    """All chunks in memory, and batches of the three tasks drawn from them."""
+    """All pictures in memory, and batches of the three tasks drawn from them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.families: list[Family] = []
-        latents, offset = [], 0
-        for path in sorted(folder.glob("*.pt"), key=lambda p: int(p.stem)):
-            chunk = torch.load(path, weights_only=False)
-            for family in chunk["families"]:
-                rows = tuple(offset + row for row in family.rows)
-                self.families.append(Family(family.scene, family.edits, rows))
-            latents.append(chunk["latents"])
-            offset += len(chunk["latents"])
-        self.latents = torch.cat(latents)
-        self.by_background: dict[str, list[int]] = {name: [] for name in COLOURS}
-        for family in self.families:
-            for row, scene in zip(family.rows, self._scenes(family), strict=True):
-                self.by_background[scene.background].append(row)
+    def __init__(self, out: Path) -> None:
+        self.scenes, self.families = pickle.loads((out / "pool.pkl").read_bytes())
+        self.latents = torch.load(out / "pool.pt", mmap=True)
+        self.prompts = Prompts(out / "tokenizer")
+        self.rows: dict[Scene, int] = {scene: row for row, scene in enumerate(self.scenes)}
+        self.singles = [scene for scene in self.scenes if len(scene.shapes) == 1]
+        self.pairs = [scene for scene in self.scenes if len(scene.shapes) == 2]
+        self.by_background: dict[str, list[Scene]] = {name: [] for name in COLOURS}
+        for scene in self.scenes:
+            self.by_background[scene.background].append(scene)
 
     @staticmethod
-    def _scenes(family: Family) -> list[Scene]:
-        return [family.scene, *(apply_edit(family.scene, edit) for edit in family.edits)]
+    def _one(rng: np.random.Generator, options: list) -> object:
+        return options[int(rng.integers(len(options)))]
 
-    def _draw(self, rng: np.random.Generator, single: bool = False) -> Family:
+    def _picture(self, rng: np.random.Generator, noise: np.ndarray) -> tuple[str, tuple[Scene, ...], tuple[Scene, ...]]:
+        chance = rng.random()
+        if chance < 0.02:
+            scene = Scene(tuple(COLOURS)[int(rng.integers(len(COLOURS)))])
+        else:
+            scene = self._one(rng, self.singles if chance < 0.52 else self.pairs)
         while True:
-            family = self.families[int(rng.integers(len(self.families)))]
-            if not single or len(family.scene.shapes) == 1:
-                return family
-
-    def _picture(self, rng: np.random.Generator) -> tuple[str, tuple[int, ...], Tensor]:
-        family = self._draw(rng)
-        while True:
-            at = int(rng.integers(len(family.rows)))
-            scene = family.scene if at == 0 else apply_edit(family.scene, family.edits[at - 1])
-            if not is_captioned(scene):
-                family = self._draw(rng)
-            elif scene.shapes or rng.random() < 0.05:
-                return caption(scene, rng), (family.rows[at],), token_weights([scene])
-
-    def _edit(self, rng: np.random.Generator) -> tuple[str, tuple[int, ...], Tensor]:
-        while True:
-            family = self._draw(rng)
-            at = int(rng.integers(len(family.edits)))
-            before, edit = family.scene, family.edits[at]
-            # Telling one shape from another is the hard part; a new background is learnt soon.
-            easy = len(before.shapes) == 1 or edit.kind == "background"
-            if not easy or rng.random() < 0.5:
+            wording = caption(scene, rng)
+            drawn = draw(scene, wording.free, rng)
+            there = [s for s in drawn.scenes if s in self.rows]
+            # Held-out scenes are never there; other gaps are avoided, by noise that lies further from the border.
+            if all(s in self.rows or is_held_out(s) for s in drawn.scenes) or rng.random() < 0.05:
                 break
-        after = apply_edit(before, edit)
-        rows = (family.rows[at + 1], family.rows[0])
-        weights = token_weights([before, after])
+        imprint(noise, drawn.numbers)
+        return wording.words, tuple(there[:CANDIDATES]), ()
+
+    def _edit(self, rng: np.random.Generator, noise: np.ndarray) -> tuple[str, tuple[Scene, ...], tuple[Scene, ...]]:
+        while True:
+            if rng.random() < 0.3:
+                before = self._one(rng, self.singles)
+                edit = random_edit(before, EDIT_KINDS[int(rng.integers(4))], rng)
+            else:
+                family = self._one(rng, self.families)
+                before, edit = family.scene, self._one(rng, list(family.edits))
+                if edit.kind == "background" and rng.random() < 0.3:
+                    continue
+            after = apply_edit(before, edit)
+            if after in self.rows:
+                break
         back = inverse_edit(before, edit)
         if back is not None and rng.random() < 0.5:
-            before, edit, rows = after, back, rows[::-1]
-        return instruction(before, edit, rng), rows, weights
+            before, edit, after = after, back, before
+        return instruction(before, edit, rng).words, (after,), (before,)
 
-    def _combine(self, rng: np.random.Generator) -> tuple[str, tuple[int, ...], Tensor]:
-        family = self._draw(rng, single=True)
-        after = apply_edit(family.scene, family.edits[0])
-        options = self.by_background[after.background]
-        second = options[int(rng.integers(len(options)))]
-        words = combine_instruction(family.scene, rng)
-        return words, (family.rows[1], family.rows[0], second), token_weights([after])
+    def _combine(self, rng: np.random.Generator, noise: np.ndarray) -> tuple[str, tuple[Scene, ...], tuple[Scene, ...]]:
+        while True:
+            first = self._one(rng, self.singles)
+            second = self._one(rng, self.by_background[tuple(COLOURS)[int(rng.integers(len(COLOURS)))]])
+            after = combine(first, second)
+            if second.background != first.background and after in self.rows:
+                return combine_instruction(first, rng).words, (after,), (first, second)
 
-    def batch(self, rng: np.random.Generator, count: int, references: int) -> tuple[list[str], Tensor, Tensor]:
-        """Prompts, latents (B, 1 + references, 64, channels) with the target first, loss weights (B, 64)."""
-        draw = (self._picture, self._edit, self._combine)[references]
-        items = [draw(rng) for _ in range(count)]
-        rows = torch.tensor([rows for _, rows, _ in items])
-        return [words for words, _, _ in items], self.latents[rows], torch.stack([w for _, _, w in items])
+    def batch(self, rng: np.random.Generator, count: int, references: int) -> Batch:
+        """`count` cases of one task: pictures, edits or combinations by the number of references."""
+        make = (self._picture, self._edit, self._combine)[references]
+        noise = rng.standard_normal((count, TOKENS, 64), np.float32)
+        items = []
+        while len(items) < count:
+            item = make(rng, noise[len(items)])
+            if self.prompts.fits(item[0]):
+                items.append(item)
+        targets = [[self.rows[s] for s in (*right, *(right[:1] * CANDIDATES))[:CANDIDATES]] for _, right, _ in items]
+        sources = [[self.rows[s] for s in before] for _, _, before in items]
+        return Batch(
+            words=[words for words, _, _ in items],
+            noise=torch.from_numpy(noise),
+            targets=self.latents[torch.tensor(targets)],
+            references=[self.latents[torch.tensor([row[i] for row in sources])] for i in range(references)],
+            weights=torch.stack([token_weights([*right, *before[:1]]) for _, right, before in items]),
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Encode the pool: python examples/tiny/pool.py --out DIR")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chunks", type=int, default=8)
-    parser.add_argument("--families", type=int, default=1000)
+    parser.add_argument("--groups", type=int, default=900)
+    parser.add_argument("--families", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     import pool  # pickled families must name this module, which is now __main__
 
-    pool.build_pool(chosen.out, chosen.chunks, chosen.families, chosen.seed)
+    pool.build_pool(chosen.out, chosen.groups, chosen.families, chosen.seed)

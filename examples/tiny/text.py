@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from captions import caption, combine_instruction, instruction
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Qwen2Tokenizer
-from world import EDIT_KINDS, caption, combine_instruction, instruction, random_edit, random_scene
+from world import EDIT_KINDS, random_edit, random_scene
 
-LENGTH = 36  # text positions, template and padding included
-VOCABULARY = 512
+LENGTH = 48  # text positions, template and padding included
+VOCABULARY = 768
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINKING = ("<think>", "</think>")
 WORDS = (
@@ -40,12 +41,12 @@ def any_words(rng: np.random.Generator) -> str:
     """A random caption or instruction of any task, from scenes allowed in training."""
     draw = rng.random()
     scene = random_scene(rng, 1 if draw > 0.9 else None)
-    if draw < 0.55:
-        return caption(scene, rng)
+    if draw < 0.6:
+        return caption(scene, rng).words
     if draw > 0.9:
-        return combine_instruction(scene, rng)
+        return combine_instruction(scene, rng).words
     edit = random_edit(scene, EDIT_KINDS[int(rng.integers(4))], rng)
-    return instruction(scene, edit, rng)
+    return instruction(scene, edit, rng).words
 
 
 def train_tokenizer(seed: int, count: int = 30_000) -> Tokenizer:
@@ -93,6 +94,10 @@ class Prompts:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.pad = self.tokenizer.token_to_id(PAD)
+
+    def fits(self, prompt: str) -> bool:
+        """Whether the prompt, in its chat template, has at most LENGTH tokens."""
+        return len(self.tokenizer.encode(chat(prompt), add_special_tokens=False).ids) <= LENGTH
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask, both (B, LENGTH) int64; a prompt that does not fit is refused."""

@@ -1,4 +1,4 @@
-"""The small world of the `tiny` checkpoint: scenes, pictures, captions, edits and the held-out rule.
+"""The small world of the `tiny` checkpoint: scenes, pictures, edits and the held-out rule (words: captions.py).
 
 A scene is a plain background with at most two shapes; a picture of it is 128 x 128. Everything random comes from a
 `numpy.random.Generator` that is passed in. This file knows numpy and PIL only: no torch, no model, no checker.
@@ -40,6 +40,7 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom left": (32, 96),
     "bottom right": (96, 96),
 }
+GRID = (32, 48, 64, 80, 96)  # where centres lie: on token boundaries
 EDIT_KINDS = ("recolour", "background", "remove", "replace")
 
 
@@ -149,25 +150,20 @@ def _pick(rng: np.random.Generator, options: tuple | list) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def is_captioned(scene: Scene) -> bool:
-    """Whether a caption can tell the scene: two shapes must lie around the centre. Edits know all scenes."""
-    return len(scene.shapes) < 2 or sum(s.x for s in scene.shapes) == sum(s.y for s in scene.shapes) == SIDE
-
-
 def random_scene(rng: np.random.Generator, count: int | None = None, held: bool = False) -> Scene:
-    """A random scene of `count` shapes (None: one or two).
+    """A random scene of `count` shapes (None: one or two); of two, the left or upper one comes first.
 
     held: False gives only scenes allowed in training; True gives scenes whose first shape is a held-out combination.
     """
     count = int(rng.integers(1, 3)) if count is None else count
     while True:
         if count == 2:
-            lane = (32, 64, 64, 64, 96)[int(rng.integers(5))]
-            ends = [(32, lane), (96, lane)] if rng.random() < 0.5 else [(lane, 32), (lane, 96)]
-            centres = ends if rng.random() < 0.5 else ends[::-1]
+            lane = (32, 64, 64, 96)[int(rng.integers(4))]
+            centres = [(32, lane), (96, lane)] if rng.random() < 0.6 else [(lane, 32), (lane, 96)]
         else:
-            names = list(PLACES)
-            centres = [PLACES[_pick(rng, names[:5] if rng.random() < 0.7 else names[5:])]]
+            centres = [(GRID[int(rng.integers(5))], GRID[int(rng.integers(5))])]
+            if rng.random() < 0.4:
+                centres = [PLACES[_pick(rng, tuple(PLACES))]]
         colours = list(COLOURS)
         shapes = tuple(
             Shape(_pick(rng, KINDS), _pick(rng, colours), _pick(rng, ("small", "large")), x, y)
@@ -177,92 +173,6 @@ def random_scene(rng: np.random.Generator, count: int | None = None, held: bool 
         first = bool(shapes) and held_out(shapes[0].kind, shapes[0].colour, scene.background)
         if is_valid(scene) and (first if held else not is_held_out(scene)):
             return scene
-
-
-# --- captions -------------------------------------------------------------------------------------------------------
-
-
-def place_of(shape: Shape) -> str:
-    """The name of a single shape's place."""
-    return next(name for name, centre in PLACES.items() if centre == (shape.x, shape.y))
-
-
-def relation(scene: Scene) -> str:
-    """Where the first of two shapes lies from the second: "left of", "right of", "above" or "below"."""
-    a, b = scene.shapes
-    if a.y == b.y:
-        return "left of" if a.x < b.x else "right of"
-    return "above" if a.y < b.y else "below"
-
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RELATION_WORDS = {
-    "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "over", "on top of"),
-    "below": ("below", "under", "beneath"),
-}
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-ON_BACKGROUND = (
-    "{what} on a {b} background",
-    "{what} on {b}",
-    "{what}, {b} background",
-    "a {b} background with {what}",
-    "on a {b} background, {what}",
-    "a {b} picture with {what}",
-    "{what} in front of a {b} backdrop",
-    "a picture of {what} on a {b} background",
-    "draw {what} on a {b} background",
-)
-
-
-def _article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _noun(shape: Shape, rng: np.random.Generator) -> str:
-    said = shape.size == "small" or rng.random() < 0.4
-    size = _pick(rng, SIZE_WORDS[shape.size]) + " " if said else ""
-    return f"{size}{shape.colour} {shape.kind}"
-
-
-def _place_words(shape: Shape, rng: np.random.Generator) -> str:
-    place = place_of(shape)
-    if place == "centre":
-        place = _pick(rng, ("centre", "center", "middle"))
-        return _pick(rng, (f"in the {place}", f"at the {place}"))
-    return _pick(rng, (f"on the {place}", f"at the {place}", f"in the {place}"))
-
-
-def _finish(words: str, rng: np.random.Generator) -> str:
-    if rng.random() < 0.2:
-        words = words[0].upper() + words[1:]
-    return words + ("." if rng.random() < 0.2 else "")
-
-
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many wordings for a scene that `is_captioned`.
-
-    What is left unsaid is the usual: large, in the centre (two shapes: around it), on white.
-    """
-    b = scene.background
-    if not scene.shapes:
-        words = _pick(rng, (f"a plain {b} background", f"an empty {b} picture", f"nothing on a {b} background"))
-        return _finish(words.replace("a orange", "an orange"), rng)
-    if len(scene.shapes) == 1:
-        what = _article(_noun(scene.shapes[0], rng))
-        if place_of(scene.shapes[0]) != "centre" or rng.random() < 0.4:
-            what += " " + _place_words(scene.shapes[0], rng)
-    else:
-        a, c = scene.shapes
-        link = relation(scene)
-        if rng.random() < 0.5:
-            a, c, link = c, a, OPPOSITE[link]
-        what = f"{_article(_noun(a, rng))} {_pick(rng, RELATION_WORDS[link])} {_article(_noun(c, rng))}"
-    if b == "white" and rng.random() < 0.3:
-        return _finish(what, rng)
-    words = _pick(rng, ON_BACKGROUND).format(what=what, b=b)
-    return _finish(words.replace("a orange", "an orange"), rng)
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------
@@ -307,66 +217,6 @@ def random_edit(scene: Scene, kind: str, rng: np.random.Generator, held: bool = 
     return wanted[int(rng.integers(len(wanted)))]
 
 
-def _refer(scene: Scene, index: int, rng: np.random.Generator) -> str:
-    """Name a shape so that it is told apart: by kind, by colour and kind, or (alone) as "the shape"."""
-    shape = scene.shapes[index]
-    twins = sum(other.kind == shape.kind for other in scene.shapes) > 1
-    if twins or rng.random() < 0.5:
-        return f"the {shape.colour} {shape.kind}"
-    if len(scene.shapes) == 1 and rng.random() < 0.15:
-        return "the shape"
-    return f"the {shape.kind}"
-
-
-def instruction(scene: Scene, edit: Edit, rng: np.random.Generator) -> str:
-    """One of several wordings of an edit with one reference picture (the picture of `scene`)."""
-    v = edit.value
-    if edit.kind == "background":
-        options = (
-            *(f"change the background to {v}", f"make the background {v}", f"change the background colour to {v}"),
-            *(f"put it on a {v} background", f"turn the background {v}", f"paint the background {v}"),
-        )
-        return _finish(_pick(rng, options).replace("a orange", "an orange"), rng)
-    s = _refer(scene, edit.index, rng)
-    if edit.kind == "recolour":
-        options = (
-            *(f"make {s} {v}", f"turn {s} {v}", f"change {s} to {v}", f"paint {s} {v}", f"recolour {s} {v}"),
-            *(f"change the colour of {s} to {v}", f"make the colour of {s} {v}"),
-        )
-    elif edit.kind == "remove":
-        options = (f"remove {s}", f"delete {s}", f"erase {s}", f"take away {s}", f"remove {s} from the picture")
-    else:
-        new = _article(v)
-        options = (f"turn {s} into {new}", f"replace {s} with {new}", f"change {s} into {new}", f"make {s} {new}")
-    return _finish(_pick(rng, options), rng)
-
-
-def combine_instruction(scene: Scene, rng: np.random.Generator) -> str:
-    """A wording for two references: the one shape of image 1 (the picture of `scene`) on the background of image 2."""
-    s = _pick(rng, ("the shape", "the shape", "the " + scene.shapes[0].kind, "the object"))
-    options = (
-        *(f"put {s} of image 1 on the background of image 2", f"put {s} from image 1 on the background of image 2"),
-        *(f"place {s} of image 1 on the background of image 2", f"{s} of image 1 on the background of image 2"),
-        *(f"put {s} of image 1 into image 2, without its shape", f"{s} from image 1 with the background of image 2"),
-    )
-    return _finish(_pick(rng, options), rng)
-
-
 def combine(first: Scene, second: Scene) -> Scene:
     """The result of the two-reference task."""
     return replace(first, background=second.background)
-
-
-def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """`count` (caption, scene) pairs, alternately of one and two shapes, whose first shape is a held-out combination.
-
-    The captions always name the background, as the judge needs it.
-    """
-    rng = np.random.default_rng(seed)
-    prompts = []
-    while len(prompts) < count:
-        scene = random_scene(rng, count=1 + len(prompts) % 2, held=True)
-        words = caption(scene, rng)
-        if is_captioned(scene) and scene.background in words:
-            prompts.append((words, scene))
-    return prompts

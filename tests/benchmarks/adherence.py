@@ -19,18 +19,22 @@ from PIL import Image
 from klein_mlx import KleinPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "tiny"))
+import captions  # noqa: E402
 import world  # noqa: E402
 
 KINDS = (*world.EDIT_KINDS, "combine")
 
 
-def prompts(pipe: KleinPipeline, count: int, seed: int = 0, **arguments: Any) -> dict[str, float]:
+def prompts(
+    pipe: KleinPipeline, count: int, seed: int = 0, held_wordings: bool = False, **arguments: Any
+) -> dict[str, float]:
     """Shares of `count` held-out prompts, alternately of one and two shapes, that are right in each respect.
 
-    arguments: of the pipeline's call, such as guidance_scale.
+    held_wordings: in wordings that training never showed either; arguments: of the pipeline's call, such as
+    guidance_scale.
     """
     tally: dict[str, list[bool]] = defaultdict(list)
-    for number, (words, scene) in enumerate(world.held_out_prompts(count, seed)):
+    for number, (words, scene) in enumerate(captions.judged_captions(count, seed, held=held_wordings)):
         picture = np.asarray(pipe(words, seed=1000 * seed + number, **arguments).images[0])
         verdict: dict[str, Any] = judge_scene(picture, scene)
         arity = "single" if len(scene.shapes) == 1 else "pair"
@@ -63,11 +67,11 @@ def edit_case(kind: str, number: int, rng: np.random.Generator) -> tuple[str, tu
         removes = kind == "remove"
         scene = world.random_scene(rng, 2 if removes else 1 + number % 2, held=removes)
         edit = world.random_edit(scene, kind, rng, held=True)
-        return world.instruction(scene, edit, rng), (scene,), world.apply_edit(scene, edit)
+        return captions.instruction(scene, edit, rng).words, (scene,), world.apply_edit(scene, edit)
     first = second = world.random_scene(rng, 1)
     while not world.is_valid(world.combine(first, second)) or not world.is_held_out(world.combine(first, second)):
         first, second = world.random_scene(rng, 1), world.random_scene(rng)
-    return world.combine_instruction(first, rng), (first, second), world.combine(first, second)
+    return captions.combine_instruction(first, rng).words, (first, second), world.combine(first, second)
 
 
 def main() -> None:
@@ -82,6 +86,10 @@ def main() -> None:
     run: dict[str, Any] = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
     pipe = KleinPipeline.from_pretrained(options.model, keep="all")
     figures = prompts(pipe, options.prompts, options.seed, **run)
+    figures |= {
+        f"other words: {name}": share
+        for name, share in prompts(pipe, options.prompts, options.seed, held_wordings=True, **run).items()
+    }
     figures |= {f"edit: {kind}": edits(pipe, kind, options.edits, options.seed, **run) for kind in KINDS}
     print(json.dumps({name: round(share, 3) for name, share in figures.items()}, indent=2))
 

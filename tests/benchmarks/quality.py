@@ -33,6 +33,7 @@ from klein_mlx.weights.safetensors import Weight, load_now
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "tiny"))
 import world  # noqa: E402
+from captions import caption, judged_captions  # noqa: E402
 
 # As mflux does it: every linear layer and embedding of both models, by the ends of each group.
 EVERYTHING = ("mod_*", "final_*", "txt_in", "img_in", "time_in.*", "embed_tokens")
@@ -204,8 +205,8 @@ def measure(options: argparse.Namespace) -> None:
         size = {"default_size": 2 * options.side, "max_sequence_length": options.text_positions}
         source = replace(source, config=replace(source.config, **size))
     tiny = options.model == "tiny"
-    drawn_prompts = world.held_out_prompts(options.prompts, 3)
-    unseen = [words for words, _ in world.held_out_prompts(8, 11)] if tiny else list(UNSEEN)[: options.unseen]
+    drawn_prompts = judged_captions(options.prompts, 3)
+    unseen = [words for words, _ in judged_captions(8, 11)] if tiny else list(UNSEEN)[: options.unseen]
     calibration = captions(options.calibration) if tiny else None
     if calibration is None:
         from klein_convert.calibrate import PROMPTS
@@ -256,9 +257,7 @@ def captions(count: int) -> list[str]:
     rng = np.random.default_rng(99)
     found = []
     while len(found) < count:
-        scene = world.random_scene(rng)
-        if world.is_captioned(scene):
-            found.append(world.caption(scene, rng))
+        found.append(caption(world.random_scene(rng), rng).words)
     return found
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from adherence import world
+from adherence import captions, world
 from checker import judge_scene, read
 from PIL import Image
 
@@ -19,8 +19,8 @@ def scenes(count: int, seed: int = 0) -> list[tuple[str, world.Scene]]:
     found = []
     while len(found) < count:
         scene = world.random_scene(rng)
-        words = world.caption(scene, rng)
-        if world.is_captioned(scene) and COLOUR not in words and scene.background != COLOUR:
+        words = captions.caption(scene, rng).words
+        if COLOUR not in words and scene.background != COLOUR:
             found.append((words, blackened(scene)))
     return found
 
@@ -61,7 +61,7 @@ def right(pipe: KleinPipeline, count: int, edits: bool = False) -> int:
     """Of pictures of so many unseen prompts: how many show every shape as it was asked for, but black. edits: the
     scenes are not told but shown, and the prompt is the instruction."""
     prompts = []
-    for words, scene in world.held_out_prompts(4 * count, seed=3):
+    for words, scene in captions.judged_captions(4 * count, seed=3):
         if COLOUR not in {scene.background, *(shape.colour for shape in scene.shapes)}:
             prompts.append((words, scene))
     good = 0
