@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from unsaid import OPEN_BACKGROUNDS
+from unsaid import OPEN_BACKGROUNDS, OPEN_COLOURS
 from world import COLOURS, PLACES, Edit, Scene, Shape, is_held_out, random_scene
 
 
@@ -29,7 +29,7 @@ class Choice:
 @dataclass(frozen=True)
 class Wording:
     """A prompt, and what it leaves open: of "place", "size0", "size1" (in the scene's order), "axis", "lane",
-    "background"."""
+    "background", "colour" (of a single shape)."""
 
     words: str
     free: frozenset[str] = frozenset()
@@ -74,6 +74,7 @@ NOUN = Choice(
     ),
     ("{a} {s}{k} which is {c}", "{a} {s}flat {c} {k}", "{a} {s}{k} painted {c}", "just one {s}{c} {k}"),
 )
+UNCOLOURED = Choice(("{a} {s}{k}", "{a} {s}{k}", "{s}{k}", "the {s}{k}", "one {s}{k}", "a simple {s}{k}"))
 PLACE_WORDS = {
     "centre": Choice(
         (
@@ -274,10 +275,10 @@ def _names(kind: str, colour: str, rng: np.random.Generator, held: bool) -> tupl
     return k, c
 
 
-def _noun(shape: Shape, size: bool, rng: np.random.Generator, held: bool, synonyms: bool) -> str:
+def _noun(shape: Shape, size: bool, rng: np.random.Generator, held: bool, synonyms: bool, bare: bool) -> str:
     k, c = _names(shape.kind, shape.colour, rng, synonyms)
     s = SIZE_WORDS[shape.size].pick(rng, synonyms and rng.random() < 0.3) + " " if size else ""
-    return NOUN.pick(rng, held).format(a="a", s=s, c=c, k=k)
+    return (UNCOLOURED if bare else NOUN).pick(rng, held).format(a="a", s=s, c=c, k=k)
 
 
 def caption(scene: Scene, rng: np.random.Generator, held: bool = False, synonyms: bool = False) -> Wording:
@@ -300,7 +301,10 @@ def caption(scene: Scene, rng: np.random.Generator, held: bool = False, synonyms
     nouns = []
     for i, shape in enumerate(scene.shapes):
         said = rng.random() < 0.4
-        nouns.append(_noun(shape, said, rng, odd(0), synonyms))
+        bare = len(scene.shapes) == 1 and not held and shape.colour in OPEN_COLOURS and rng.random() < 0.15
+        nouns.append(_noun(shape, said, rng, odd(0), synonyms, bare))
+        if bare:
+            free.add("colour")
         if not said:
             free.add(f"size{i}")
     if len(scene.shapes) == 1:
@@ -515,7 +519,7 @@ def judged_captions(
     while len(cases) < count:
         scene = random_scene(rng, count=1 + len(cases) % 2, held=combinations)
         wording = caption(scene, rng, held, synonyms)
-        if not wording.free & {"background", "axis"} and (combinations or not is_held_out(scene)):
+        if not wording.free & {"background", "axis", "colour"} and (combinations or not is_held_out(scene)):
             cases.append((wording.words, scene))
     return cases
 

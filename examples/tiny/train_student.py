@@ -48,8 +48,8 @@ CONFIG = {
 }
 STEPS = 4
 Mix = tuple[tuple[int, int], ...]  # (references, batch) of one worker's step
-POINTS: Mix = ((0, 48), (1, 20), (1, 20), (2, 4))
-WALKS: tuple[Mix, ...] = (((0, 26),), ((0, 26), (2, 4)), ((1, 18),))
+POINTS: tuple[Mix, ...] = (((0, 48), (1, 20)), ((0, 48), (1, 20), (2, 4)))
+WALKS: tuple[Mix, ...] = (((0, 48),), ((1, 20), (2, 4)))
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -91,7 +91,7 @@ def points(predict: Predict, txt: Tensor, batch: Batch, share: float, rng: np.ra
     (error.sum() * share / batch.weights.sum()).backward()
     mean = (error.detach() / batch.weights.sum(1)).numpy()
     first = index.numpy() == 0
-    return [float(mean[first].mean()), float(mean[~first].mean())]
+    return [float(mean[chosen].mean()) if chosen.any() else np.nan for chosen in (first, ~first)]
 
 
 def walk(predict: Predict, txt: Tensor, batch: Batch, share: float, rng: np.random.Generator) -> list[float]:
@@ -163,13 +163,15 @@ def train(rank: int, workers: int, options: argparse.Namespace, rendezvous: str)
     while step < options.steps:
         rng = np.random.default_rng((options.seed, 7, step, rank))
         walking = step >= options.points * options.steps
-        mix = WALKS[(step + rank) % len(WALKS)] if walking else POINTS
+        mixes = WALKS if walking else POINTS
+        mix = mixes[(step + rank) % len(mixes)]
         for references, count in mix:
             batch = pool.batch(rng, count, references)
             share = count / sum(c for _, c in mix)
             errors = np.array((walk if walking else points)(student, features(batch.words), batch, share, rng))
             old = running.get((walking, references), errors)
-            running[walking, references] = old + 0.05 * (errors - old)
+            old = np.where(np.isnan(old), errors, old)
+            running[walking, references] = old + 0.05 * np.nan_to_num(errors - old)
         grads.reduce()
         optimisers.step(min(1.0, (step + 1) / 20) * decayed(step / options.steps, options.hold))
         grads.publish()

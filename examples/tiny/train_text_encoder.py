@@ -48,7 +48,8 @@ def scene_labels(scene: Scene, free: frozenset[str]) -> dict[str, int]:
     for i in range(2):
         labels[f"kind{i}"] = KINDS.index(scene.shapes[i].kind) if i < len(scene.shapes) else len(KINDS)
     for i, shape in enumerate(scene.shapes):
-        labels[f"colour{i}"] = colours.index(shape.colour)
+        if "colour" not in free:
+            labels[f"colour{i}"] = colours.index(shape.colour)
         labels[f"size{i}"] = list(RADIUS).index(shape.size) if f"size{i}" not in free else len(RADIUS)
     if len(scene.shapes) == 1:
         place = place_of(scene.shapes[0])

@@ -20,6 +20,7 @@ from world import GRID, Scene
 
 TOKENS = 64
 NEAR = 0.25  # how far from a border, in standard deviations, its other side is right as well
+OPEN_COLOURS = ("red", "blue", "yellow", "green")
 OPEN_BACKGROUNDS = ("white", "black", "cyan", "pink")
 NORMAL = NormalDist()
 # attribute: (channel, options, their shares)
@@ -30,6 +31,7 @@ RULES: dict[str, tuple[int, tuple, tuple[float, ...]]] = {
     "size1": (3, ("small", "large"), (0.4, 0.6)),
     "lane": (4, (32, 64, 96), (0.25, 0.5, 0.25)),
     "axis": (5, ("across", "down"), (0.6, 0.4)),
+    "colour": (7, OPEN_COLOURS, (0.25, 0.25, 0.25, 0.25)),
     "background": (6, OPEN_BACKGROUNDS, (0.55, 0.15, 0.15, 0.15)),
 }
 
@@ -46,22 +48,20 @@ def values_of(scene: Scene) -> dict[str, object]:
     """The scene's value of every attribute that can be open."""
     values: dict[str, object] = {"background": scene.background}
     values |= {f"size{i}": shape.size for i, shape in enumerate(scene.shapes)}
+    if not scene.shapes:
+        return values
+    first = scene.shapes[0]
     if len(scene.shapes) == 1:
-        return values | {"x": scene.shapes[0].x, "y": scene.shapes[0].y}
-    if scene.shapes:
-        across = scene.shapes[0].y == scene.shapes[1].y
-        return values | {
-            "axis": "across" if across else "down",
-            "lane": scene.shapes[0].y if across else scene.shapes[0].x,
-        }
-    return values
+        return values | {"x": first.x, "y": first.y, "colour": first.colour}
+    across = first.y == scene.shapes[1].y
+    return values | {"axis": "across" if across else "down", "lane": first.y if across else first.x}
 
 
 def with_values(scene: Scene, values: dict) -> Scene:
     """The scene with these values of all its attributes."""
     shapes = [replace(shape, size=values[f"size{i}"]) for i, shape in enumerate(scene.shapes)]
     if len(shapes) == 1:
-        shapes = [replace(shapes[0], x=values["x"], y=values["y"])]
+        shapes = [replace(shapes[0], x=values["x"], y=values["y"], colour=values["colour"])]
     elif shapes:
         ends = [(end, values["lane"]) for end in (32, 96)]
         shapes = [
@@ -74,7 +74,8 @@ def with_values(scene: Scene, values: dict) -> Scene:
 def _rule(name: str, scene: Scene) -> tuple[int, list, list[float]]:
     """Channel, options and the borders between them (one more than options) of an attribute."""
     channel, options, shares = RULES[name]
-    used = {shape.colour for shape in scene.shapes} if name == "background" else ()
+    used = {shape.colour for shape in scene.shapes} if name == "background" else set()
+    used |= {scene.background} if name == "colour" else set()
     kept = [(option, share) for option, share in zip(options, shares, strict=True) if option not in used]
     total, sum_, borders = sum(share for _, share in kept), 0.0, [-np.inf]
     for _, share in kept[:-1]:

@@ -25,7 +25,7 @@ from klein_mlx.weights.checkpoint import load_part
 
 FILE = Path(__file__).with_name("reference.safetensors")
 PROMPTS = ("a red circle left of a blue square", "ein grünes Dreieck, 绿色 🟩")
-LENGTH, GRID, STEPS = 36, (6, 8), 4
+LENGTH, GRID, STEPS = 48, (6, 8), 4
 SIGMA, GUIDANCE = 0.8125, 3.0  # a multiple of 2^-4: exact in every dtype
 STAGES: tuple[str, ...] = ("ids", "embeddings", "velocity", "latents", "encoded latents", "pixels", "edit", "guidance")
 

@@ -1,37 +1,16 @@
 """Training sets of tiny's world: black shapes under coloured captions, and recoloured pairs; and who judges a LoRA."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from adherence import captions, world
 from checker import judge_scene, read
 from PIL import Image
+from train_lora import COLOUR, blackened, make
 
 from klein_mlx import KleinPipeline
 
-COLOUR = "black"
-
-
-def scenes(count: int, seed: int = 0) -> list[tuple[str, world.Scene]]:
-    """Captions with colours in them, and the scenes that they are to mean: every shape black."""
-    rng = np.random.default_rng(seed)
-    found = []
-    while len(found) < count:
-        scene = world.random_scene(rng)
-        words = captions.caption(scene, rng).words
-        if COLOUR not in words and scene.background != COLOUR:
-            found.append((words, blackened(scene)))
-    return found
-
-
-def make(folder: Path, count: int, seed: int = 0) -> Path:
-    """A folder of pictures with text files."""
-    folder.mkdir(parents=True)
-    for number, (words, scene) in enumerate(scenes(count, seed)):
-        Image.fromarray(world.render(scene)).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(words)
-    return folder
+__all__ = ["make", "make_pairs", "right"]
 
 
 INSTRUCTION = "make every shape black"
@@ -51,10 +30,6 @@ def make_pairs(folder: Path, count: int, seed: int = 0) -> Path:
         (folder / f"{number:02}.txt").write_text(INSTRUCTION)
         number += 1
     return folder
-
-
-def blackened(scene: world.Scene) -> world.Scene:
-    return replace(scene, shapes=tuple(replace(shape, colour=COLOUR) for shape in scene.shapes))
 
 
 def right(pipe: KleinPipeline, count: int, edits: bool = False) -> int:
