@@ -253,9 +253,9 @@ def finish(words: str, rng: np.random.Generator, typos: float = 0.04) -> str:
     draw = rng.random()
     if draw < 0.3:
         words = words[0].upper() + words[1:]
-    elif draw < 0.32:
+    elif draw < 0.32 and len(words) <= 40:  # capitals take more tokens
         words = words.upper()
-    elif draw < 0.34:
+    elif draw < 0.34 and len(words) <= 60:
         words = words.title()
     return words + ("." if rng.random() < 0.2 else "!" if rng.random() < 0.02 else "")
 

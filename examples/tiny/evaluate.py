@@ -64,7 +64,7 @@ def sigmas_of(steps: int) -> list[float]:
     """The noise levels of FLUX.2 for 64 tokens: linear from 1 to 1 / steps, shifted by the empirical mu, then 0."""
     shift = np.exp(compute_empirical_mu(GRID * GRID, steps))
     linear = np.linspace(1, 1 / steps, steps)
-    return [*(float(shift / (shift + 1 / s - 1)) for s in linear), 0.0]
+    return [*(min(1.0, float(shift / (shift + 1 / s - 1))) for s in linear), 0.0]
 
 
 def guided(predict: Predict, tokens: Tensor, txt: Tensor, empty: Tensor, sigma: Tensor, guidance: float) -> Tensor:
