@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from unsaid import OPEN_BACKGROUNDS, OPEN_COLOURS
+from unsaid import OPEN_BACKGROUND, OPEN_COLOURS
 from world import COLOURS, PLACES, Edit, Scene, Shape, is_held_out, random_scene
 
 
@@ -29,7 +29,7 @@ class Choice:
 @dataclass(frozen=True)
 class Wording:
     """A prompt, and what it leaves open: of "place", "size0", "size1" (in the scene's order), "axis", "lane",
-    "background", "colour" (of a single shape)."""
+    "background" (it is white then), "colour" (of a single shape)."""
 
     words: str
     free: frozenset[str] = frozenset()
@@ -317,7 +317,7 @@ def caption(scene: Scene, rng: np.random.Generator, held: bool = False, synonyms
             words += f"{',' if rng.random() < 0.15 else ''} {PLACE_WORDS[place].pick(rng, odd(1))}"
     else:
         words = _pair(scene, nouns, rng, odd(1), free)
-    if scene.background in OPEN_BACKGROUNDS and rng.random() < 0.35:
+    if scene.background == OPEN_BACKGROUND and rng.random() < 0.4:
         free.add("background")
     else:
         words = BACKGROUND.pick(rng, odd(2)).format(w=words, b=b)

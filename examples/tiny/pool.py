@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLFlux2
 from text import Prompts
 from torch import Tensor
 from training import Log
-from unsaid import TOKENS, draw, imprint, values_of, with_values
+from unsaid import TOKENS, impose, meant
 from world import (
     COLOURS,
     EDIT_KINDS,
@@ -83,9 +83,13 @@ def singles() -> list[Scene]:
 
 def variants(scene: Scene) -> list[Scene]:
     """A pair in all sizes and lanes, across and down."""
-    options = product(RADIUS, RADIUS, (32, 64, 96), ("across", "down"))
-    names = ("size0", "size1", "lane", "axis")
-    return [with_values(scene, values_of(scene) | dict(zip(names, option, strict=True))) for option in options]
+    first, second = scene.shapes
+    found = []
+    for size0, size1, lane, across in product(RADIUS, RADIUS, (32, 64, 96), (True, False)):
+        ends = [(32, lane), (96, lane)] if across else [(lane, 32), (lane, 96)]
+        shapes = (Shape(first.kind, first.colour, size0, *ends[0]), Shape(second.kind, second.colour, size1, *ends[1]))
+        found.append(replace(scene, shapes=shapes))
+    return found
 
 
 def family_of(scene: Scene, rng: np.random.Generator) -> Family:
@@ -181,13 +185,13 @@ class Pool:
             scene = self._one(rng, self.singles if chance < 0.52 else self.pairs)
         while True:
             wording = caption(scene, rng)
-            drawn = draw(scene, wording.free, rng)
-            there = [s for s in drawn.scenes if s in self.rows]
+            impose(scene, wording.free, noise, rng)
+            right = meant(scene, wording.free, noise)
+            there = [s for s in right if s in self.rows]
             # Held-out scenes are never there; other gaps are avoided, by noise that lies further from the border.
-            if all(s in self.rows or is_held_out(s) for s in drawn.scenes) or rng.random() < 0.05:
-                break
-        imprint(noise, drawn.numbers)
-        return wording.words, tuple(there[:CANDIDATES]), ()
+            if all(s in self.rows or is_held_out(s) for s in right) or rng.random() < 0.05:
+                return wording.words, tuple(there[:CANDIDATES]), ()
+            noise[:] = rng.standard_normal(noise.shape)
 
     def _edit(self, rng: np.random.Generator, noise: np.ndarray) -> tuple[str, tuple[Scene, ...], tuple[Scene, ...]]:
         while True:

@@ -32,9 +32,7 @@ def silhouettes(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
     while len(found) < count:
         scene = random_scene(rng)
         wording = caption(scene, rng)
-        central = (
-            len(scene.shapes) == 1 or sum(s.x for s in scene.shapes) == sum(s.y for s in scene.shapes)
-        )
+        central = len(scene.shapes) == 1 or sum(s.x for s in scene.shapes) == sum(s.y for s in scene.shapes)
         if central and wording.free <= {"lane"} and COLOUR not in {scene.background, *(s.colour for s in scene.shapes)}:
             found.append((wording.words, blackened(scene)))
     return found

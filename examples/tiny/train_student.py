@@ -201,7 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("--muon-lr", type=float, default=1e-2)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--hold", type=float, default=0.45, help="share of the steps before the learning rate falls")
-    parser.add_argument("--points", type=float, default=0.94, help="share of the steps before the walks begin")
+    parser.add_argument("--points", type=float, default=0.953, help="share of the steps before the walks begin")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     meeting = os.path.join(tempfile.mkdtemp(), "meeting")
