@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from adherence import edits, prompts
+from adherence import edits, everyday, prompts, variety
 
 from klein_mlx import KleinPipeline
 
@@ -37,9 +37,26 @@ def test_held_out_edits(pipe: KleinPipeline, kind: str) -> None:
     assert edits(pipe, kind, 5) >= 0.6
 
 
+def test_everyday_words(pipe: KleinPipeline) -> None:
+    """Prompts written by hand, in no wording of the grammar that training drew from."""
+    found = everyday(pipe, 16)
+    assert min(found["background"], found["colour"], found["relation"]) >= 0.87, found
+    assert found["shape"] >= 0.75, found
+
+
+def test_a_seed_makes_a_difference(pipe: KleinPipeline) -> None:
+    """What the prompt leaves open is another with another seed; what it says is not."""
+    right, different = variety(pipe, "red", "circle", 8)
+    assert right == 8
+    assert different >= 5
+
+
 def test_a_prompt_without_a_reference_is_not_an_edit(pipe: KleinPipeline) -> None:
-    """Two prompts from the same noise give two pictures: it is the prompt that decides."""
-    red, blue = (pipe(f"a {colour} circle on a white background", seed=3).images[0] for colour in ("red", "blue"))
+    """Two prompts from the same noise give two pictures: what is said, the prompt decides."""
+    red, blue = (
+        pipe(f"a large {colour} circle in the middle of a white picture", seed=3).images[0]
+        for colour in ("red", "blue")
+    )
     for image, index in ((red, 0), (blue, 2)):
         center = image.getpixel((64, 64))
         assert center[index] == max(center)

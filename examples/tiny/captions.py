@@ -7,6 +7,7 @@ also says which attributes of its scene it leaves open (`Wording.free`): other n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from unsaid import OPEN_BACKGROUND, OPEN_COLOURS
@@ -522,6 +523,27 @@ def judged_captions(
         if not wording.free & {"background", "axis", "colour"} and (combinations or not is_held_out(scene)):
             cases.append((wording.words, scene))
     return cases
+
+
+def everyday() -> tuple[list[tuple[str, Scene]], frozenset[int]]:
+    """The prompts of everyday.txt with the scenes that they name, and those that leave background or relation open."""
+    cases, open_ = [], set()
+    for line in (Path(__file__).parent / "everyday.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        words, background, *rest = (part.strip() for part in line.split("|"))
+        places = {"left of": ((32, 64), (96, 64)), "right of": ((96, 64), (32, 64)), "above": ((64, 32), (64, 96))}
+        places |= {"below": ((64, 96), (64, 32)), "-": ((32, 64), (96, 64))}
+        centres = places[rest[1]] if len(rest) > 1 else ((64, 64),)
+        named = (rest[0], rest[2]) if len(rest) > 1 else (rest[0],)
+        shapes = tuple(
+            Shape(kind, colour, "large", x, y)
+            for (colour, kind), (x, y) in zip((name.split() for name in named), centres, strict=True)
+        )
+        if background == "-" or "-" in rest:
+            open_.add(len(cases))
+        cases.append((words, Scene("white" if background == "-" else background, shapes)))
+    return cases, frozenset(open_)
 
 
 assert set(COLOUR_WORDS) == set(COLOURS) == set(GERMAN_COLOURS) == set(FRENCH_COLOURS)

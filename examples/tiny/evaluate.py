@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import combine_instruction, instruction, judged_captions
+from captions import combine_instruction, everyday, instruction, judged_captions
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from fast import GRID, make_velocity
@@ -31,7 +31,6 @@ from world import (
     EDIT_KINDS,
     KINDS,
     Scene,
-    Shape,
     apply_edit,
     combine,
     random_edit,
@@ -40,7 +39,7 @@ from world import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "tools"))
-from checker import judge_edit, judge_scene, read  # noqa: E402
+from checker import clearly_different, judge_edit, judge_scene, read  # noqa: E402
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -139,24 +138,17 @@ class Judge:
         return {**summary(tally), "wrong": wrong[:20]}
 
     def variety(self, prompts: list[str], seeds: int = 16) -> dict:
-        """Of `seeds` pictures of each prompt "a COLOUR KIND": how many have the colour and kind, how many clearly
-        different places (12 pixels) or sizes (a third) there are among them."""
+        """Of `seeds` pictures of each prompt "a COLOUR KIND": how many have the colour and kind, and how many of
+        them clearly differ."""
         rows = {}
         for words in prompts:
             colour, kind = words.split()[-2:]
             pictures = self.pictures([words] * seeds, 7)
             regions = [read(picture).regions for picture in pictures]
-            different: list[tuple[float, float, float]] = []
-            for found in regions:
-                if found and all(
-                    max(abs(found[0].x - x), abs(found[0].y - y)) > 12 or not 0.75 < found[0].width / w < 1.33
-                    for x, y, w in different
-                ):
-                    different.append((found[0].x, found[0].y, found[0].width))
             rows[words] = {
                 "colour": sum(bool(f) and f[0].colour == colour for f in regions),
                 "kind": sum(bool(f) and f[0].kind == kind and len(f) == 1 for f in regions),
-                "different": len(different),
+                "different": clearly_different([f[0] for f in regions if f]),
             }
         return rows
 
@@ -189,27 +181,6 @@ def edit_case(kind: str, index: int, rng: np.random.Generator, held: bool) -> tu
     scene = random_scene(rng, 2 if kind == "remove" else 1 + index % 2)
     edit = random_edit(scene, kind, rng, held=True)
     return instruction(scene, edit, rng, held).words, (scene,), apply_edit(scene, edit)
-
-
-def everyday() -> tuple[list[tuple[str, Scene]], frozenset[int]]:
-    """The prompts of everyday.txt with the scenes that they name, and those that leave background or relation open."""
-    cases, open_ = [], set()
-    for line in (Path(__file__).parent / "everyday.txt").read_text().splitlines():
-        if line.startswith("#"):
-            continue
-        words, background, *rest = (part.strip() for part in line.split("|"))
-        places = {"left of": ((32, 64), (96, 64)), "right of": ((96, 64), (32, 64)), "above": ((64, 32), (64, 96))}
-        places |= {"below": ((64, 96), (64, 32)), "-": ((32, 64), (96, 64))}
-        centres = places[rest[1]] if len(rest) > 1 else ((64, 64),)
-        named = (rest[0], rest[2]) if len(rest) > 1 else (rest[0],)
-        shapes = tuple(
-            Shape(kind, colour, "large", x, y)
-            for (colour, kind), (x, y) in zip((name.split() for name in named), centres, strict=True)
-        )
-        if background == "-" or "-" in rest:
-            open_.add(len(cases))
-        cases.append((words, Scene("white" if background == "-" else background, shapes)))
-    return cases, frozenset(open_)
 
 
 def summary(tally: dict[str, list[bool]]) -> dict:

@@ -45,7 +45,7 @@ from world import (
 
 TOKEN = 16  # pixels a side
 SHAPE_WEIGHT = 4.0  # loss weight of tokens that a shape touches; 1 elsewhere
-CANDIDATES = 4  # scenes at most that one piece of noise may mean
+CANDIDATES = 6  # scenes at most that one piece of noise may mean
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checker import judge_edit, judge_scene
+from checker import clearly_different, judge_edit, judge_scene, read
 from PIL import Image
 
 from klein_mlx import KleinPipeline
@@ -45,6 +45,29 @@ def prompts(
             tally["relation"].append(verdict["relation"])
         tally["all"].append(verdict["all"])
     return {name: float(np.mean(right)) for name, right in tally.items()}
+
+
+def everyday(pipe: KleinPipeline, count: int | None = None, **arguments: Any) -> dict[str, float]:
+    """Shares of the hand-written prompts (examples/tiny/everyday.txt; or of every so many that `count` are left) that are
+    right in each respect; background and relation where they are said."""
+    cases, open_ = captions.everyday()
+    tally: dict[str, list[bool]] = defaultdict(list)
+    for number in range(0, len(cases), max(1, len(cases) // (count or len(cases)))):
+        words, scene = cases[number]
+        verdict: dict[str, Any] = judge_scene(np.asarray(pipe(words, seed=number, **arguments).images[0]), scene)
+        tally["colour"] += verdict["colours"]
+        tally["shape"] += verdict["kinds"]
+        if number not in open_:
+            tally["background"].append(verdict["background"])
+            tally["relation"] += [verdict["relation"]] if "relation" in verdict else []
+    return {name: float(np.mean(right)) for name, right in tally.items()}
+
+
+def variety(pipe: KleinPipeline, colour: str, kind: str, seeds: int = 16) -> tuple[int, int]:
+    """Of "a COLOUR KIND" with the seeds 0, 1, ...: how many have the colour, how many clearly differ."""
+    pictures = [np.asarray(pipe(f"a {colour} {kind}", seed=seed).images[0]) for seed in range(seeds)]
+    regions = [found[0] for picture in pictures if (found := read(picture).regions)]
+    return sum(region.colour == colour for region in regions), clearly_different(regions)
 
 
 def edits(pipe: KleinPipeline, kind: str, count: int, seed: int = 0, **arguments: Any) -> float:
@@ -91,7 +114,11 @@ def main() -> None:
         for name, share in prompts(pipe, options.prompts, options.seed, held_wordings=True, **run).items()
     }
     figures |= {f"edit: {kind}": edits(pipe, kind, options.edits, options.seed, **run) for kind in KINDS}
+    figures |= {f"everyday: {name}": share for name, share in everyday(pipe, **run).items()}
     print(json.dumps({name: round(share, 3) for name, share in figures.items()}, indent=2))
+    for colour, kind in (("red", "circle"), ("blue", "star"), ("green", "square"), ("black", "ring")):
+        right, different = variety(pipe, colour, kind)
+        print(f"a {colour} {kind}, 16 seeds: {right} {colour}, {different} clearly different")
 
 
 if __name__ == "__main__":

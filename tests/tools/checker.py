@@ -209,6 +209,18 @@ def match(regions: tuple[Region, ...], shapes: Any) -> list[Region | None]:
     return found
 
 
+def clearly_different(regions: list[Region]) -> int:
+    """How many of these lie in clearly different places (over 12 pixels) or have clearly different sizes (by a third)."""
+    found: list[Region] = []
+    for one in regions:
+        if all(
+            max(abs(one.x - other.x), abs(one.y - other.y)) > 12 or not 0.75 < one.width / other.width < 1.33
+            for other in found
+        ):
+            found.append(one)
+    return len(found)
+
+
 def judge_scene(picture: np.ndarray, scene: Any) -> dict[str, bool | list[bool]]:
     """Whether a picture shows a scene.
 
