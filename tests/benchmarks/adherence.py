@@ -48,8 +48,8 @@ def prompts(
 
 
 def everyday(pipe: KleinPipeline, count: int | None = None, **arguments: Any) -> dict[str, float]:
-    """Shares of the hand-written prompts (examples/tiny/everyday.txt; or of every so many that `count` are left) that are
-    right in each respect; background and relation where they are said."""
+    """Shares of the hand-written prompts of examples/tiny/everyday.txt that are right in each respect, background and
+    relation where they are said; count: of so many of them."""
     cases, open_ = captions.everyday()
     tally: dict[str, list[bool]] = defaultdict(list)
     for number in range(0, len(cases), max(1, len(cases) // (count or len(cases)))):
