@@ -210,7 +210,7 @@ def match(regions: tuple[Region, ...], shapes: Any) -> list[Region | None]:
 
 
 def clearly_different(regions: list[Region]) -> int:
-    """How many of these lie in clearly different places (over 12 pixels) or have clearly different sizes (by a third)."""
+    """How many of these are in clearly different places (over 12 pixels) or of clearly different sizes (by a third)."""
     found: list[Region] = []
     for one in regions:
         if all(
