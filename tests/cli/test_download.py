@@ -109,7 +109,7 @@ def test_only_what_is_missing_is_fetched(served: Hub, tmp_path: Path) -> None:
     served.asked.clear()
     done = klein(served, tmp_path, *ASK, "--yes", "--force")
     assert done.returncode == 0
-    assert "1.5 MB in 1 files; 8.4 MB are here already" in done.stderr
+    assert "1.5 MB in 1 files; 8.5 MB are here already" in done.stderr
     got = [path for path in served.asked if path.startswith("GET /owner/name/resolve")]
     assert [path.rpartition("/")[2] for path in got] == ["vae.safetensors"]
 
@@ -253,7 +253,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = klein(served, tmp_path, *ASK, "--yes", code=code)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "278.3 MB are needed in" in done.stderr
+    assert "278.4 MB are needed in" in done.stderr
     assert "and 209.7 MB are free: free some (klein-mlx models rm), or set HF_HOME to a larger disk" in done.stderr
     assert not any("resolve" in path for path in served.asked)
 
@@ -305,7 +305,7 @@ def test_the_question(served: Hub, tmp_path: Path) -> None:
     assert code == 0, shown
     bars = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("name:")]
     assert bars, "a bar over all files"
-    assert all("/9.88M" in line for line in bars), bars
+    assert all("/9.95M" in line for line in bars), bars
     assert (tmp_path / "x.png").exists()
 
 

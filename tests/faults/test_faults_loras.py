@@ -60,7 +60,7 @@ def page(folder: Path) -> None:
 
 
 def cut(folder: Path) -> None:
-    (folder / "cut.safetensors").write_bytes(SILHOUETTES.read_bytes()[:5000])
+    (folder / "cut.safetensors").write_bytes(SILHOUETTES.read_bytes()[:9000])
 
 
 def two(folder: Path) -> None:

@@ -16,7 +16,7 @@ TINY = Path(__file__).parents[2] / "klein_mlx" / "tiny" / "tokenizer.json"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return read_tokenizer(TINY, 512)
+    return read_tokenizer(TINY, 768)
 
 
 def test_padding_is_on_the_right_and_masked(tokenizer: Tokenizer) -> None:
@@ -48,20 +48,20 @@ def test_the_template_is_around_the_prompt(tokenizer: Tokenizer) -> None:
 def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        read_tokenizer(path, 512)
+        read_tokenizer(path, 768)
     path.write_text('{"version": "1.0", "model"')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not valid JSON"):
-        read_tokenizer(path, 512)
+        read_tokenizer(path, 768)
 
 
 def test_another_models_tokenizer(tmp_path: Path) -> None:
     """MLX does not check an embedding's bounds: ids beyond it would read memory that is not ours."""
-    with pytest.raises(CheckpointError, match="token ids go up to 511, but the text encoder has 511"):
-        read_tokenizer(TINY, 511)
+    with pytest.raises(CheckpointError, match="token ids go up to 767, but the text encoder has 767"):
+        read_tokenizer(TINY, 767)
     path = tmp_path / "tokenizer.json"
     path.write_text(TINY.read_text().replace("<|im_start|>", "<|start|>"))
     with pytest.raises(CheckpointError, match="<.im_start.> is not a single token"):
-        read_tokenizer(path, 512)
+        read_tokenizer(path, 768)
 
 
 HOSTILE: dict[str, tuple[str, Any, str]] = {
@@ -89,8 +89,8 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
     "few bytes": ("model vocab", {"a": 0}, "255 of the 256 bytes are not tokens ('!' ...)"),
     "a merge of nothing": ("model merges", [["a", "\ud800"]], "not a tokenizer.json"),
     "a merge of one": ("model merges", ["a"], "not a tokenizer.json"),
-    "an endless token": ("added_tokens", [{"id": 490, "content": "a" * 5000}], "the longest token of 5000 characters"),
-    "a gap": ("added_tokens", [{"id": 500, "content": "<think>"}], "'<think>' has the id 500, but it would be 490"),
+    "an endless token": ("added_tokens", [{"id": 763, "content": "a" * 5000}], "the longest token of 5000 characters"),
+    "a gap": ("added_tokens", [{"id": 765, "content": "<think>"}], "'<think>' has the id 765, but it would be 763"),
 }
 
 
@@ -103,7 +103,7 @@ def test_only_qwens_kind_reaches_the_library(name: str) -> None:
     place = values[outer[0]] if outer else values
     place[last] = value
     with pytest.raises(CheckpointError, match=re.escape(words)):
-        Tokenizer(values, 512)
+        Tokenizer(values, 768)
 
 
 def test_what_decides_no_id_is_not_read(tokenizer: Tokenizer) -> None:
@@ -112,7 +112,7 @@ def test_what_decides_no_id_is_not_read(tokenizer: Tokenizer) -> None:
     template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": []}
     values |= {"truncation": {"max_length": 3}, "padding": [], "decoder": {"type": "Fuse"}, "post_processor": template}
     prompts = ["a re\u0301d circle, 12 of <|im_end|> them\n\n", ""]
-    twin = Tokenizer(values, 512)(prompts, 64)
+    twin = Tokenizer(values, 768)(prompts, 64)
     assert twin.input_ids.tolist() == tokenizer(prompts, 64).input_ids.tolist()
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from adherence import captions, world
+from adherence import world
 from checker import judge_scene, read
 from PIL import Image
-from train_lora import COLOUR, blackened, make
+from train_lora import COLOUR, blackened, make, silhouettes
 
 from klein_mlx import KleinPipeline
 
@@ -35,12 +35,8 @@ def make_pairs(folder: Path, count: int, seed: int = 0) -> Path:
 def right(pipe: KleinPipeline, count: int, edits: bool = False) -> int:
     """Of pictures of so many unseen prompts: how many show every shape as it was asked for, but black. edits: the
     scenes are not told but shown, and the prompt is the instruction."""
-    prompts = []
-    for words, scene in captions.judged_captions(4 * count, seed=3):
-        if COLOUR not in {scene.background, *(shape.colour for shape in scene.shapes)}:
-            prompts.append((words, scene))
     good = 0
-    for seed, (words, scene) in enumerate(prompts[:count]):
+    for seed, (words, scene) in enumerate(silhouettes(count, seed=3, held=True)):
         shown = Image.fromarray(world.render(scene)) if edits else None
         output = pipe(INSTRUCTION, image=shown, seed=seed) if edits else pipe(words, seed=seed)
         picture, meant = np.asarray(output.images[0]), blackened(scene)
