@@ -9,7 +9,9 @@ from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_s
 from klein_mlx.cli.output import cleaned, say, say_json
 from klein_mlx.errors import RequestError, human_bytes, integer
 from klein_mlx.request import MAX_REFERENCES
-from klein_mlx.train.options import METHODS
+from klein_mlx.train.options import METHODS, TrainOptions
+
+RANK = TrainOptions.rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--references", type=int, default=0, metavar="N", help=references)
     add_options(parser, ("dtype", "keep", "variant", *BITS))
     parser.add_argument("--train", action="store_true", help="estimate the memory of training it, on a Mac")
-    parser.add_argument(
-        "--rank", type=int, default=16, metavar="N", help="with --train: rank of the LoRA (default: 16)"
-    )
-    methods = {"choices": METHODS, "default": "lora", "help": "with --train: what is trained (default: lora)"}
+    parser.add_argument("--rank", type=int, metavar="N", help=f"with --train: rank of the LoRA (default: {RANK})")
+    methods = {"choices": METHODS, "help": "with --train: what is trained (default: lora)"}
     parser.add_argument("--method", **methods)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.named if args.model is None else args.model
     if args.model is None:
         raise RequestError("klein-mlx info needs MODEL; for example: klein-mlx info tiny")
+    _check_used(args)
     if args.train:
         return _training(args)
     if (code := _other(args)) is not None:
@@ -66,6 +67,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(*format_description(cleaned(description)).split("\n"))
     return 0
+
+
+def _check_used(args: argparse.Namespace) -> None:
+    """RequestError for an option that would decide nothing."""
+    given = [name for name in ("references", "dtype", "keep", *BITS) if getattr(args, name)]
+    unused = [name for name in given if name not in ("references", "dtype", "quantize")] if args.train else given
+    if unused and (args.train or args.size is None):
+        why = "not for --train; --quantize gives the bits" if args.train else "for the estimate of memory; add --size"
+        raise RequestError(f"--{unused[0].replace('_', '-')} is {why}")
+    for name in ("rank", "method"):
+        if getattr(args, name) is not None and not args.train:
+            raise RequestError(f"--{name} is for the estimate of training; add --train")
 
 
 def _published(args: argparse.Namespace) -> Any:
@@ -194,6 +207,7 @@ def _training(args: argparse.Namespace) -> int:
     if args.size.isdecimal():  # as a run's resolution is given
         args.size = f"{args.size}x{args.size}"
     size, references = _asked_size(args, source.config)
+    args.method, args.rank = args.method or METHODS[0], RANK if args.rank is None else args.rank
     full = args.method == "full"
     values = {"data": "-", "output": "-" if full else "-.safetensors", "method": args.method, "rank": args.rank}
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)

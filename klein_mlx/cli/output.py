@@ -19,6 +19,7 @@ def say(*lines: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        _point_at_nothing(sys.stdout)  # what is still in its buffer would fail once more at the end
         raise unprinted(error) from None
 
 

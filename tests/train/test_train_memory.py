@@ -111,3 +111,23 @@ def test_info_tells_what_fits_which_mac(capsys: pytest.CaptureFixture[str]) -> N
 def test_macs(needed: int, mac: int | None) -> None:
     """Two thirds of 36 GB or less are the GPU's, three quarters of more."""
     assert mac_for(needed) == mac
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-q", "4"], "--quantize is for the estimate of memory; add --size"),
+        (["--keep", "all"], "--keep is for the estimate of memory; add --size"),
+        (["--references", "2"], "--references is for the estimate of memory; add --size"),
+        (["--rank", "4", "--size", "64x64"], "--rank is for the estimate of training; add --train"),
+        (["--method", "full"], "--method is for the estimate of training; add --train"),
+        (["--train", "--group-size", "32"], "--group-size is not for --train; --quantize gives the bits"),
+        (["--train", "--transformer-bits", "4"], "--transformer-bits is not for --train; --quantize gives the bits"),
+        (["--train", "--keep", "all"], "--keep is not for --train; --quantize gives the bits"),
+    ],
+)
+def test_an_option_that_would_decide_nothing_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "tiny", *words]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
