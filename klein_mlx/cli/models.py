@@ -91,11 +91,11 @@ def on_disk() -> list[OnDisk]:
 
 def _scanned() -> list[Any]:
     """The Hub's cache, if there is one."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+        return [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
     except (CacheNotFound, OSError, ValueError):
         return []
 
@@ -253,7 +253,7 @@ def _remove_cached(args: argparse.Namespace, hub_id: str) -> dict[str, Any]:
     size = sum(file.st_size for file in _files(folder / "blobs")) or sum(file.st_size for file in _files(folder))
     _ask(args, hub_id, size, folder)
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
         commits = [r.commit_hash for repo in cache.repos if repo.repo_path == folder for r in repo.revisions]
         if commits:
             cache.delete_revisions(*commits).execute()
