@@ -248,16 +248,18 @@ class Request(Options):
     """Checked options; pictures are made one by one, every prompt with every seed.
 
     prompts: one or more, or empty if `prompt_embeds` is given. seeds: one per picture of a prompt. images: references
-    as given, not yet opened. one_stream: all pictures' noise comes from one generator, in a row. edit: the picture to
-    start from and what to do with it, or None. notes: lines for the user, of what is not followed. The inherited fields
-    are as asked for, and filled in: steps, guidance_scale, negative_prompt (""), sigmas (a tuple), rng and
-    max_sequence_length; batch_guidance is None where memory decides, height and width are None where the pictures do.
+    as given, not yet opened. one_stream: all pictures' noise comes from one generator, in a row. seed_of_each: seeds
+    are one for each picture of all prompts instead. edit: the picture to start from and what to do with it, or None.
+    notes: lines for the user, of what is not followed. The inherited fields are as asked for, and filled in: steps,
+    guidance_scale, negative_prompt (""), sigmas (a tuple), rng and max_sequence_length; batch_guidance is None where
+    memory decides, height and width are None where the pictures do.
     """
 
     prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     images: tuple[Any, ...] = ()
     one_stream: bool = False
+    seed_of_each: bool = False
     edit: Edit | None = None
     steps: int = 0
     guidance: float = 1.0
@@ -270,6 +272,8 @@ class Request(Options):
     def pictures(self) -> list[tuple[int, int]]:
         """(index of the prompt, seed) of every picture, in the order in which they are made."""
         count = len(self.prompts) or self.prompt_embeds.shape[0]
+        if self.seed_of_each:
+            return [(number * count // len(self.seeds), seed) for number, seed in enumerate(self.seeds)]
         return [(index, seed) for index in range(count) for seed in self.seeds]
 
 
@@ -346,7 +350,8 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         rule = f"is a picture, and {name} draws from text alone; variant {name[:2]!r} uses its weights as the others'"
         raise RequestError("init_image" if edit else "image", rule=rule)
     pictures = 1 if isinstance(options.generator, list | tuple) else options.num_images_per_prompt
-    seeds, one_stream = _generator(options, len(prompts) or asked["prompt_embeds"].shape[0])
+    count = len(prompts) or asked["prompt_embeds"].shape[0]
+    seeds, one_stream = _generator(options, count)
     if options.reuse_references and options.image is None and not (edit and edit.init_reference):
         raise RequestError("reuse_references", rule="needs a reference image, and none is given")
     request = Request(
@@ -354,6 +359,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         prompts=prompts,
         seeds=seeds if one_stream else _seeds(seeds, pictures),
         one_stream=one_stream,
+        seed_of_each=isinstance(options.generator, list | tuple) and count > 1,
         images=_images(options.image, options.large_reference, edit),
         edit=edit,
         steps=steps,
@@ -476,9 +482,9 @@ def _generator(options: Options, prompts: int) -> tuple[Any, bool]:
     if options.seed is not None:
         raise RequestError("generator", rule="and {seed} both say which noise; give one of them")
     if isinstance(generator, list | tuple):
-        if prompts > 1 or len(generator) != count > 1:
+        if len(generator) != prompts * count > 1:
             rule = f"has {len(generator)} entries for {prompts * count} pictures"
-            raise RequestError("generator", rule=f"{rule}; it must have one for each, of one prompt")
+            raise RequestError("generator", rule=f"{rule}; it must have one for each")
         return [_initial_seed(one) for one in generator], False
     seed = _initial_seed(generator)
     return ((seed,) * count, True) if prompts * count > 1 else (seed, False)

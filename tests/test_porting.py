@@ -39,6 +39,9 @@ def test_a_generator_is_the_noise_of_torch(pipe: KleinPipeline) -> None:
     assert not same(pipe("a star", seed=7, **SMALL).images, wanted)
     both = pipe("a star", generator=[8, 7], **SMALL)
     assert (both.seeds, same(both.images[1:], wanted)) == ([8, 7], True)
+    several = pipe(["a circle", "a star"], generator=[8, 9, 5, 7], num_images_per_prompt=2, **SMALL)
+    assert (several.seeds, same(several.images[3:], wanted)) == ([8, 9, 5, 7], True)
+    assert same(several.images[1:2], pipe("a circle", generator=9, **SMALL).images)
 
 
 def test_one_generator_draws_several_pictures_in_a_row(pipe: KleinPipeline) -> None:
