@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ class Judge:
         tally: dict[str, list[bool]] = defaultdict(list)
         wrong = []
         for i, ((words, scene), picture) in enumerate(zip(cases, pictures, strict=True)):
-            verdict = judge_scene(picture, scene)
+            verdict: dict[str, Any] = judge_scene(picture, scene)
             tally["colour"] += verdict["colours"]
             tally["shape"] += verdict["kinds"]
             right = [verdict["count"], *verdict["colours"], *verdict["kinds"]]

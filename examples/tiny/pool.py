@@ -12,6 +12,7 @@ import pickle
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ class Pool:
             self.by_background[scene.background].append(scene)
 
     @staticmethod
-    def _one(rng: np.random.Generator, options: list) -> object:
+    def _one(rng: np.random.Generator, options: list) -> Any:
         return options[int(rng.integers(len(options)))]
 
     def _picture(self, rng: np.random.Generator, noise: np.ndarray) -> tuple[str, tuple[Scene, ...], tuple[Scene, ...]]:
