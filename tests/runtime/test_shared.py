@@ -98,8 +98,8 @@ def test_two_processes_make_one_picture(tmp_path: Path) -> None:
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert first[1] == "out.png\n"
     assert second[1:] == ("", "")
-    # 5 blocks' keys and values of half of 36 text, 24 image and 16 reference tokens, 192 channels in float32
-    assert "2 processes share each picture; a step sends 0.292 MB from each" in first[2]
+    # 5 blocks' keys and values of half of 48 text, 24 image and 16 reference tokens, 192 channels in float32
+    assert "2 processes share each picture; a step sends 0.338 MB from each" in first[2]
     made = Image.open(tmp_path / "out.png")
     seed = int(first[2].split("seed ")[1].split()[0])
     alone = KleinPipeline.from_pretrained("tiny", dtype="float32")(
