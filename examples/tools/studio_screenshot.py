@@ -15,11 +15,11 @@ from klein_mlx.server.settings import Settings
 
 PROMPTS = (
     "a yellow cross",
-    "an orange circle above a blue star",
-    "a green star above a yellow circle",
+    "a small orange circle in the middle",
+    "a green triangle in the top left corner",
     "a purple triangle right of a red square",
     "a blue square",
-    "a green circle below a purple star",
+    "a purple ring on black",
     "a red circle left of a blue square",
 )
 
