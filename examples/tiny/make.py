@@ -110,7 +110,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a diffusers folder whose VAE is kept and whose transformer goes on")
-    parser.add_argument("--steps", type=int, default=2000, help="updates of the student; from nothing it takes 8000")
+    parser.add_argument("--steps", type=int, default=2460, help="updates of the student; from nothing it takes more")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
