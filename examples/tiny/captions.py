@@ -7,6 +7,7 @@ also says which attributes of its scene it leaves open (`Wording.free`): other n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,7 @@ def relation(scene: Scene) -> str:
 def _tidy(words: str) -> str:
     """Articles before vowels, single spaces."""
     parts = " ".join(words.split()).split(" ")
-    for i, (word, after) in enumerate(zip(parts, parts[1:], strict=False)):
+    for i, (word, after) in enumerate(pairwise(parts)):
         if word == "a" and after[:1] in "aeiou" and not after.startswith("one"):
             parts[i] = "an"
     return " ".join(parts)

@@ -26,7 +26,6 @@ _USE = {  # an option as it is spelled elsewhere -> here; of use where the comma
     "--hf-token --token": "the environment variable HF_TOKEN, or hf auth login",
     "--no-download": "--offline",
     "--disable-tqdm --no-progress": "--quiet",
-    "--temp": "--seed",
 }
 _LEFT_OUT = {  # likewise -> why it is not needed
     "--metadata": "recipes are kept unless you add --no-metadata",

@@ -15,13 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--root", type=Path, metavar="DIR", help="let the client read and save pictures in this folder; else none")
-    add(
-        "--idle-unload",
-        type=float,
-        default=10.0,
-        metavar="MIN",
-        help="minutes until an idle model is freed; 0: never (default: 10)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

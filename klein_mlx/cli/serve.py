@@ -40,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API")
     add("--save", type=Path, metavar="DIR", help="keep every finished picture in this folder")
     add("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
-    add(
-        "--idle-unload",
-        type=float,
-        default=10.0,
-        metavar="MIN",
-        help="minutes until an idle model is freed; 0: never (default: 10)",
-    )
     add("--any-model", action="store_true", help='accept any model\'s name in requests, such as "gpt-image-1"')
     add("--log-prompts", action="store_true", help="write prompts to the log")
     add("--quiet", action="store_true", help="only errors on stderr")
@@ -58,6 +51,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser, ("model", *BITS, "transformer", "text_encoder", "vae", "variant", "dtype", "keep", "prompt_cache")
     )
     add_options(parser, ("lora_folder", "offline", "yes"))
+    parser.add_argument(
+        "--idle-unload",
+        type=float,
+        default=10.0,
+        metavar="MIN",
+        help="minutes until an idle model is freed; 0: never (default: 10)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
