@@ -7,6 +7,7 @@ licence), and the variant is told from the dimensions and `is_distilled`, never 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 from klein_mlx.errors import CheckpointError
@@ -75,11 +76,11 @@ class TransformerConfig(_FromDict):
     timestep_guidance_channels: int = 256
     guidance_embeds: bool = False
 
-    @property
+    @cached_property
     def hidden_size(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-    @property
+    @cached_property
     def mlp_size(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 
@@ -123,7 +124,7 @@ class VAEConfig(_FromDict):
     mid_block_add_attention: bool = True
     batch_norm_eps: float = 1e-4
 
-    @property
+    @cached_property
     def scale_factor(self) -> int:
         """Pixels per latent along one side (8 for klein)."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -219,7 +220,7 @@ class ModelConfig:
         if self.taps[-1] > e.num_hidden_layers:
             raise CheckpointError(f"layer {self.taps[-1]} is tapped, but the text encoder has {e.num_hidden_layers}")
 
-    @property
+    @cached_property
     def variant(self) -> Variant:
         """The row of the table that these dimensions are."""
         if self.variant_name in NAMED:
@@ -229,7 +230,7 @@ class ModelConfig:
         rows = [v for v in VARIANTS if (v.dimensions, v.is_distilled, v.caches_references) == mine]
         return rows[0] if rows else UNLISTED[self.is_distilled]
 
-    @property
+    @cached_property
     def pixels_per_token(self) -> int:
         """The side of a token in pixels (16 for klein); widths and heights are multiples of it."""
         return 2 * self.vae.scale_factor

@@ -15,9 +15,8 @@ from klein_mlx import CheckpointError, KleinPipeline, RequestError
 from klein_mlx.config import VARIANTS, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, gated_notice
 from klein_mlx.formats.open import open_model
 from klein_mlx.model.layers import swiglu
-from klein_mlx.model.rope import Rope, rope_tables
 from klein_mlx.model.sampler import all_ids, join_references, latents_to_tokens
-from klein_mlx.model.transformer import Modulation, Transformer
+from klein_mlx.model.transformer import Modulation, Rope, Transformer, rope_tables
 from klein_mlx.model.velocity import Tables, velocity
 from klein_mlx.weights.checkpoint import load_part
 from klein_mlx.weights.hub import download

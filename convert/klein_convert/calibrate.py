@@ -31,7 +31,6 @@ from klein_convert.coding import (
 )
 from klein_mlx.config import PARTS, ModelConfig
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import (
     Predict,
     all_ids,
@@ -42,7 +41,7 @@ from klein_mlx.model.sampler import (
     tokens_to_latents,
 )
 from klein_mlx.model.tokenizer import Tokens
-from klein_mlx.model.transformer import Transformer
+from klein_mlx.model.transformer import Transformer, rope_tables
 from klein_mlx.runtime.encodings import encode_prompt
 from klein_mlx.weights.bits import Quantize, parse, settle
 from klein_mlx.weights.checkpoint import ReadRows, Source, build, load_part, read_tokenizer

@@ -15,10 +15,9 @@ import numpy as np
 
 from klein_mlx.config import ModelConfig
 from klein_mlx.model.layers import Layer, QuantizedLinear, empty
-from klein_mlx.model.rope import Rope
 from klein_mlx.model.sampler import latents_to_tokens
 from klein_mlx.model.tokenizer import Tokens
-from klein_mlx.model.transformer import Modulations
+from klein_mlx.model.transformer import Modulations, Rope
 from klein_mlx.weights.quantize import Arrays, Quantization, fit_groups, pack, search
 
 Groups = tuple[tuple[tuple[str, ...], ...], ...]

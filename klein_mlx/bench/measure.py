@@ -20,9 +20,8 @@ import mlx.core as mx
 from klein_mlx.bench.predict import find_chip, klein
 from klein_mlx.images.saving import save_image
 from klein_mlx.model.layers import Gpu, Linear, QuantizedLinear, place, wide
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import all_ids
-from klein_mlx.model.transformer import Modulation, SingleBlock
+from klein_mlx.model.transformer import Modulation, SingleBlock, rope_tables
 from klein_mlx.model.vae import Conv
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.runtime.run import Picture, Step

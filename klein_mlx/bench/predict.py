@@ -15,10 +15,9 @@ from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import RequestError
 from klein_mlx.model.layers import Gpu, gpu, place, wide
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
-from klein_mlx.model.transformer import Modulation, Modulations, Transformer
+from klein_mlx.model.transformer import Modulation, Modulations, Transformer, rope_tables
 from klein_mlx.model.vae import VAE
 from klein_mlx.weights.quantize import Quantization, prepare
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.model import sampler as grids
 from klein_mlx.model.layers import Device, Gpu, here, place, wide
-from klein_mlx.model.rope import rope_tables
+from klein_mlx.model.transformer import rope_tables
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.runtime.parts import chosen_device
 from klein_mlx.runtime.run import Step

@@ -510,3 +510,24 @@ def grown_sum(x: mx.array, gate: mx.array, *branches: mx.array) -> mx.array:
     """x + gate * (the branches' sum) / SHRINK, in the dtype of x."""
     first, *others = (branch.astype(x.dtype) for branch in branches)
     return x + gate * (sum(others, first) * (1 / SHRINK))
+
+
+def add_branch(
+    x: mx.array,
+    gate: mx.array,
+    layer: Layer,
+    attention: mx.array | None = None,
+    mlp_gate: mx.array | None = None,
+    mlp_value: mx.array | None = None,
+) -> mx.array:
+    """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
+    first, form, inputs = mlp_gate if attention is None else attention, layer.device.form, []
+    # What is added to a branch would not be smaller, so one with a bias stays as large as it is.
+    small = first.dtype == mx.float16 and not layer.has_bias  # type: ignore[union-attr]
+    if attention is not None:
+        inputs.append(attention * SHRINK if small else attention)
+    if mlp_gate is not None and mlp_value is not None:
+        inputs.append(form(small_swiglu if small else swiglu)(mlp_gate, mlp_value))
+    terms = layer.terms(*inputs) if len(inputs) == 2 else (layer(*inputs),)
+    chain = grown_sum if small else gated_sum if len(terms) == 1 else gated_sum_of_two
+    return form(chain)(x, gate, *terms)

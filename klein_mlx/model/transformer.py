@@ -17,23 +17,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import Chain, CompiledBlocks
-from klein_mlx.model.layers import (
-    SHRINK,
-    Device,
-    Layer,
-    Linear,
-    Placed,
-    cut,
-    gated_sum,
-    gated_sum_of_two,
-    grown_sum,
-    join,
-    separate,
-    small_swiglu,
-    swiglu,
-    wide,
-)
-from klein_mlx.model.rope import Rope
+from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, separate, wide
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], Sequence[mx.array]]  # keeps what it wants of a block's keys and values
@@ -65,6 +49,56 @@ class Modulations(NamedTuple):
     img: tuple[Modulation, Modulation]
     single: Modulation
     final: tuple[mx.array, mx.array]
+
+
+class Rope(NamedTuple):
+    """Rotary tables shared by all heads; the first axis is the token.
+
+    first, second: rotary tables, (tokens, 1, head_dim / 2, 2) float32: what the first and the second channel of each
+    pair add to both, (cos, sin) and (-sin, cos). text: (tokens, 1, 1) bool, which of them are the prompt's. lengths:
+    how many tokens each process has whose keys and values are read, where several share them; else empty.
+    """
+
+    first: mx.array
+    second: mx.array
+    text: mx.array
+    lengths: tuple[int, ...] = ()
+
+    def rows(self, start: int, stop: int | None = None) -> "Rope":
+        """The tables of some of the tokens."""
+        return self._replace(first=self.first[start:stop], second=self.second[start:stop], text=self.text[start:stop])
+
+
+def joined(parts: Sequence[Rope], lengths: tuple[int, ...]) -> Rope:
+    """The tables of some tokens, and of others behind them. lengths: as in `Rope`."""
+    if len(parts) == 1:
+        return parts[0]._replace(lengths=lengths)
+    first, second, text = (mx.concatenate([part[table] for part in parts]) for table in range(3))  # type: ignore[misc]
+    return Rope(first, second, text, lengths)
+
+
+def rope_tables(ids: mx.array, axes_dims: tuple[int, ...], theta: float, length: int) -> Rope:
+    """The rotary tables of tokens at `ids`.
+
+    ids: (S, 4) integers, a token's (t, h, w, l). axes_dims: how many of a head's channels each axis turns. length: how
+    many of the first tokens are the prompt's.
+    Frequencies and angles are float64, as in the reference; the tables are float32.
+    Source: diffusers, Flux2PosEmbed.
+    """
+    import numpy as np
+
+    positions = np.array(ids, dtype=np.float64)
+    angles = [
+        np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim))
+        for axis, dim in enumerate(axes_dims)
+    ]
+    angle = np.concatenate(angles, axis=-1)[:, None, :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return Rope(
+        mx.array(np.stack([cos, sin], axis=-1).astype(np.float32)),
+        mx.array(np.stack([-sin, cos], axis=-1).astype(np.float32)),
+        (mx.arange(len(positions)) < length)[:, None, None],
+    )
 
 
 def attend(
@@ -150,27 +184,6 @@ def _scale_and_rotate_streams(
 def modulated(x: mx.array, shift: mx.array, scale: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
     """What a branch reads of the stream x: normalized, scaled (the 1 + is inside) and shifted, in the layers' dtype."""
     return mx.fast.layer_norm(x, scale, shift, eps).astype(dtype)
-
-
-def add_branch(
-    x: mx.array,
-    gate: mx.array,
-    layer: Layer,
-    attention: mx.array | None = None,
-    mlp_gate: mx.array | None = None,
-    mlp_value: mx.array | None = None,
-) -> mx.array:
-    """x + gate * layer(what attention returned and the MLP's SwiGLU, joined in this order, or one of them)."""
-    first, form, inputs = mlp_gate if attention is None else attention, layer.device.form, []
-    # What is added to a branch would not be smaller, so one with a bias stays as large as it is.
-    small = first.dtype == mx.float16 and not layer.has_bias  # type: ignore[union-attr]
-    if attention is not None:
-        inputs.append(attention * SHRINK if small else attention)
-    if mlp_gate is not None and mlp_value is not None:
-        inputs.append(form(small_swiglu if small else swiglu)(mlp_gate, mlp_value))
-    terms = layer.terms(*inputs) if len(inputs) == 2 else (layer(*inputs),)
-    chain = grown_sum if small else gated_sum if len(terms) == 1 else gated_sum_of_two
-    return form(chain)(x, gate, *terms)
 
 
 def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:

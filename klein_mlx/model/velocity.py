@@ -7,9 +7,18 @@ import mlx.core as mx
 
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.layers import wide
-from klein_mlx.model.rope import Rope, joined, rope_tables
 from klein_mlx.model.sampler import Predict, References, all_ids, guide, latents_to_tokens, tokens_to_latents, with_cfg
-from klein_mlx.model.transformer import KeysValues, Modulations, RunBlock, Transformer, call_block, gathered
+from klein_mlx.model.transformer import (
+    KeysValues,
+    Modulations,
+    Rope,
+    RunBlock,
+    Transformer,
+    call_block,
+    gathered,
+    joined,
+    rope_tables,
+)
 
 Reuse = Literal["alone", "first step"]
 
@@ -144,21 +153,23 @@ def velocity(
             runs = [(runs[0][0], runs[-1][1])]
         return joined([whole.rows(*one) for one in runs], lengths)
 
+    lengths, (first, behind) = peers.lengths(*counts), peers.run(h * w)
+    all_tokens = rope(slice(2 if references is None else 3), lengths)
+    without_references = all_tokens if memory is None else rope(slice(2), lengths)
+
     def predict(latents: mx.array, sigma: float) -> mx.array:
-        tokens, note, extras = peers.own(latents_to_tokens(latents)), None, None
-        streams = slice(2 if references is None else 3)
+        tokens, table, note, extras = peers.own(latents_to_tokens(latents)), all_tokens, None, None
         if memory is not None and reuse == "alone" and not memory.kept:
             assert references is not None
             apart = rope(slice(2, 3), peers.lengths(counts[2]))
             transformer.remember(peers.own(references.tokens), tables.modulations(0.0), apart, memory.note, run)
             mx.eval(memory.kept)
         if memory is not None and memory.kept:
-            streams, extras = slice(2), memory.extras(batch)
+            table, extras = without_references, memory.extras(batch)
         elif references is not None:
             tokens = mx.concatenate([tokens, peers.own(references.tokens)], axis=1)
             note = None if memory is None else memory.note
         tokens = mx.broadcast_to(tokens, (batch, *tokens.shape[1:]))
-        table, (first, behind) = rope(streams, peers.lengths(*counts)), peers.run(h * w)
         out = transformer(tokens, txt, tables.modulations(sigma), table, behind - first, extras, note, run)
         if peers.size > 1:
             out = gathered(out, peers.lengths(h * w))

@@ -13,9 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from klein_mlx.model.rope import Rope, rope_tables
 from klein_mlx.model.sampler import References, all_ids, latents_to_tokens
-from klein_mlx.model.transformer import Transformer
+from klein_mlx.model.transformer import Rope, Transformer, rope_tables
 from klein_mlx.train.adapters import Trainables, Weights, put
 from klein_mlx.train.memory import piece_rows
 from klein_mlx.train.noise import to_float

@@ -13,8 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.model.rope import Rope
-from klein_mlx.model.transformer import Modulation, Modulations
+from klein_mlx.model.transformer import Modulation, Modulations, Rope
 from klein_mlx.train.adapters import Weights
 
 _KEYS = {"to_qk", "to_k", "to_v", "norm_q", "norm_k", "norm_qk", "linear_in"}  # what keys and values are made by

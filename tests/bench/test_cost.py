@@ -13,10 +13,9 @@ from klein_mlx.bench.cost import Cost, trace
 from klein_mlx.bench.predict import klein
 from klein_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from klein_mlx.model.layers import Gpu, place
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.text_encoder import TextEncoder
-from klein_mlx.model.transformer import Modulation, Modulations, Transformer
+from klein_mlx.model.transformer import Modulation, Modulations, Transformer, rope_tables
 from klein_mlx.model.vae import VAE, Conv, GroupNorm, strip_rows
 from klein_mlx.runtime.memory import Work, encoder_bytes, step_bytes, vae_bytes
 from klein_mlx.weights.quantize import Quantization, prepare

@@ -17,8 +17,7 @@ from PIL import Image
 from klein_mlx.formats.open import open_model
 from klein_mlx.model import sampler
 from klein_mlx.model import sampler as grids
-from klein_mlx.model.rope import rope_tables
-from klein_mlx.model.transformer import Transformer
+from klein_mlx.model.transformer import Transformer, rope_tables
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.runtime.run import Picture, Step
 from klein_mlx.weights.checkpoint import load_part, read_tokenizer

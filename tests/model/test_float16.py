@@ -11,9 +11,8 @@ from PIL import Image
 
 from klein_mlx import KleinPipeline
 from klein_mlx.config import TransformerConfig
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
-from klein_mlx.model.transformer import Modulation, Transformer
+from klein_mlx.model.transformer import Modulation, Transformer, rope_tables
 
 CONFIG = TransformerConfig(16, 1, 1, 32, 4, 48, 3.0, (8, 8, 8, 8))
 HIDDEN, TEXT, IMAGE = 128, 5, 12

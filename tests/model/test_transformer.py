@@ -10,9 +10,16 @@ import pytest
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.branched import Branched
 from klein_mlx.model.layers import here, swiglu
-from klein_mlx.model.rope import Rope, rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
-from klein_mlx.model.transformer import Modulation, Transformer, attend, normed_and_rotated, timestep_embedding
+from klein_mlx.model.transformer import (
+    Modulation,
+    Rope,
+    Transformer,
+    attend,
+    normed_and_rotated,
+    rope_tables,
+    timestep_embedding,
+)
 from klein_mlx.weights.quantize import Quantization, prepare
 
 CONFIG = TransformerConfig(16, 1, 2, 32, 2, 48, 3.0, (8, 8, 8, 8))

@@ -7,8 +7,8 @@ import numpy as np
 from folders import GOLDEN
 
 from klein_mlx import KleinPipeline
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
+from klein_mlx.model.transformer import rope_tables
 
 TEXT, SIDE = 6, 4
 

@@ -19,9 +19,8 @@ from klein_mlx.config import TransformerConfig
 from klein_mlx.model.branched import Branched
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.layers import Gpu, place
-from klein_mlx.model.rope import rope_tables
 from klein_mlx.model.sampler import image_ids, text_ids
-from klein_mlx.model.transformer import Transformer
+from klein_mlx.model.transformer import Transformer, rope_tables
 from klein_mlx.weights.lora import Change, LowRank, Scaled, expanded
 from klein_mlx.weights.lora import _parent as parent_of
 from klein_mlx.weights.quantize import Quantization, prepare
