@@ -4,7 +4,6 @@ Each message is one line that says what is wrong, which value it was, and what w
 it after `error:` and exits with 2; a library user catches `KleinError`. Anything else that escapes is a bug.
 """
 
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -106,29 +105,6 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     import difflib
 
     return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)), None)
-
-
-def integer(what: str, value: Any, low: int, high: int) -> int:
-    """`value`, an int or numpy's, as an int if it is in low..high; else a RequestError that names it."""
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or not low <= whole <= high:
-        raise RequestError(what, value, f"it must be a whole number from {low} to {high}")
-    return whole
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-def flag(what: str, value: Any) -> bool:
-    """`value` if it is True or False; else a RequestError."""
-    if not isinstance(value, bool):
-        raise RequestError(what, value, "it must be True or False")
-    return value
 
 
 def short(value: Any) -> str:

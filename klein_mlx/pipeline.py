@@ -34,8 +34,9 @@ from klein_mlx.model.sampler import (
 from klein_mlx.model.tokenizer import Tokenizer
 from klein_mlx.model.transformer import in_parts
 from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_velocity, velocity
-from klein_mlx.porting import COMPONENTS, REPLACED, Answering, answer, with_hints
-from klein_mlx.request import Options, Request, check_options, takes
+from klein_mlx.options import Options, takes, with_hints
+from klein_mlx.porting import COMPONENTS, REPLACED, Answering, answer
+from klein_mlx.request import Request, check_options
 from klein_mlx.runtime.encodings import Encodings, to_array
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
 from klein_mlx.runtime.parts import Parts, compute_dtype

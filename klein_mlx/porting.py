@@ -1,15 +1,11 @@
 """What people coming from diffusers, mflux or mlx-lm write, and what it is called here."""
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from klein_mlx.errors import nearest
 
-P = ParamSpec("P")
-R = TypeVar("R")
 INSTEAD = {
     "steps": "num_inference_steps",
     "num_steps": "num_inference_steps",
@@ -198,18 +194,3 @@ def answer(pipe: Any, name: str) -> Any:
     raise AttributeError(
         f"{type(pipe).__name__} has no attribute {name!r}{hint or (f'; did you mean {near!r}?' if near else '')}"
     )
-
-
-def with_hints(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a call say what to use in place of an argument that it does not know."""
-    known = inspect.signature(function).parameters
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name not in known:
-                hint = instead_of(name, known)
-                raise TypeError(f"{function.__qualname__}() has no argument {name!r}{hint}")
-        return function(*args, **kwargs)
-
-    return call

@@ -1,246 +1,61 @@
-"""What a picture can be asked: the one list of options, and the one place that checks them.
+"""The one place that checks what a picture was asked.
 
-`Options` is the list. The signatures and the help of KleinPipeline's calls, the command's options, its config file, the
-lines of a prompt file, recipes and shell completion are generated from its fields. Behind `check` every value is of the
-right type and in range, defaults are filled in, and nothing is repaired in silence.
+Behind `check` every value is of the right type and in range, defaults are filled in, and nothing is repaired in
+silence.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
-from functools import wraps
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from klein_mlx.config import ModelConfig
-from klein_mlx.edits import MASK_BLUR, MAX_BLUR, MAX_MARGIN, Edit, check_edit
-from klein_mlx.errors import RequestError, Shown, integer, named
-from klein_mlx.option import option, option_of
-from klein_mlx.porting import instead_of
+from klein_mlx.errors import RequestError, Shown
+from klein_mlx.options import (
+    MASK_BLUR,
+    MAX_AREA,
+    MAX_MARGIN,
+    MAX_PROMPT,
+    MAX_REFERENCES,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SIDE,
+    USER_OPTIONS,
+    Options,
+    integer,
+    takes,
+)
 
-MIN_SIDE, MAX_SIDE, MAX_AREA = 64, 8192, 4096 * 4096
-MAX_STEPS, MAX_SEED, MAX_IMAGES, MAX_REFERENCES = 1000, 2**64 - 1, 1000, 10
-MAX_PROMPT, MAX_TEXT = 100_000, 4096  # characters; tokens
-OUTPUT_TYPES = ("pil", "np", "latent")
+STRENGTH = 0.6  # of an init image without a mask; with one, 1: what is white is painted anew
+SIDES = ("left", "top", "right", "bottom")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Everything that a picture can be asked. Nothing is checked yet: see `check`."""
+class Edit:
+    """A checked edit of `init_image`; pictures are as given, not yet opened.
 
-    prompt: str | Sequence[str] | None = option(
-        "what to draw, or how to change the reference image; several make several pictures",
-        "--prompt",
-        short=("-p",),
-        metavar="TEXT",
-        common=True,
-    )
-    _: KW_ONLY
-    image: Any = option(
-        f"reference image to edit or draw from; up to {MAX_REFERENCES}",
-        "--image",
-        short=("-i",),
-        many=True,
-        metavar="FILE",
-        common=True,
-    )
-    seed: int | Sequence[int] | None = option(
-        "0 to 2**64 - 1; several make several pictures, each of which depends on its own seed alone",
-        "--seed",
-        short=("-S",),
-        kind=int,
-        many=True,
-        default="random",
-        common=True,
-    )
-    num_images_per_prompt: int = option(
-        "pictures per prompt, with seeds SEED, SEED + 1, ...",
-        "--count",
-        1,
-        short=("-n",),
-        kind=int,
-        low=1,
-        high=MAX_IMAGES,
-        common=True,
-    )
-    width: int | None = option(
-        "pixels, a multiple of 16",
-        "--width",
-        short=("-W",),
-        kind=int,
-        low=MIN_SIDE,
-        high=MAX_SIDE,
-        default="the first reference image's, or 1024; 128 for tiny",
-        excludes=("size",),
-        common=True,
-    )
-    height: int | None = option(
-        "pixels, a multiple of 16",
-        "--height",
-        short=("-H",),
-        kind=int,
-        low=MIN_SIDE,
-        high=MAX_SIDE,
-        default="as for the width",
-        excludes=("size",),
-        common=True,
-    )
-    num_inference_steps: int | None = option(
-        "denoising steps",
-        "--steps",
-        short=("-s",),
-        kind=int,
-        low=1,
-        high=MAX_STEPS,
-        default="the variant's: 4 if distilled, else 50",
-        excludes=("sigmas",),
-        common=True,
-    )
-    guidance_scale: float | None = option(
-        "guidance scale; above 1 with base variants only",
-        "--guidance",
-        kind=float,
-        low=1,
-        high=100,
-        default="the variant's: 1 if distilled, else 4",
-        common=True,
-    )
-    negative_prompt: str | None = option(
-        "what to steer away from; needs a {guidance_scale} over 1", "--negative", metavar="TEXT", common=True
-    )
-    rng: str | None = option(
-        "noise generator: MLX's, or torch's on the CPU, with which a seed gives diffusers' picture",
-        "--rng",
-        choices=("mlx", "torch"),
-        metavar="RNG",
-        default="mlx",
-        group="sampling",
-    )
-    batch_guidance: bool | None = option(
-        "run both guidance passes as one batch, or in turn: the same numbers to rounding",
-        "--batch-guidance",
-        kind=bool,
-        negatable=True,
-        default="one batch where memory allows",
-        group="sampling",
-    )
-    sigmas: Sequence[float] | None = option(
-        "noise levels before the shift, such as 1,0.75,0.5,0.25, instead of evenly spaced ones; with an init image the "
-        "first is where it starts",
-        "--sigmas",
-        kind=list,
-        metavar="LIST",
-        excludes=("num_inference_steps", "strength"),
-        group="sampling",
-    )
-    max_sequence_length: int | None = option(
-        "text tokens, padding included",
-        "--max-sequence-length",
-        kind=int,
-        low=1,
-        high=MAX_TEXT,
-        metavar="N",
-        default="the checkpoint's, 512",
-        group="sampling",
-    )
-    literal_prompt: bool = option(
-        "treat special tokens in a prompt, such as <|im_end|>, as plain text",
-        "--literal-prompt",
-        False,
-        kind=bool,
-        group="sampling",
-    )
-    large_reference: bool = option(
-        "let a single reference image have 4 megapixels instead of 1",
-        "--large-reference",
-        False,
-        kind=bool,
-        group="editing",
-    )
-    reuse_references: bool = option(
-        "compute reference images in the first step only: faster, and an approximation for all variants but 9b-kv, "
-        "which always does so",
-        "--reuse-references",
-        False,
-        kind=bool,
-        group="editing",
-    )
-    init_image: Any = option(
-        "picture to start from, instead of from noise", "--init-image", metavar="FILE", group="editing"
-    )
-    strength: float | None = option(
-        "how far to go from the init image; all steps run at any strength",
-        "--strength",
-        kind=float,
-        low=0,
-        high=1,
-        over=True,
-        metavar="S",
-        default="0.6, or 1 with a mask or an extension",
-        excludes=("sigmas",),
-        group="editing",
-    )
-    mask_image: Any = option(
-        "mask of the init image's size: white (128 or more of 255) is repainted, all other pixels stay as they are",
-        "--mask",
-        metavar="FILE",
-        group="editing",
-    )
-    mask_blur: int | None = option(
-        "width in pixels of the soft edge inside the mask",
-        "--mask-blur",
-        kind=int,
-        low=0,
-        high=MAX_BLUR,
-        metavar="PX",
-        default=str(MASK_BLUR),
-        group="editing",
-    )
-    invert_mask: bool = option(
-        "repaint what is black in the mask instead", "--invert-mask", False, kind=bool, group="editing"
-    )
-    padding_mask_crop: int | None = option(
-        "repaint only the mask's surroundings, with this margin in pixels, at the full working size",
-        "--mask-crop",
-        kind=int,
-        low=0,
-        high=MAX_MARGIN,
-        metavar="PX",
-        group="editing",
-    )
-    extend: Any = option(
-        "paint a border around the init image: left=256,right=256 (left, top, right, bottom), or a size, 1536x1024",
-        "--extend",
-        metavar="SIDES",
-        group="editing",
-    )
-    init_reference: bool | None = option(
-        "use the init image as the first reference image too",
-        "--init-reference",
-        kind=bool,
-        negatable=True,
-        default="with a mask or an extension, as in diffusers",
-        group="editing",
-    )
-    generator: Any = option(
-        "a torch.Generator, of which the initial seed counts, an int, or a list with one for each picture, instead of "
-        "{seed}: the noise is torch's, as in diffusers"
-    )
-    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = option(
-        'called as in diffusers with (pipe, step from 0, timestep, {{"latents": (1, tokens, C)}}); latents that it '
-        "returns in a dict replace those"
-    )
-    progress: bool = option("show a progress bar (tqdm)", value=False, kind=bool)
-    latents: Any = option("initial noise, an array (pictures, C, h, w) as in diffusers, instead of the seeds'")
-    prompt_embeds: Any = option("an array (B, L, D) instead of prompts")
-    output_type: str = option(
-        '"pil"; "np": (H, W, 3) in 0..1; "latent": the denormalized latents, an mx.array, of the whole painted picture',
-        value="pil",
-        choices=OUTPUT_TYPES,
-    )
+    strength: (0, 1], or None if `sigmas` say where to start. mask_image: white is repainted, or None. mask_blur: the
+    width in pixels of the soft edge, inside the mask. padding_mask_crop: pixels around the mask to which the picture is
+    cropped while it is repainted, or None. margins: pixels to add at SIDES, or None. extend_to: (width, height) to
+    extend to, or None. init_reference: whether the model is shown the picture as its first reference too.
+    """
 
+    init_image: Any
+    strength: float | None
+    mask_image: Any
+    mask_blur: int
+    invert_mask: bool
+    padding_mask_crop: int | None
+    margins: tuple[int, int, int, int] | None
+    extend_to: tuple[int, int] | None
+    init_reference: bool
 
-USER_OPTIONS = {one.name: own for one in fields(Options) if (own := option_of(one))}
+    @property
+    def extends(self) -> bool:
+        return self.margins is not None or self.extend_to is not None
 
 
 @dataclass(frozen=True)
@@ -275,47 +90,6 @@ class Request(Options):
         if self.seed_of_each:
             return [(number * count // len(self.seeds), seed) for number, seed in enumerate(self.seeds)]
         return [(index, seed) for index in range(count) for seed in self.seeds]
-
-
-P = ParamSpec("P")
-S = TypeVar("S")
-R = TypeVar("R")
-
-
-def takes(options: Callable[P, Options]) -> Callable[[Callable[[S, Options], R]], Callable[Concatenate[S, P], R]]:
-    """Give a function of (something, Options) the arguments of `Options`, written out for help(), editors and type
-    checkers. An unknown argument is a TypeError that names the call and what to use instead."""
-    parameters = list(inspect.signature(options).parameters.values())
-
-    def decorate(function: Callable[[S, Options], R]) -> Callable[Concatenate[S, P], R]:
-        called = function.__qualname__.removesuffix(".__call__")
-
-        @wraps(function)
-        def call(first: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            for name in kwargs:
-                if name not in USER_OPTIONS:
-                    raise TypeError(f"{called}() has no argument {name!r}{instead_of(name, USER_OPTIONS)}")
-            if len(args) > 1:
-                raise TypeError(f"{called}() takes the prompt alone without a name; name the others, as in image=...")
-            return function(first, options(*args, **kwargs))
-
-        own = inspect.signature(function)
-        first = next(iter(own.parameters.values()))
-        call.__signature__ = own.replace(parameters=[first, *parameters])  # type: ignore[attr-defined]
-        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{described()}"
-        return call
-
-    return decorate
-
-
-def described() -> str:
-    """Every option by its name in Python, with its range and default, a line each."""
-    lines = []
-    for name, own in USER_OPTIONS.items():
-        told = [own.help, own.range, f"default: {own.default}" if own.default else ""]
-        text = named("; ".join(filter(None, told)), {}).replace("{{", "{").replace("}}", "}")
-        lines.append(f"{name}: {text}.")
-    return "\n".join(lines)
 
 
 def check_options(config: ModelConfig, options: Options) -> Request:
@@ -374,9 +148,6 @@ def check_options(config: ModelConfig, options: Options) -> Request:
 def check(config: ModelConfig, options: Options) -> Request:
     """`check_options` of the options given as arguments."""
     return check_options(config, options)
-
-
-EDITS = tuple(inspect.signature(check_edit).parameters.keys() - {"sigmas"})
 
 
 def _prompts(prompt: Any, prompt_embeds: Any) -> tuple[str, ...]:
@@ -553,3 +324,98 @@ def _shape(what: str, array: Any, wanted: tuple[int | None, ...]) -> None:
     if not fits or 0 in shape:
         text = ", ".join("any" if w is None else str(w) for w in wanted)
         raise RequestError(what, rule=f"has shape {shape}; it must be an array of shape ({text})")
+
+
+# ---- a picture to start from ----
+
+
+def check_edit(
+    *,
+    sigmas: Any,
+    init_image: Any = None,
+    strength: float | None = None,
+    mask_image: Any = None,
+    mask_blur: int | None = None,
+    invert_mask: bool = False,
+    padding_mask_crop: int | None = None,
+    extend: Any = None,
+    init_reference: bool | None = None,
+) -> Edit | None:
+    """None if there is no init image; else the edit. The arguments are in range, and are fields of `Options`.
+
+    Raises RequestError for what does not go together.
+    """
+    asked = {"strength": strength, "mask_image": mask_image, "extend": extend, "init_reference": init_reference}
+    if init_image is None:
+        for name, value in asked.items():
+            if value is not None:
+                raise RequestError(name, rule="needs an {init_image}: the picture to start from")
+    if mask_image is None:
+        if invert_mask:
+            raise RequestError("invert_mask", rule="needs a {mask_image}")
+        if padding_mask_crop is not None:
+            raise RequestError("padding_mask_crop", rule="needs a {mask_image}: it crops the picture around the mask")
+        if mask_blur is not None and extend is None:
+            rule = "needs a {mask_image} or {extend}: without them nothing has an edge"
+            raise RequestError("mask_blur", rule=rule)
+    if init_image is None:
+        return None
+    if padding_mask_crop is not None and extend is not None:
+        raise RequestError("padding_mask_crop", rule="does not go with {extend}: the new area surrounds the picture")
+    margins, extend_to = _extension(extend)
+    painted_over = mask_image is not None or extend is not None
+    return Edit(
+        init_image=init_image,
+        strength=_strength(strength, sigmas, 1.0 if painted_over else STRENGTH),
+        mask_image=mask_image,
+        mask_blur=MASK_BLUR if mask_blur is None else mask_blur,
+        invert_mask=invert_mask,
+        padding_mask_crop=padding_mask_crop,
+        margins=margins,
+        extend_to=extend_to,
+        init_reference=painted_over if init_reference is None else init_reference,
+    )
+
+
+EDITS = tuple(inspect.signature(check_edit).parameters.keys() - {"sigmas"})
+
+
+def _strength(strength: float | None, sigmas: Any, default: float) -> float | None:
+    if strength is None:
+        return default if sigmas is None else None
+    if sigmas is not None:
+        raise RequestError("strength", rule="and {sigmas} both say where to start; give one of them")
+    return strength
+
+
+def _extension(extend: Any) -> tuple[tuple[int, int, int, int] | None, tuple[int, int] | None]:
+    """(margins at SIDES, None) or (None, size) of "left=256,right=256", {"left": 256}, "1536x1024" or (1536, 1024)."""
+    if extend is None:
+        return None, None
+    rule = (
+        "it must be pixels to add, such as left=256,right=256 (left, top, right, bottom), or a size, such as 1536x1024"
+    )
+    wrong = RequestError("extend", extend, rule)
+    if isinstance(extend, str):
+        size = re.fullmatch(r"(\d{1,5})\s*[xX]\s*(\d{1,5})", extend.strip())
+        extend = (int(size[1]), int(size[2])) if size else _pairs(extend, wrong)
+    if isinstance(extend, tuple | list):
+        if len(extend) != 2:
+            raise wrong
+        return None, (integer("extend's width", extend[0], 1, MAX_MARGIN), integer("height", extend[1], 1, MAX_MARGIN))
+    if not isinstance(extend, Mapping) or not extend or set(extend) - set(SIDES):
+        raise wrong
+    left, top, right, bottom = (integer(f"extend's {side}", extend.get(side, 0), 0, MAX_MARGIN) for side in SIDES)
+    if not left + top + right + bottom:
+        raise wrong
+    return (left, top, right, bottom), None
+
+
+def _pairs(text: str, wrong: RequestError) -> dict[str, int]:
+    pairs: dict[str, int] = {}
+    for item in text.split(","):
+        name, equals, number = (part.strip() for part in item.partition("="))
+        if not equals or name in pairs or not re.fullmatch(r"\d{1,5}", number):
+            raise wrong
+        pairs[name] = int(number)
+    return pairs

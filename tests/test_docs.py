@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mlx.request import USER_OPTIONS
+from klein_mlx.options import USER_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,9 +17,8 @@ ROWS = [
     {"weights"},
     {"model", "images"},
     {"request"},
-    {"edits"},
-    {"config"},
-    {"paths", "porting", "option"},
+    {"config", "options"},
+    {"paths", "porting"},
     {"errors"},
 ]
 FILES = {

@@ -10,8 +10,9 @@ import pytest
 
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.options import Options
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.request import Options, check
+from klein_mlx.request import check
 
 
 def config(is_distilled: bool = True, **changes: Any) -> ModelConfig:

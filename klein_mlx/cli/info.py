@@ -7,8 +7,8 @@ from typing import Any
 
 from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, typed_options
 from klein_mlx.cli.output import cleaned, say, say_json
-from klein_mlx.errors import RequestError, human_bytes, integer
-from klein_mlx.request import MAX_REFERENCES
+from klein_mlx.errors import RequestError, human_bytes
+from klein_mlx.options import MAX_REFERENCES, integer
 from klein_mlx.train.options import METHODS, TrainOptions
 
 RANK = TrainOptions.rank

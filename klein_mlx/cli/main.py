@@ -231,7 +231,7 @@ def _read_stdin(args: Any, asked: bool) -> None:
     none = args.words is None and args.prompt is None and args.prompt_file is None
     if not dash and (asked or not none or sys.stdin is None or sys.stdin.isatty()):
         return
-    from klein_mlx.request import MAX_PROMPT
+    from klein_mlx.options import MAX_PROMPT
 
     text = sys.stdin.read(4 * MAX_PROMPT).strip() if sys.stdin is not None else ""
     if dash and not text:

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mlx.cli.hints import option_hint
 from klein_mlx.cli.output import say
 from klein_mlx.errors import KleinError, RequestError, named
-from klein_mlx.option import Option, option, option_of
-from klein_mlx.request import Options
+from klein_mlx.options import Option, Options, option, option_of
 
 if TYPE_CHECKING:
     from klein_mlx.config import ModelConfig

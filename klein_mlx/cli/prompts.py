@@ -25,7 +25,7 @@ from typing import Any
 from klein_mlx.cli.options import KEYS, TABLE, RunOptions
 from klein_mlx.cli.settings import join, option_value
 from klein_mlx.errors import KleinError, RequestError, nearest
-from klein_mlx.request import MAX_IMAGES, MAX_PROMPT, MAX_SEED
+from klein_mlx.options import MAX_IMAGES, MAX_PROMPT, MAX_SEED
 
 MAX_LINE = 4 * MAX_PROMPT + 100_000  # bytes
 MAX_BYTES = 1 << 28  # of a whole prompt file

@@ -27,7 +27,7 @@ from typing import Any
 
 from klein_mlx.cli.options import KEYS, TABLE, RunOptions, numbers, refuse_group_size_alone
 from klein_mlx.errors import RequestError, nearest
-from klein_mlx.option import Option
+from klein_mlx.options import Option
 from klein_mlx.paths import config_folder
 
 FOLDERS = ("loras", "wildcards")

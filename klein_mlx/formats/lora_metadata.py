@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.errors import CheckpointError, is_number
+from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_factors import Stated
+from klein_mlx.options import is_number
 from klein_mlx.paths import config_folder
 from klein_mlx.weights.hub import download, list_files
 from klein_mlx.weights.safetensors import read_json

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from klein_mlx.edits import MAX_MARGIN, Edit
 from klein_mlx.errors import RequestError, Shown
 from klein_mlx.images.reading import MIN_REFERENCE_SIDE, REFERENCE_AREA, scaled_size
+from klein_mlx.options import MAX_MARGIN
+from klein_mlx.request import Edit
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
-from klein_mlx.edits import SIDES, Edit
 from klein_mlx.images.reading import as_picture
+from klein_mlx.options import USER_OPTIONS
 from klein_mlx.paths import TINY_FOLDER, version
-from klein_mlx.request import EDITS, USER_OPTIONS, Request
+from klein_mlx.request import EDITS, SIDES, Edit, Request
 from klein_mlx.runtime.parts import Pinned, digest, is_sampled
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora

@@ -1,7 +1,7 @@
 """What clients ask for, as jobs for the worker: the fields of the product's own options, by its names and short ones.
 
-The list of fields is read from `klein_mlx.request`; values are checked there, in the worker. Here pass only fields
-whose types cannot name a file: numbers, flags, lists of numbers, and the texts in TEXTS.
+The list of fields is read from `klein_mlx.options`; values are checked in the worker. Here pass only fields whose types
+cannot name a file: numbers, flags, lists of numbers, and the texts in TEXTS.
 """
 
 import types
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
-import klein_mlx.request
+import klein_mlx.options
 from klein_mlx.errors import RequestError
 from klein_mlx.server.errors import ApiError
 from klein_mlx.server.jobs import Job
@@ -37,7 +37,7 @@ MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 @cache
 def fields() -> dict[str, Any]:
     """The options that a client may set, pictures left out, and their types."""
-    hints = typing.get_type_hints(klein_mlx.request.Options)
+    hints = typing.get_type_hints(klein_mlx.options.Options)
     hidden = {"prompt", "latents", "prompt_embeds", "output_type", "progress", *PICTURES}
     return {name: kind for name, kind in hints.items() if name not in hidden and (name in TEXTS or _is_plain(kind))}
 

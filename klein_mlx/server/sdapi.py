@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from klein_mlx.request import MAX_BLUR, MAX_SEED, MAX_SIDE, MAX_STEPS, MIN_SIDE
+from klein_mlx.options import MAX_BLUR, MAX_SEED, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from klein_mlx.server.asks import arguments_of, loras_of, make_job, near, picture, pictures_of, prompt_of
 from klein_mlx.server.bodies import read_json
 from klein_mlx.server.errors import ApiError

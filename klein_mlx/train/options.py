@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from klein_mlx.errors import RequestError, integer, is_number, nearest, short
+from klein_mlx.errors import RequestError, nearest, short
+from klein_mlx.options import integer, is_number
 
 METHODS = ("lora", "dora", "full")
 SIGMAS = ("uniform", "logit-normal", "shifted", "weighted", "content", "style")

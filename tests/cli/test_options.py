@@ -9,7 +9,7 @@ import pytest
 from klein_mlx.cli.main import command_parser
 from klein_mlx.cli.options import KEYS, TABLE, RunOptions
 from klein_mlx.cli.prompts import Job, read_jobs
-from klein_mlx.request import USER_OPTIONS
+from klein_mlx.options import USER_OPTIONS
 
 VALUES = {int: 1, float: 1.0, bool: True, list: [1.0, 0.5]}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from klein_mlx.edits import Edit, check_edit
 from klein_mlx.errors import RequestError
 from klein_mlx.images.masks import Canvas, crop_region, make_canvas, soft_edge, token_mask
+from klein_mlx.request import Edit, check_edit
 
 
 def picture(width: int, height: int) -> Image.Image:
