@@ -38,8 +38,8 @@ from klein_mlx.options import Options, takes, with_hints
 from klein_mlx.porting import COMPONENTS, REPLACED, Answering, answer
 from klein_mlx.request import Request, check_options
 from klein_mlx.runtime.encodings import Encodings, to_array
-from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, machine_memory, memory_limits
-from klein_mlx.runtime.parts import Parts, compute_dtype
+from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, compute_dtype, machine_memory, memory_limits
+from klein_mlx.runtime.parts import Parts
 from klein_mlx.runtime.pictures import Opened, Sketcher, decode, open_pictures
 from klein_mlx.runtime.recipe import Recorder
 from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step

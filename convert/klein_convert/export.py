@@ -16,8 +16,9 @@ from klein_mlx.formats.diffusers import INDEX_FILE, KV_PIPELINE, STEMS, TOKENIZE
 from klein_mlx.formats.lora import read_lora
 from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.formats.names import diffusers_name, to_theirs
+from klein_mlx.runtime.parts import LoraStack
 from klein_mlx.weights.checkpoint import ReadRows, Source
-from klein_mlx.weights.lora import LoraStack, merge
+from klein_mlx.weights.lora import merge
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import Deferred, Weight, load_now, read_json
 

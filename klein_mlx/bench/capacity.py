@@ -21,7 +21,7 @@ from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.transformer import in_parts
 from klein_mlx.model.velocity import Tables, velocity
 from klein_mlx.runtime import memory
-from klein_mlx.runtime.parts import chosen_device
+from klein_mlx.runtime.memory import chosen_device
 
 TOLERANCE = 0.15
 MEDIUM = ModelConfig(  # 80 million parameters in the transformer, the heads of klein's size

@@ -14,7 +14,7 @@ import mlx.core as mx
 from klein_mlx.bench import capacity, machine, published, reference, shapes
 from klein_mlx.bench.checks import Check, Row, Setting
 from klein_mlx.errors import KleinError, RequestError, nearest
-from klein_mlx.runtime.parts import compute_dtype
+from klein_mlx.runtime.memory import compute_dtype
 
 CHECKS = (
     Check("environment", "environment", machine.check_environment),

@@ -17,8 +17,7 @@ from klein_mlx.bench.checks import Row, Setting
 from klein_mlx.bench.measure import device_name
 from klein_mlx.errors import human_bytes
 from klein_mlx.paths import cache_folder, cached_models, own_models, version
-from klein_mlx.runtime.memory import machine_memory
-from klein_mlx.runtime.parts import choices_told, chosen_device
+from klein_mlx.runtime.memory import choices_told, chosen_device, machine_memory
 from klein_mlx.weights.hub import cache_folder as hub_cache
 
 NAME = "environment"

@@ -220,7 +220,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tuned:
-    """choices: as `klein_mlx.runtime.parts.with_choices` takes them. seconds: of every way, by its name."""
+    """choices: as `klein_mlx.runtime.memory.with_choices` takes them. seconds: of every way, by its name."""
 
     choices: dict[str, Any]
     seconds: dict[str, float]

@@ -18,7 +18,7 @@ from klein_mlx.model import sampler as grids
 from klein_mlx.model.layers import Device, Gpu, here, place, wide
 from klein_mlx.model.transformer import rope_tables
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.runtime.parts import chosen_device
+from klein_mlx.runtime.memory import chosen_device
 from klein_mlx.runtime.run import Step
 from klein_mlx.weights.bits import parse, settle
 from klein_mlx.weights.checkpoint import load_part

@@ -16,11 +16,12 @@ from klein_mlx.cli.generate import make
 from klein_mlx.cli.options import KEYS, TABLE, Parser, RunOptions, add_request_arguments, typed_options
 from klein_mlx.cli.settings import complete, option_value, read_settings
 from klein_mlx.config import PARTS
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.lora_metadata import lora_folder
 from klein_mlx.images.saving import read_metadata
 from klein_mlx.paths import own_models
-from klein_mlx.runtime.recipe import FORMAT, PIXELS, digest_file
+from klein_mlx.runtime.recipe import FORMAT, PIXELS
+from klein_mlx.weights.safetensors import digest_file
 
 PICTURES = {"image", "init_image", "mask_image"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -111,7 +112,7 @@ def _find(entry: Any, picture: str, option: str, typed: Mapping[str, Any]) -> Pa
         try:
             if path.stat().st_size == entry.get("bytes") and digest_file(path) == digest:
                 return path
-        except OSError:
+        except (OSError, CheckpointError):
             continue
     raise RequestError(
         f"{picture} was made with {name!r} (sha256 {digest[:16]}), which was found neither beside the picture nor in "
@@ -141,7 +142,7 @@ def _lora(entry: Any, picture: str, typed: Mapping[str, Any]) -> str:
         try:
             if os.path.isfile(path) and digest_file(path) == entry.get("sha256"):
                 return f"{path}:{entry.get('scale')}"
-        except OSError:
+        except (OSError, CheckpointError):
             continue
     raise RequestError(
         f"{picture} was made with the LoRA {str(entry.get('file'))[:100]!r} (sha256 {str(entry.get('sha256'))[:16]}), "

@@ -138,7 +138,7 @@ def _report(
     from klein_mlx.bench.measure import device_name, limit
     from klein_mlx.bench.predict import picture_cost
     from klein_mlx.paths import version as own_version
-    from klein_mlx.runtime.parts import choices_told
+    from klein_mlx.runtime.memory import choices_told
 
     config, steps = pipe.config, runs[0].steps
     phases = list(runs[0].seconds)
@@ -185,7 +185,7 @@ def _tune(args: argparse.Namespace) -> int:
     from klein_mlx.bench.measure import device_name, tune
     from klein_mlx.model.layers import Gpu, here
     from klein_mlx.paths import version
-    from klein_mlx.runtime.parts import choices_told, keep_choices, with_choices
+    from klein_mlx.runtime.memory import choices_told, keep_choices, with_choices
 
     device = here()
     if not isinstance(device, Gpu):
@@ -301,7 +301,7 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], Callable
 
     from klein_mlx.bench.predict import picture_cost
     from klein_mlx.request import check
-    from klein_mlx.runtime.parts import compute_dtype
+    from klein_mlx.runtime.memory import compute_dtype
     from klein_mlx.weights.bits import settle
 
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)

@@ -149,8 +149,7 @@ def _is_lora(path: Path) -> bool:
 def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The estimate of a picture of --size, as plain values."""
     from klein_mlx.formats.part import PartFile
-    from klein_mlx.runtime.memory import Work, estimate
-    from klein_mlx.runtime.parts import chosen_device, compute_dtype
+    from klein_mlx.runtime.memory import Work, chosen_device, compute_dtype, estimate
     from klein_mlx.weights.bits import settle
 
     if isinstance(source, PartFile):
@@ -197,7 +196,7 @@ def _training(args: argparse.Namespace) -> int:
 
     from klein_mlx.cli.bench import source_without_files
     from klein_mlx.model.layers import Gpu
-    from klein_mlx.runtime.parts import compute_dtype
+    from klein_mlx.runtime.memory import compute_dtype
     from klein_mlx.train.memory import estimate_training, mac_for
     from klein_mlx.train.options import make_options
     from klein_mlx.weights.bits import parse, settle

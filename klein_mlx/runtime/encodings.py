@@ -20,10 +20,10 @@ from klein_mlx.model.tokenizer import Tokenizer, Tokens
 from klein_mlx.model.vae import VAE
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
-from klein_mlx.runtime.parts import Parts, digest
+from klein_mlx.runtime.parts import Parts
 from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import read_tokenizer
-from klein_mlx.weights.safetensors import is_finite, read_header, read_metadata
+from klein_mlx.weights.safetensors import digest, is_finite, read_header, read_metadata
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,8 +4,10 @@ On a GPU nothing can catch a lack of memory: Metal ends the process. So a reques
 Weights are counted exactly, from shapes; the arrays of a step or a layer by how many of them are alive at its fullest
 moment, which differs by device: a CPU expands quantized weights to float32, has no attention in one kernel, and so on.
 Those counts were measured on a CPU; on a GPU they are those of the traced graph.
+How the device computes is read here too: it may have been measured on this machine.
 """
 
+import json
 import os
 import resource
 import threading
@@ -13,14 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import mlx.core as mx
 
 from klein_mlx.config import PARTS, ModelConfig, VAEConfig
-from klein_mlx.errors import DoesNotFit, human_bytes
-from klein_mlx.model.layers import SCORES, Device, here
+from klein_mlx.errors import DoesNotFit, RequestError, human_bytes
+from klein_mlx.model.layers import SCORES, Device, Gpu, here
 from klein_mlx.model.vae import strip_rows
+from klein_mlx.paths import cache_folder, keep_json, version
 from klein_mlx.weights.checkpoint import Source, part_bytes
 from klein_mlx.weights.quantize import QUANTIZED_PARTS, Quantization
 
@@ -325,6 +328,120 @@ def _plans(source: Source, work: Work, quantization: Mapping[str, Quantization])
             words = f"{least.words} --width {side} --height {side}"
             found.append(_Plan(words, least.quantization, replace(work, height=side, width=side)))
     return found
+
+
+# ---- how the device computes, as was measured on it ----
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+CHOICES = "KLEIN_MLX_CHOICES"  # choices as JSON, or "default" for those of the chip's kind
+_MOST = 1 << 20  # tokens, rows
+
+
+def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
+    """A dtype or its name; None: the device's, bfloat16 on a GPU unless another was measured to be faster, float32 on a
+    CPU. Raises RequestError for any other."""
+    if dtype is None:
+        return chosen_device().dtype
+    name = str(dtype).removeprefix("mlx.core.").removeprefix("torch.")
+    if name not in DTYPES:
+        raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def chosen_device() -> Device:
+    """How the default device computes: as its kind does, or as was measured on it (`klein-mlx bench --tune`), or as
+    the environment says. Raises RequestError for what is no choice there."""
+    device = here(at_once=True)
+    if not isinstance(device, Gpu):
+        return device
+    said = os.environ.get(CHOICES, "")
+    try:
+        return with_choices(device, json.loads(said)) if said not in ("", "default") else measured(device, said == "")
+    except (ValueError, RecursionError):
+        rule = 'it must be "default", or JSON such as {"conv": "matmul", "rows": 4096, "dense": {"4": 1024}}'
+        raise RequestError(f"${CHOICES}", said, rule) from None
+
+
+def measured(device: Gpu, wanted: bool = True) -> Gpu:
+    """A device with what was kept of measuring it, with this MLX; itself where nothing was, or nothing is wanted."""
+    path = choices_file()
+    try:
+        if not wanted or path is None or path.stat().st_size > _MOST:
+            return device
+        return with_choices(device, json.loads(path.read_text())[device_key()])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return device  # nothing was measured here, or the file is damaged
+
+
+def with_choices(device: Gpu, choices: Any) -> Gpu:
+    """A device that computes so. choices: any of "conv", "rows", "dtype", and "dense": for bits of weights, from how
+    many tokens on they are dequantized first, or None. Raises ValueError for anything else."""
+    known = {"conv": device.conv, "rows": device.rows, "dtype": "", "dense": {}}
+    if not isinstance(choices, dict) or choices.keys() - known:
+        raise ValueError("no choices")
+    values = known | choices
+    dense, numbers = values["dense"], [values["rows"]]
+    if not isinstance(dense, dict) or not all(bits in ("2", "3", "4", "5", "6", "8") for bits in dense):
+        raise ValueError("no bits")
+    for number in (*numbers, *dense.values()):
+        if number is not None and (type(number) is not int or not 0 <= number <= _MOST):
+            raise ValueError("no number of tokens")
+    if (
+        values["rows"] == 0
+        or values["conv"] not in ("direct", "matmul")
+        or values["dtype"] not in ("", "bfloat16", "float16")
+    ):
+        raise ValueError("no way to compute")
+    return replace(
+        device,
+        by_bits=tuple(sorted((int(bits), tokens) for bits, tokens in dense.items())) or device.by_bits,
+        rows=values["rows"],
+        conv=values["conv"],
+        dtype=DTYPES.get(values["dtype"], device.dtype),
+    )
+
+
+def choices_told(device: Device) -> str:
+    """How a device computes, as a line for people: of its own, or as it was measured or chosen."""
+    if not isinstance(device, Gpu):
+        return "a CPU's ways"
+    least = {**{f"{bits}-bit": tokens for bits, tokens in device.by_bits}, "packed": device.dense_from}
+    if device.by_bits:
+        del least["packed"]
+    dense = (
+        f"{kind} weights {'as they are' if n is None else f'dequantized from {n} tokens on'}"
+        for kind, n in least.items()
+    )
+    rows = "matmuls whole" if device.rows is None else f"matmuls of {device.rows} rows"
+    usual = replace(here(), compiles=device.compiles) if isinstance(here(), Gpu) else device
+    grounds = "this chip's defaults" if device == usual else "measured here" if not os.environ.get(CHOICES) else CHOICES
+    dtype = str(device.dtype).rpartition(".")[2]
+    return f"convolutions {device.conv}, {rows}, {', '.join(dense)}, {dtype} ({grounds})"
+
+
+def keep_choices(choices: Mapping[str, Any]) -> bool:
+    """Keep what was measured, in place of what this chip and this MLX had. Returns whether it could be written."""
+    path = choices_file()
+    if path is None:
+        return False
+    try:
+        known = json.loads(path.read_text()) if path.stat().st_size <= _MOST else {}
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    return keep_json(path, {**(known if isinstance(known, dict) else {}), device_key(): dict(choices)})
+
+
+def choices_file() -> Path | None:
+    """Where choices are kept, by `device_key`."""
+    folder = cache_folder()
+    return folder / "choices.json" if folder else None
+
+
+def device_key() -> str:
+    """Of which chip and which MLX measured choices are."""
+    told = mx.device_info()
+    return f"{told.get('device_name', '')} ({told.get('architecture', '')}), mlx {version('mlx')}"
 
 
 # ---- MLX's own limits while a run works, and files read ahead ----

@@ -1,48 +1,55 @@
-"""The memory plan: which part's weights are in memory, with which LoRAs, and when they leave it.
-
-A model's files are pinned while it is open, and digested for recipes and for what is kept on disk.
-"""
+"""The memory plan: which part's weights are in memory, with which LoRAs, and when they leave it."""
 
 import gc
-import hashlib
-import json
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, DoesNotFit, RequestError, human_bytes, of_device
 from klein_mlx.formats.lora import read_lora, shapes_of
 from klein_mlx.formats.lora_metadata import find_lora
-from klein_mlx.model.layers import Device, Gpu, here, place
-from klein_mlx.paths import cache_folder, keep_json, version
+from klein_mlx.model.layers import Cut, Device, Linear, empty, place
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
     LoraBytes,
     Work,
     choose_keep,
+    chosen_device,
     estimate,
     fits_twice,
     machine_memory,
     weight_bytes,
 )
 from klein_mlx.runtime.run import Run
-from klein_mlx.weights.checkpoint import Source, load_part, read_weights, token_rows
-from klein_mlx.weights.lora import Applied, LoadedLora, Lora, LoraStack, branch_bytes, checked_scale, merge_bytes
+from klein_mlx.weights.checkpoint import Source, TokenRows, load_part, read_weights, token_rows
+from klein_mlx.weights.lora import (
+    Change,
+    LoadedLora,
+    Lora,
+    Scaled,
+    Weigh,
+    branch,
+    branch_bytes,
+    checked_scale,
+    merge,
+    merge_bytes,
+    merged_bias,
+)
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.safetensors import Identity, identity, is_finite, load_now, require_file
-
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+from klein_mlx.weights.safetensors import Pinned, is_finite, load_now, require_file
 
 
 class Parts:
@@ -304,119 +311,183 @@ class Parts:
         return weight.astype(self.dtype_of(part))
 
 
-def compute_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype:
-    """A dtype or its name; None: the device's, bfloat16 on a GPU unless another was measured to be faster, float32 on a
-    CPU. Raises RequestError for any other."""
-    if dtype is None:
-        return chosen_device().dtype
-    name = str(dtype).removeprefix("mlx.core.").removeprefix("torch.")
-    if name not in DTYPES:
-        raise RequestError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-# ---- what was measured on this device ----
-
-CHOICES = "KLEIN_MLX_CHOICES"  # choices as JSON, or "default" for those of the chip's kind
-_MOST = 1 << 20  # tokens, rows
-
-
-def chosen_device() -> Device:
-    """How the default device computes: as its kind does, or as was measured on it (`klein-mlx bench --tune`), or as
-    the environment says. Raises RequestError for what is no choice there."""
-    device = here(at_once=True)
-    if not isinstance(device, Gpu):
-        return device
-    said = os.environ.get(CHOICES, "")
-    try:
-        return with_choices(device, json.loads(said)) if said not in ("", "default") else measured(device, said == "")
-    except (ValueError, RecursionError):
-        rule = 'it must be "default", or JSON such as {"conv": "matmul", "rows": 4096, "dense": {"4": 1024}}'
-        raise RequestError(f"${CHOICES}", said, rule) from None
-
-
-def measured(device: Gpu, wanted: bool = True) -> Gpu:
-    """A device with what was kept of measuring it, with this MLX; itself where nothing was, or nothing is wanted."""
-    path = choices_file()
-    try:
-        if not wanted or path is None or path.stat().st_size > _MOST:
-            return device
-        return with_choices(device, json.loads(path.read_text())[device_key()])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return device  # nothing was measured here, or the file is damaged
-
-
-def with_choices(device: Gpu, choices: Any) -> Gpu:
-    """A device that computes so. choices: any of "conv", "rows", "dtype", and "dense": for bits of weights, from how
-    many tokens on they are dequantized first, or None. Raises ValueError for anything else."""
-    known = {"conv": device.conv, "rows": device.rows, "dtype": "", "dense": {}}
-    if not isinstance(choices, dict) or choices.keys() - known:
-        raise ValueError("no choices")
-    values = known | choices
-    dense, numbers = values["dense"], [values["rows"]]
-    if not isinstance(dense, dict) or not all(bits in ("2", "3", "4", "5", "6", "8") for bits in dense):
-        raise ValueError("no bits")
-    for number in (*numbers, *dense.values()):
-        if number is not None and (type(number) is not int or not 0 <= number <= _MOST):
-            raise ValueError("no number of tokens")
-    if (
-        values["rows"] == 0
-        or values["conv"] not in ("direct", "matmul")
-        or values["dtype"] not in ("", "bfloat16", "float16")
-    ):
-        raise ValueError("no way to compute")
-    return replace(
-        device,
-        by_bits=tuple(sorted((int(bits), tokens) for bits, tokens in dense.items())) or device.by_bits,
-        rows=values["rows"],
-        conv=values["conv"],
-        dtype=DTYPES.get(values["dtype"], device.dtype),
-    )
-
-
-def choices_told(device: Device) -> str:
-    """How a device computes, as a line for people: of its own, or as it was measured or chosen."""
-    if not isinstance(device, Gpu):
-        return "a CPU's ways"
-    least = {**{f"{bits}-bit": tokens for bits, tokens in device.by_bits}, "packed": device.dense_from}
-    if device.by_bits:
-        del least["packed"]
-    dense = (
-        f"{kind} weights {'as they are' if n is None else f'dequantized from {n} tokens on'}"
-        for kind, n in least.items()
-    )
-    rows = "matmuls whole" if device.rows is None else f"matmuls of {device.rows} rows"
-    usual = replace(here(), compiles=device.compiles) if isinstance(here(), Gpu) else device
-    grounds = "this chip's defaults" if device == usual else "measured here" if not os.environ.get(CHOICES) else CHOICES
-    dtype = str(device.dtype).rpartition(".")[2]
-    return f"convolutions {device.conv}, {rows}, {', '.join(dense)}, {dtype} ({grounds})"
-
-
-def keep_choices(choices: Mapping[str, Any]) -> bool:
-    """Keep what was measured, in place of what this chip and this MLX had. Returns whether it could be written."""
-    path = choices_file()
-    if path is None:
-        return False
-    try:
-        known = json.loads(path.read_text()) if path.stat().st_size <= _MOST else {}
-    except (OSError, ValueError, RecursionError):
-        known = {}
-    return keep_json(path, {**(known if isinstance(known, dict) else {}), device_key(): dict(choices)})
-
-
-def choices_file() -> Path | None:
-    """Where choices are kept, by `device_key`."""
-    folder = cache_folder()
-    return folder / "choices.json" if folder else None
-
-
-def device_key() -> str:
-    """Of which chip and which MLX measured choices are."""
-    told = mx.device_info()
-    return f"{told.get('device_name', '')} ({told.get('architecture', '')}), mlx {version('mlx')}"
-
-
 # ---- LoRAs of a pipeline ----
+
+
+@dataclass
+class LoraStack:
+    """The LoRAs in use, by name, in the order in which they were loaded. The order does not matter for the result."""
+
+    loras: dict[str, tuple[Lora, float]] = field(default_factory=dict)
+
+    def add(self, lora: Lora, scale: float, name: str) -> LoadedLora:
+        """Raises RequestError for a scale that is none, or a name that is taken."""
+        if name in self.loras:
+            raise RequestError(f"name is {name!r}, and a LoRA of that name is loaded; unload it or give another name")
+        self.loras[name] = (lora, checked_scale(scale))
+        return self.loaded[-1]
+
+    def get(self, name: str) -> Lora:
+        """Raises RequestError if none of that name is loaded; so do the others."""
+        return self._entry(name)[0]
+
+    def remove(self, name: str) -> Lora:
+        lora, _ = self._entry(name)
+        del self.loras[name]
+        return lora
+
+    def set_scale(self, name: str, scale: float) -> Lora:
+        lora, _ = self._entry(name)
+        self.loras[name] = (lora, checked_scale(scale))
+        return lora
+
+    @property
+    def loaded(self) -> list[LoadedLora]:
+        return [LoadedLora(name, lora.file, lora.sha256, scale) for name, (lora, scale) in self.loras.items()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(lora.nbytes for lora, _ in self.loras.values())
+
+    def changes(self, part: str) -> dict[str, list[tuple[float, Change]]]:
+        """Module path -> all changes with their scales; a LoRA of scale 0 changes nothing."""
+        found: dict[str, list[tuple[float, Change]]] = {}
+        for lora, scale in self.loras.values():
+            for path, changes in lora.changes.get(part, {}).items() if scale else ():
+                found.setdefault(path, []).extend((scale, change) for change in changes)
+        return found
+
+    def _entry(self, name: str) -> tuple[Lora, float]:
+        if name not in self.loras:
+            known = f"loaded: {', '.join(self.loras)}" if self.loras else "none is loaded"
+            raise RequestError(f"name is {name!r}; no LoRA of that name is loaded ({known})")
+        return self.loras[name]
+
+
+class Applied:
+    """A module and what LoRAs have made of it.
+
+    original: the weight of a path as it was loaded, read anew. dtype: that of the computation. The module may be in the
+    layout of its checkpoint, or arranged (Transformer.arrange): what is changed is separated before and arranged after.
+    """
+
+    def __init__(self, module: nn.Module, original: Weigh, dtype: mx.Dtype):
+        self.module, self.original, self.dtype = module, original, dtype
+        self.touched: set[str] = set()
+        self._known: set[str] = set()  # what the last update found touched: only these are read again
+        self.replaced: dict[str, nn.Module] = {}  # quantized layers for which another module stands in
+
+    def update(self, wanted: Mapping[str, Scaled]) -> None:
+        """Make the module what it was loaded as, with just these changes, evaluated."""
+        self._known = self.touched
+        paths = self.touched | set(wanted)
+        self.touched = paths  # if this is broken off, the next update mends all of it
+        for _, own in groupby(sorted(paths, key=_split), key=lambda path: _split(path)[0]):
+            group = list(own)
+            parent, _ = _parent(self.module, group[0])
+            with _separated(parent):
+                for path in group:
+                    self._change(parent, path, wanted.get(path, ()))
+        self.touched = set(wanted)
+
+    def _change(self, parent: Any, path: str, changes: Scaled) -> None:
+        """Make one of the parent's layers what it was loaded as, with these changes, evaluated."""
+        name = _split(path)[1]
+        layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
+        setattr(parent, name, layer)
+        arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
+        mx.eval(arrays)
+        if changes and not is_finite(*arrays.values()).item():
+            raise RequestError(
+                f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
+                " scale, or dtype bfloat16"
+            )
+
+    def _changed(self, path: str, layer: nn.Module, changes: Scaled) -> nn.Module:
+        """layer: as it was loaded, or of the right kind. Returns what is to stand in its place."""
+        if isinstance(layer, TokenRows) and changes:
+            self.replaced[path] = layer
+        if isinstance(layer, TokenRows) and not changes:
+            return layer
+        if not _is_quantized(layer):
+            untouched = path not in self._known and not isinstance(layer, Cut | TokenRows)
+            present: Any = layer.weight if untouched else self.original(path)
+            return self._plain(path, layer, present, changes)
+        if not changes:
+            return layer
+        self.replaced[path] = layer
+        weight = expanded(layer)
+        if not isinstance(layer, nn.QuantizedEmbedding):
+            beside = branch(layer, weight, changes, self._weigh, self.dtype)
+            if beside is not None:
+                return beside
+        return self._plain(path, layer, weight, changes)
+
+    def _plain(self, path: str, layer: nn.Module, weight: mx.array, changes: Scaled) -> nn.Module:
+        """A layer like this one, unquantized, with the changes merged into this weight."""
+        weight = merge(weight, changes, self._weigh).astype(self.dtype)
+        if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
+            layer = empty(nn.Embedding)
+        elif isinstance(layer, nn.Linear | nn.QuantizedLinear | Cut):
+            # None of klein's layers has a bias of its own.
+            return Linear.of(weight, merged_bias(changes, self.dtype), getattr(layer, "device", None))
+        layer.weight = weight
+        return layer
+
+    def _weigh(self, path: str) -> mx.array:
+        parent, name = _parent(self.module, path)
+        layer = self.replaced.get(path) or getattr(parent, name, None)
+        return expanded(layer) if layer is not None and _is_quantized(layer) else self.original(path)
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    if isinstance(layer, Cut):
+        return _is_quantized(layer.first)
+    return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
+
+
+def expanded(layer: nn.Module) -> mx.array:
+    """A quantized layer's weight in float32, exactly as its bits say."""
+    if isinstance(layer, Cut):
+        return mx.concatenate([expanded(layer.first), expanded(layer.second)], axis=1)
+    assert isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    scales = layer.scales.astype(mx.float32) if layer.mode == "affine" else layer.scales
+    biases = layer["biases"].astype(mx.float32) if "biases" in layer else None
+    kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(layer.weight, scales, biases, **kind).astype(mx.float32)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+@contextmanager
+def _separated(parent: Any) -> Iterator[None]:
+    """Inside, an arranged module has the layers of its checkpoint; behind it, it is arranged again, and evaluated, so
+    that of one module's joined weights only there is a second copy."""
+    if not hasattr(parent, "separate"):
+        yield
+        return
+    parent.separate()
+    try:
+        yield
+    finally:
+        parent.arrange()
+    mx.eval(parent.parameters())
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The path of a layer's parent in the module, and the layer's name there."""
+    above, _, name = path.rpartition(".")
+    return above, name
+
+
+def _parent(module: nn.Module, path: str) -> tuple[Any, str]:
+    *above, name = path.split(".")
+    parent: Any = module
+    for step in above:
+        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
+    return parent, name
 
 
 def described(lora: Lora, loaded: LoadedLora) -> str:
@@ -427,55 +498,3 @@ def described(lora: Lora, loaded: LoadedLora) -> str:
         f"LoRA {loaded.name}: {lora.modules} of {total} modules{needless}, {len(lora.unused)} keys unused, "
         f"scale {loaded.scale:g}"
     )
-
-
-# ---- files that stay what they were ----
-
-WHOLE = 1_000_000_000  # bytes: a larger file is known by samples, for reading it would take seconds
-SAMPLES, SAMPLE = 4096, 4096  # of a large file: how many, and the bytes of each
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """A model's files as they were when it was opened: a part that is read later must come from the same."""
-
-    files: Mapping[Path, Identity]
-
-    @classmethod
-    def of(cls, paths: Iterable[Path]) -> "Pinned":
-        """Raises CheckpointError for a file that is missing."""
-        return cls({path: identity(path) for path in paths})
-
-    def check(self) -> None:
-        """Raise CheckpointError if a file has been changed or replaced. To be called behind whatever was read."""
-        for path, known in self.files.items():
-            if identity(path) != known:
-                raise CheckpointError(f"{path}: has changed since the model was opened; open the model again")
-
-
-def is_sampled(path: Path) -> bool:
-    """Whether `digest` knows a file by samples only."""
-    return identity(path)[2] > WHOLE
-
-
-def digest(paths: Sequence[Path], local: bool = False) -> str:
-    """SHA-256 of files: of all bytes of those up to WHOLE; of the size and samples all over of larger ones.
-
-    local: for this machine alone; a large file's identity counts too, so that no change between its samples is missed.
-    """
-    told = hashlib.sha256()
-    for path in paths:
-        size = identity(path)[2]
-        told.update(f"{path.name} {size}\n".encode())
-        try:
-            with path.open("rb") as file:
-                if size <= WHOLE:
-                    told.update(hashlib.file_digest(file, "sha256").digest())
-                    continue
-                for number in range(SAMPLES):
-                    told.update(os.pread(file.fileno(), SAMPLE, (size - SAMPLE) * number // (SAMPLES - 1)))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        if local:
-            told.update(repr(identity(path)).encode())
-    return told.hexdigest()

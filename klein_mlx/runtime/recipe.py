@@ -19,10 +19,10 @@ from klein_mlx.images.reading import as_picture
 from klein_mlx.options import USER_OPTIONS
 from klein_mlx.paths import TINY_FOLDER, version
 from klein_mlx.request import EDITS, SIDES, Edit, Request
-from klein_mlx.runtime.parts import Pinned, digest, is_sampled
 from klein_mlx.weights.checkpoint import Source
 from klein_mlx.weights.lora import LoadedLora
 from klein_mlx.weights.quantize import Quantization
+from klein_mlx.weights.safetensors import Pinned, digest, digest_file, is_sampled
 
 FORMAT = 1
 # What `again` takes from a picture, which may be anyone's: the options that decide pixels, and no other.
@@ -110,12 +110,6 @@ def describe_picture(source: Any) -> dict[str, Any]:
         return {"pixels": hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()}
     path = Path(source)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest_file(path)}
-
-
-def digest_file(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _edit(edit: Edit) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from klein_mlx.images.reading import load_image
 from klein_mlx.model.sampler import References, join_references
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.request import check
-from klein_mlx.runtime.parts import digest
 from klein_mlx.runtime.run import Run
 from klein_mlx.train.dataset import Item, file_digest, fit_picture, fit_reference
 from klein_mlx.train.options import TrainOptions
-from klein_mlx.weights.safetensors import read_header
+from klein_mlx.weights.safetensors import digest, read_header
 
 
 class Store:

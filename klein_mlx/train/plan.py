@@ -8,7 +8,7 @@ import mlx.core as mx
 from klein_mlx.config import TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import RequestError, human_bytes
 from klein_mlx.formats.open import open_model
-from klein_mlx.runtime.parts import compute_dtype
+from klein_mlx.runtime.memory import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
 from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
 from klein_mlx.train.options import TrainOptions

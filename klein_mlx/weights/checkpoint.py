@@ -220,27 +220,30 @@ class Checkpoint:
     config: ModelConfig
     quantization: dict[str, Quantization] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    _shards: dict[str, list[Path]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _opened: dict[str, WeightFiles] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tokenizer_file(self) -> Path:
         return self.path / TOKENIZER_FILE
 
     def weights(self, part: str) -> dict[str, mx.array]:
-        quantization = self.quantization.get(part)
-        files = open_weights(self.path, part)
+        quantization, files = self.quantization.get(part), self._open(part)
         shapes = expected(part, self.config, quantization)
         files.check(shapes, packed_dtypes(part, shapes, quantization))
         return files.arrays()
 
     def rows(self, part: str, name: str) -> ReadRows | None:
-        return file_rows(open_weights(self.path, part), name)
+        return file_rows(self._open(part), name)
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        for part in parts:
-            if part not in self._shards:
-                self._shards[part] = [*open_weights(self.path, part).shards]
-        return [self.path / CONFIG_FILE, self.tokenizer_file, *(path for part in parts for path in self._shards[part])]
+        weights = (path for part in parts for path in self._open(part).shards)
+        return [self.path / CONFIG_FILE, self.tokenizer_file, *weights]
+
+    def _open(self, part: str) -> WeightFiles:
+        """The part's files, their headers read once."""
+        if part not in self._opened:
+            self._opened[part] = open_weights(self.path, part)
+        return self._opened[part]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""LoRAs as arrays: what one changes in a module, how that is merged into a weight, and several of them at once.
+"""LoRAs as arrays: what one changes in a module, and how that is merged into a weight.
 
 A LoRA of any kind reaches this file as a table: our module paths, and for each a few `Change`s. Knows nothing of files
 (`klein_mlx.formats.lora` reads those).
@@ -9,21 +9,14 @@ the layer's expanded weight instead, for as long as it is there.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from klein_mlx.errors import RequestError
 from klein_mlx.model.branched import Branched, KroneckerBranch
-from klein_mlx.model.layers import Cut, Linear, empty
-from klein_mlx.weights.checkpoint import TokenRows
-from klein_mlx.weights.safetensors import is_finite
 
 Rows = tuple[tuple[int, int], ...]  # the rows that a piece takes of the whole, as (start, stop), in its own order
 MAX_SCALE = 100.0
@@ -200,56 +193,6 @@ class LoadedLora:
     scale: float
 
 
-@dataclass
-class LoraStack:
-    """The LoRAs in use, by name, in the order in which they were loaded. The order does not matter for the result."""
-
-    loras: dict[str, tuple[Lora, float]] = field(default_factory=dict)
-
-    def add(self, lora: Lora, scale: float, name: str) -> LoadedLora:
-        """Raises RequestError for a scale that is none, or a name that is taken."""
-        if name in self.loras:
-            raise RequestError(f"name is {name!r}, and a LoRA of that name is loaded; unload it or give another name")
-        self.loras[name] = (lora, checked_scale(scale))
-        return self.loaded[-1]
-
-    def get(self, name: str) -> Lora:
-        """Raises RequestError if none of that name is loaded; so do the others."""
-        return self._entry(name)[0]
-
-    def remove(self, name: str) -> Lora:
-        lora, _ = self._entry(name)
-        del self.loras[name]
-        return lora
-
-    def set_scale(self, name: str, scale: float) -> Lora:
-        lora, _ = self._entry(name)
-        self.loras[name] = (lora, checked_scale(scale))
-        return lora
-
-    @property
-    def loaded(self) -> list[LoadedLora]:
-        return [LoadedLora(name, lora.file, lora.sha256, scale) for name, (lora, scale) in self.loras.items()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(lora.nbytes for lora, _ in self.loras.values())
-
-    def changes(self, part: str) -> dict[str, list[tuple[float, Change]]]:
-        """Module path -> all changes with their scales; a LoRA of scale 0 changes nothing."""
-        found: dict[str, list[tuple[float, Change]]] = {}
-        for lora, scale in self.loras.values():
-            for path, changes in lora.changes.get(part, {}).items() if scale else ():
-                found.setdefault(path, []).extend((scale, change) for change in changes)
-        return found
-
-    def _entry(self, name: str) -> tuple[Lora, float]:
-        if name not in self.loras:
-            known = f"loaded: {', '.join(self.loras)}" if self.loras else "none is loaded"
-            raise RequestError(f"name is {name!r}; no LoRA of that name is loaded ({known})")
-        return self.loras[name]
-
-
 def checked_scale(scale: float) -> float:
     """A scale, -100..100; RequestError for anything else."""
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
@@ -346,129 +289,3 @@ def _kronecker(
     taken.rows = None if rows is None else rows[:, 0].astype(dtype)
     taken.columns = None if columns is None else columns[0].astype(dtype)
     return taken
-
-
-class Applied:
-    """A module and what LoRAs have made of it.
-
-    original: the weight of a path as it was loaded, read anew. dtype: that of the computation. The module may be in the
-    layout of its checkpoint, or arranged (Transformer.arrange): what is changed is separated before and arranged after.
-    """
-
-    def __init__(self, module: nn.Module, original: Weigh, dtype: mx.Dtype):
-        self.module, self.original, self.dtype = module, original, dtype
-        self.touched: set[str] = set()
-        self._known: set[str] = set()  # what the last update found touched: only these are read again
-        self.replaced: dict[str, nn.Module] = {}  # quantized layers for which another module stands in
-
-    def update(self, wanted: Mapping[str, Scaled]) -> None:
-        """Make the module what it was loaded as, with just these changes, evaluated."""
-        self._known = self.touched
-        paths = self.touched | set(wanted)
-        self.touched = paths  # if this is broken off, the next update mends all of it
-        for _, own in groupby(sorted(paths, key=_split), key=lambda path: _split(path)[0]):
-            group = list(own)
-            parent, _ = _parent(self.module, group[0])
-            with _separated(parent):
-                for path in group:
-                    self._change(parent, path, wanted.get(path, ()))
-        self.touched = set(wanted)
-
-    def _change(self, parent: Any, path: str, changes: Scaled) -> None:
-        """Make one of the parent's layers what it was loaded as, with these changes, evaluated."""
-        name = _split(path)[1]
-        layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
-        setattr(parent, name, layer)
-        arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
-        mx.eval(arrays)
-        if changes and not is_finite(*arrays.values()).item():
-            raise RequestError(
-                f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
-                " scale, or dtype bfloat16"
-            )
-
-    def _changed(self, path: str, layer: nn.Module, changes: Scaled) -> nn.Module:
-        """layer: as it was loaded, or of the right kind. Returns what is to stand in its place."""
-        if isinstance(layer, TokenRows) and changes:
-            self.replaced[path] = layer
-        if isinstance(layer, TokenRows) and not changes:
-            return layer
-        if not _is_quantized(layer):
-            untouched = path not in self._known and not isinstance(layer, Cut | TokenRows)
-            present: Any = layer.weight if untouched else self.original(path)
-            return self._plain(path, layer, present, changes)
-        if not changes:
-            return layer
-        self.replaced[path] = layer
-        weight = expanded(layer)
-        if not isinstance(layer, nn.QuantizedEmbedding):
-            beside = branch(layer, weight, changes, self._weigh, self.dtype)
-            if beside is not None:
-                return beside
-        return self._plain(path, layer, weight, changes)
-
-    def _plain(self, path: str, layer: nn.Module, weight: mx.array, changes: Scaled) -> nn.Module:
-        """A layer like this one, unquantized, with the changes merged into this weight."""
-        weight = merge(weight, changes, self._weigh).astype(self.dtype)
-        if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
-            layer = empty(nn.Embedding)
-        elif isinstance(layer, nn.Linear | nn.QuantizedLinear | Cut):
-            # None of klein's layers has a bias of its own.
-            return Linear.of(weight, merged_bias(changes, self.dtype), getattr(layer, "device", None))
-        layer.weight = weight
-        return layer
-
-    def _weigh(self, path: str) -> mx.array:
-        parent, name = _parent(self.module, path)
-        layer = self.replaced.get(path) or getattr(parent, name, None)
-        return expanded(layer) if layer is not None and _is_quantized(layer) else self.original(path)
-
-
-def _is_quantized(layer: nn.Module) -> bool:
-    if isinstance(layer, Cut):
-        return _is_quantized(layer.first)
-    return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
-
-
-def expanded(layer: nn.Module) -> mx.array:
-    """A quantized layer's weight in float32, exactly as its bits say."""
-    if isinstance(layer, Cut):
-        return mx.concatenate([expanded(layer.first), expanded(layer.second)], axis=1)
-    assert isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    scales = layer.scales.astype(mx.float32) if layer.mode == "affine" else layer.scales
-    biases = layer["biases"].astype(mx.float32) if "biases" in layer else None
-    kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    return mx.dequantize(layer.weight, scales, biases, **kind).astype(mx.float32)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
-
-
-@contextmanager
-def _separated(parent: Any) -> Iterator[None]:
-    """Inside, an arranged module has the layers of its checkpoint; behind it, it is arranged again, and evaluated, so
-    that of one module's joined weights only there is a second copy."""
-    if not hasattr(parent, "separate"):
-        yield
-        return
-    parent.separate()
-    try:
-        yield
-    finally:
-        parent.arrange()
-    mx.eval(parent.parameters())
-
-
-def _split(path: str) -> tuple[str, str]:
-    """The path of a layer's parent in the module, and the layer's name there."""
-    above, _, name = path.rpartition(".")
-    return above, name
-
-
-def _parent(module: nn.Module, path: str) -> tuple[Any, str]:
-    *above, name = path.split(".")
-    parent: Any = module
-    for step in above:
-        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
-    return parent, name

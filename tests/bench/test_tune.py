@@ -15,7 +15,7 @@ from klein_mlx.bench.predict import klein
 from klein_mlx.cli import main as cli
 from klein_mlx.model import layers
 from klein_mlx.model.layers import Cpu, Gpu
-from klein_mlx.runtime import parts
+from klein_mlx.runtime import memory
 from klein_mlx.runtime.memory import Work, step_bytes
 
 SMALL = Sizes(hidden=128, tokens=(4, 8, 16), long=24, rows=8, channels=16, pixels=6, text=4, side=2)
@@ -55,7 +55,7 @@ def test_what_is_faster_is_chosen() -> None:
     assert (tuned.choices["conv"], tuned.choices["rows"]) == ("matmul", ROWS)
     assert tuned.choices["dtype"] == "bfloat16"  # 2 % may be chance
     assert tuned.seconds.keys() == clock.results.keys()
-    chosen = parts.with_choices(GPU, tuned.choices)
+    chosen = memory.with_choices(GPU, tuned.choices)
     assert [chosen.is_dequantized(tokens, 4) for tokens in (7, 8)] == [False, True]
 
 
@@ -79,30 +79,30 @@ def test_the_clock_takes_the_shortest_after_the_first(monkeypatch: pytest.Monkey
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
     """A machine whose device is a GPU of this kind, with a cache folder of its own."""
-    monkeypatch.setattr(parts, "here", lambda at_once=False: GPU)
+    monkeypatch.setattr(memory, "here", lambda at_once=False: GPU)
     monkeypatch.setattr(layers, "here", lambda at_once=False: GPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(parts.CHOICES, raising=False)
+    monkeypatch.delenv(memory.CHOICES, raising=False)
     return GPU
 
 
 def test_choices_are_kept_by_chip_and_version(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parts.chosen_device() == gpu
-    assert "chip's defaults" in parts.choices_told(gpu)
-    assert parts.keep_choices({"conv": "matmul", "dense": {"4": 512, "8": None}})
-    chosen = parts.chosen_device()
+    assert memory.chosen_device() == gpu
+    assert "chip's defaults" in memory.choices_told(gpu)
+    assert memory.keep_choices({"conv": "matmul", "dense": {"4": 512, "8": None}})
+    chosen = memory.chosen_device()
     assert chosen == Gpu(1024, ((4, 512), (8, None)), conv="matmul", compiles=False)
     assert (chosen.is_dequantized(600, 4), chosen.is_dequantized(9999, 8)) == (True, False)
     assert chosen.is_dequantized(2000, 6)
-    assert "4-bit weights dequantized from 512 tokens on, 8-bit weights as they are" in parts.choices_told(chosen)
-    assert "measured here" in parts.choices_told(chosen)
-    monkeypatch.setattr(parts, "version", lambda package: "99.0")
-    assert parts.chosen_device() == gpu  # another MLX
-    assert parts.keep_choices({"dtype": "float16"})
-    assert parts.compute_dtype(None) == mx.float16
+    assert "4-bit weights dequantized from 512 tokens on, 8-bit weights as they are" in memory.choices_told(chosen)
+    assert "measured here" in memory.choices_told(chosen)
+    monkeypatch.setattr(memory, "version", lambda package: "99.0")
+    assert memory.chosen_device() == gpu  # another MLX
+    assert memory.keep_choices({"dtype": "float16"})
+    assert memory.compute_dtype(None) == mx.float16
     monkeypatch.undo()
     for name in ("float32", "mlx.core.float32", "torch.float32"):
-        assert parts.compute_dtype(name) == mx.float32
+        assert memory.compute_dtype(name) == mx.float32
 
 
 @pytest.mark.parametrize(
@@ -111,32 +111,32 @@ def test_choices_are_kept_by_chip_and_version(gpu: Gpu, monkeypatch: pytest.Monk
     + ['{"KEY": {"dense": {"7": 8}}}', '{"KEY": {"dense": {"4": true}}}', '{"KEY": {"path": "/etc"}}', "\x00"],
 )
 def test_a_damaged_file_is_ignored_and_replaced(gpu: Gpu, text: str) -> None:
-    path = parts.choices_file()
+    path = memory.choices_file()
     assert path is not None
     path.parent.mkdir(parents=True)
-    path.write_text(text.replace("KEY", parts.device_key()))
-    assert parts.chosen_device() == gpu
-    assert parts.keep_choices({"rows": 4096})
-    assert parts.chosen_device().rows == 4096
+    path.write_text(text.replace("KEY", memory.device_key()))
+    assert memory.chosen_device() == gpu
+    assert memory.keep_choices({"rows": 4096})
+    assert memory.chosen_device().rows == 4096
     assert [one.name for one in path.parent.iterdir()] == ["choices.json"]
 
 
 def test_the_environment_has_the_last_word(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts.keep_choices({"rows": 4096})
-    monkeypatch.setenv(parts.CHOICES, "default")
-    assert parts.chosen_device() == gpu
-    monkeypatch.setenv(parts.CHOICES, '{"rows": 2048}')
-    assert parts.chosen_device().rows == 2048
-    assert parts.CHOICES in parts.choices_told(parts.chosen_device())
-    monkeypatch.setenv(parts.CHOICES, '{"rows": "many"}')
+    memory.keep_choices({"rows": 4096})
+    monkeypatch.setenv(memory.CHOICES, "default")
+    assert memory.chosen_device() == gpu
+    monkeypatch.setenv(memory.CHOICES, '{"rows": 2048}')
+    assert memory.chosen_device().rows == 2048
+    assert memory.CHOICES in memory.choices_told(memory.chosen_device())
+    monkeypatch.setenv(memory.CHOICES, '{"rows": "many"}')
     with pytest.raises(RequestError, match=r"\$KLEIN_MLX_CHOICES is .*many.*; it must be"):
-        parts.chosen_device()
+        memory.chosen_device()
 
 
 def test_a_cpu_has_no_choice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(parts, "here", lambda at_once=False: Cpu(at_once))
-    monkeypatch.setenv(parts.CHOICES, "nonsense")
-    assert parts.chosen_device() == Cpu(at_once=True)
+    monkeypatch.setattr(memory, "here", lambda at_once=False: Cpu(at_once))
+    monkeypatch.setenv(memory.CHOICES, "nonsense")
+    assert memory.chosen_device() == Cpu(at_once=True)
     monkeypatch.setattr(layers, "here", lambda at_once=False: Cpu(at_once))
     assert cli.main(["bench", "--tune"]) == 2
     assert "--tune is for a GPU" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_bench_tune_tells_and_keeps(
     out = capsys.readouterr().out
     assert "chosen: convolutions matmul, matmuls whole" in out
     assert "convolution, direct" in out
-    assert parts.chosen_device().conv == "matmul"
+    assert memory.chosen_device().conv == "matmul"
     assert cli.main(["bench", "--tune", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["choices"]["conv"], told["kept"]) == ("matmul", True)
@@ -164,7 +164,7 @@ def test_bench_tune_tells_and_keeps(
 def test_every_choice_gives_the_same_picture(choices: Any) -> None:
     """tiny at 4 bits, one step in float32: to 1e-5 of the largest latent."""
     found = []
-    for device in (Cpu(at_once=True), parts.with_choices(Gpu(compiles=False), choices)):
+    for device in (Cpu(at_once=True), memory.with_choices(Gpu(compiles=False), choices)):
         pipe = KleinPipeline.from_pretrained("tiny", quantize=4, dtype="float32")
         pipe.parts.device = device
         found.append(pipe("a red circle", seed=1, width=64, height=64, num_inference_steps=1, output_type="np").images)
@@ -173,8 +173,6 @@ def test_every_choice_gives_the_same_picture(choices: Any) -> None:
 
 def test_the_estimate_knows_the_choice() -> None:
     """Of a single block's weight at 4 bits: dequantized, the largest one is alive."""
-    sizes = [
-        step_bytes(klein("4b"), Work(1024, 1024), mx.bfloat16, True, parts.with_choices(Gpu(), {"dense": {"4": least}}))
-        for least in (None, 4608, 4609)
-    ]
+    devices = [memory.with_choices(Gpu(), {"dense": {"4": least}}) for least in (None, 4608, 4609)]
+    sizes = [step_bytes(klein("4b"), Work(1024, 1024), mx.bfloat16, True, device) for device in devices]
     assert [size - sizes[0] for size in sizes] == [0, 2 * 3072 * (3072 + 2 * 9216), 0]

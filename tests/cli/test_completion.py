@@ -52,7 +52,8 @@ def test_every_option_of_every_command(shell: str, capsys: pytest.CaptureFixture
 
 def test_what_options_are_completed_with() -> None:
     """Their choices, files for paths, names for models; and the words listed apart are the ones that the code knows."""
-    from klein_mlx.runtime.parts import DTYPES, KEPT
+    from klein_mlx.runtime.memory import DTYPES
+    from klein_mlx.runtime.parts import KEPT
     from klein_mlx.weights.bits import parse
 
     actions: dict[str, Any] = {name: one for one in whole_parser("a file")._actions for name in one.option_strings}

@@ -11,8 +11,8 @@ from klein_mlx import KleinPipeline
 from klein_mlx.errors import CheckpointError
 from klein_mlx.images.saving import remove_stale, save_image
 from klein_mlx.paths import TINY_FOLDER
-from klein_mlx.runtime import parts
 from klein_mlx.runtime.encodings import PromptCache
+from klein_mlx.weights import safetensors
 
 ARGUMENTS = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 64}
 
@@ -82,23 +82,23 @@ def test_every_byte_of_a_small_file_counts_and_samples_of_a_large_one(
 ) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(100_000))
-    first = parts.digest([path])
+    first = safetensors.digest([path])
     with path.open("rb+") as file:
         file.seek(70_001)
         file.write(b"\1")
-    assert parts.digest([path]) != first
-    monkeypatch.setattr(parts, "WHOLE", 1000)
-    monkeypatch.setattr(parts, "SAMPLES", 3)
-    monkeypatch.setattr(parts, "SAMPLE", 10)
-    assert parts.is_sampled(path)
-    portable, local = parts.digest([path]), parts.digest([path], local=True)
+    assert safetensors.digest([path]) != first
+    monkeypatch.setattr(safetensors, "WHOLE", 1000)
+    monkeypatch.setattr(safetensors, "SAMPLES", 3)
+    monkeypatch.setattr(safetensors, "SAMPLE", 10)
+    assert safetensors.is_sampled(path)
+    portable, local = safetensors.digest([path]), safetensors.digest([path], local=True)
     in_place(path)
-    assert parts.digest([path]) == portable
-    assert parts.digest([path], local=True) != local
+    assert safetensors.digest([path]) == portable
+    assert safetensors.digest([path], local=True) != local
     with path.open("rb+") as file:
         file.seek(99_999)
         file.write(b"\1")
-    assert parts.digest([path]) != portable
+    assert safetensors.digest([path]) != portable
 
 
 def test_an_entry_of_another_prompt_is_not_taken(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.layers import Gpu, place
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.transformer import Transformer, rope_tables
-from klein_mlx.weights.lora import Change, LowRank, Scaled, expanded
-from klein_mlx.weights.lora import _parent as parent_of
+from klein_mlx.runtime.parts import _parent as parent_of
+from klein_mlx.runtime.parts import expanded
+from klein_mlx.weights.lora import Change, LowRank, Scaled
 from klein_mlx.weights.quantize import Quantization, prepare
 
 
