@@ -110,7 +110,8 @@ class _Report:
 def _tell(message: dict[str, Any]) -> None:
     try:
         print(json.dumps(message), flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the parent is gone: the thread that waits for that deletes the pieces, and ends all
+        time.sleep(_PATIENCE)
         os._exit(1)
 
 

@@ -1,6 +1,7 @@
 """The session: lines taken apart, commands, and the whole of it through a terminal with tiny."""
 
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -187,22 +188,31 @@ class Terminal:
         """What was shown since the last time, up to and with these words."""
         deadline = time.monotonic() + seconds
         while words not in self.shown:
-            ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{words!r} did not come, but: {self.shown!r}"
-            try:
-                self.shown += self.decode(os.read(self.ours, 1 << 16))
-            except OSError:  # its end of the terminal is closed
-                raise AssertionError(f"the session ended before {words!r}: {self.shown!r}") from None
+            piece = self.read(max(0, deadline - time.monotonic()))
+            assert piece, f"{words!r} did not come, but: {self.shown!r}"
+            self.shown += self.decode(piece)
         found, _, self.shown = self.shown.partition(words)
         return found + words
+
+    def read(self, seconds: float) -> bytes:
+        """What is shown next; nothing at the session's end, which Linux tells by an error, or if nothing came."""
+        with contextlib.suppress(OSError):
+            if select.select([self.ours], [], [], seconds)[0]:
+                return os.read(self.ours, 1 << 16)
+        return b""
 
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
     def end(self) -> int:
-        self.process.wait(60)
+        while self.read(60):  # on macOS a process ends only when what it printed was read
+            pass
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        self.process.kill()
         os.close(self.ours)
-        return self.process.returncode
+        self.process.wait()
 
 
 @pytest.fixture
@@ -216,8 +226,7 @@ def opened(tmp_path: Path) -> Any:
 
     yield open_terminal
     for terminal in terminals:
-        terminal.process.kill()
-        terminal.process.wait()
+        terminal.close()
 
 
 def test_a_session_in_a_terminal(tmp_path: Path, opened: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,13 +71,21 @@ def raw(server: Background, data: bytes, seconds: float = 10) -> bytes:
         connection.settimeout(seconds)
         received = b""
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # hung up on, perhaps with a reply
+            with suppress(OSError):  # hung up on, perhaps with a reply; macOS has an error of its own for it
                 connection.sendall(data)
             while chunk := connection.recv(1 << 16):
                 received += chunk
         except ConnectionResetError:
             pass
         return received
+
+
+def resident(pid: int) -> float:
+    """MB that a process holds."""
+    if sys.platform == "linux":  # ps is not everywhere
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True).stdout
+    return int(told) * 1024 / 1e6
 
 
 def port_of(server: Background) -> int:
