@@ -6,21 +6,39 @@ from collections.abc import Collection
 from klein_mlx.errors import nearest
 
 _USE = {  # an option as it is spelled elsewhere -> here; of use where the command knows all the flags on the right
-    "--cfg --cfg-scale --true-cfg-scale": "--guidance",
-    "--lora-scale --lora-scales": "--lora FILE:SCALE",
+    "--cfg --cfg-scale --true-cfg-scale --distilled-guidance": "--guidance",
+    "--neg": "--negative",
+    "--lora-scale --lora-scales --lora-weights --lora-weight": "--lora FILE:SCALE",
     "--lora-path --lora-paths": "--lora FILE, once for each",
-    "--low-ram --low-memory --lowvram": "--keep nothing, and fewer bits: -q 4",
-    "--bits --q-bits": "--quantize",
+    "--lora-dir --lora-model-dir": "--lora-folder",
+    "--low-ram --low-memory --lowvram --medvram --offload-to-cpu --cpu-offload --vae-on-cpu --clip-on-cpu": (
+        "--keep nothing, and fewer bits: -q 4"
+    ),
+    "--bits --q-bits --type --quantization": "--quantize",
+    "--precision --torch-dtype": "--dtype",
+    "--diffusion-model --unet --dit": "--transformer",
+    "--llm --clip --clip-l --t5xxl --qwen": "--text-encoder",
+    "--vae-path": "--vae",
     "--aspect --aspect-ratio": "--size 16:9",
     "--resolution --width --height -W -H": "--size 1024x768",
-    "--batch --batch-size --num-images --auto-seeds": "--count",
+    "--batch --batch-size --batch-count -b --num-images --auto-seeds --samples --num-samples --n-iter --repeat": (
+        "--count"
+    ),
     "--num-steps --n-steps": "--steps",
-    "--image-path --image-paths --images --input --reference": "--image, once for each",
-    "--image-strength": "--init-image and --strength",
+    "--image-path --image-paths --images --input --reference -r --ref-image --ref --control-image": (
+        "--image, once for each"
+    ),
+    "--controlnet --control-net --ip-adapter": "--image: a reference image guides the picture",
+    "--image-strength --denoise --denoising-strength": "--init-image and --strength",
+    "--sampling-steps --iters": "--steps",
+    "--schedule --shift --sigma-schedule": "--sigmas for noise levels of your own",
+    "--preview": "--show-steps",
+    "--upscale --upscaler --upscale-model --hires-fix --hires": "--size 2mp: there is no upscaler",
     "--mask-path --masked-image-path": "--mask",
     "--path --dir -d --base-model --model-path --hf-path": "--model",
     "--out --outfile --output-path --output-file": "--output",
-    "--output-dir --out-dir --outdir": "--output FOLDER",
+    "--output-dir --out-dir --outdir --outputs-dir --outpath": "--output FOLDER",
+    "--output-format --extension": "--format",
     "--config-from-metadata": "klein-mlx again PICTURE",
     "--stepwise-image-output-dir": "--show-steps",
     "--hf-token --token": "the environment variable HF_TOKEN, or hf auth login",
@@ -30,9 +48,12 @@ _USE = {  # an option as it is spelled elsewhere -> here; of use where the comma
 _LEFT_OUT = {  # likewise -> why it is not needed
     "--metadata": "recipes are kept unless you add --no-metadata",
     "--device --mlx --metal --mps --gpu": "MLX uses the GPU by itself",
-    "--scheduler --sampler": "the sampler is Euler's",
+    "--scheduler --sampler --sampler-name --sampling-method": "the sampler is Euler's",
     "--vae-tiling --vae-slicing": "the VAE decodes in strips by itself, exactly",
     "--threads -t": "MLX chooses its threads",
+    "--flash-attention --flash-attn --fa --diffusion-fa --xformers": "MLX has an attention kernel of its own",
+    "--clip-skip": "the checkpoint says which layers are used",
+    "--style --styles": "describe the style in the prompt",
     "--compile": "blocks are compiled by themselves",
     "--mlx-cache-limit --mlx-cache-limit-gb": "memory is planned by itself",
     "--verbose -v": "progress goes to stderr anyway",
@@ -104,8 +125,8 @@ def option_hint(option: str, known: Collection[str], command: str) -> str:
             return f"; use {use}"
     if (why := _row(_LEFT_OUT, plain)) and _flags(why) <= set(known):
         return f"; leave it out: {why}"
-    near = nearest(plain, known)
-    return f"; did you mean {near}?" if near else ""
+    near = nearest(plain.lstrip("-"), (by_name := {name.lstrip("-"): name for name in known}))
+    return f"; did you mean {by_name[near]}?" if near else ""
 
 
 def command_hint(word: str, commands: Collection[str]) -> str | None:
