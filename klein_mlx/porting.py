@@ -72,10 +72,23 @@ LEFT_OUT = {
 }
 
 
+OPENING = ("quantize", "dtype", "keep", "revision", "token", "local_files_only", "prompt_cache", "variant")
+PLACES = {
+    **dict.fromkeys((*OPENING, "transformer", "text_encoder", "vae"), "in KleinPipeline.from_pretrained"),
+    **dict.fromkeys(("scale", "partial", "folder"), "in pipe.load_lora"),
+    **dict.fromkeys(
+        ("prompt", "seed", "num_inference_steps", "guidance_scale", "width", "height"), "in the call, pipe(...)"
+    ),
+}
+
+
 def instead_of(name: str, known: Iterable[str]) -> str:
     """What to write in place of an unknown argument, as the end of a sentence; "" where nothing is near."""
+    if name in PLACES:
+        return f"; it belongs {PLACES[name]}"
     if name in INSTEAD:
-        return f"; use {INSTEAD[name]}"
+        used = INSTEAD[name].partition("=")[0]
+        return f"; use {INSTEAD[name]}{f' {PLACES[used]}' if used in PLACES and used not in known else ''}"
     if name in LEFT_OUT:
         return f"; leave it out: {LEFT_OUT[name]}"
     near = nearest(name, known)

@@ -118,6 +118,9 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         "max_sequence_length": length,
         "rng": options.rng or ("mlx" if options.generator is None else "torch"),
     }
+    if options.callback_on_step_end is not None and not callable(options.callback_on_step_end):
+        rule = "it must be a function of (pipe, step, timestep, kwargs)"
+        raise RequestError("callback_on_step_end", options.callback_on_step_end, rule)
     no_image = options.image is None or (isinstance(options.image, list | tuple) and not options.image)
     if (edit or not no_image) and not config.variant.edits:
         name = config.variant.name
@@ -238,11 +241,21 @@ def _seeds(seed: Any, count: int) -> tuple[int, ...]:
         if count != 1:
             rule = f"is {count}, but {len(seed)} seeds are given; each seed makes one picture"
             raise RequestError("num_images_per_prompt", rule=rule)
-        return tuple(integer("seed", s, 0, MAX_SEED) for s in seed)
-    first = integer("seed", seed, 0, MAX_SEED)
+        return tuple(_seed(s) for s in seed)
+    first = _seed(seed)
     if first + count - 1 > MAX_SEED:
         raise RequestError("seed", first, f"with {count} pictures the last would be over {MAX_SEED}")
     return tuple(range(first, first + count))
+
+
+def _seed(seed: Any) -> int:
+    """-1 is other programs' word for a random one."""
+    try:
+        return integer("seed", seed, 0, MAX_SEED)
+    except RequestError as error:
+        if type(seed) is not int or seed != -1:
+            raise
+        raise RequestError("seed", seed, f"{error.rule}; leave it out for a random one") from None
 
 
 def _generator(options: Options, prompts: int) -> tuple[Any, bool]:
@@ -253,7 +266,7 @@ def _generator(options: Options, prompts: int) -> tuple[Any, bool]:
     if options.seed is not None:
         raise RequestError("generator", rule="and {seed} both say which noise; give one of them")
     if isinstance(generator, list | tuple):
-        if len(generator) != prompts * count > 1:
+        if not generator or len(generator) != prompts * count > 1:
             rule = f"has {len(generator)} entries for {prompts * count} pictures"
             raise RequestError("generator", rule=f"{rule}; it must have one for each")
         return [_initial_seed(one) for one in generator], False

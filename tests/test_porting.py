@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.images.saving import read_metadata
 from klein_mlx.model.sampler import torch_noise
 from klein_mlx.pipeline import KleinPipeline
@@ -66,6 +66,8 @@ def test_generators_that_are_refused(pipe: KleinPipeline) -> None:
         ({"generator": "7"}, "generator is '7'; it must be a torch.Generator, a whole number"),
         ({"generator": gpu}, "it must be of the CPU"),
         ({"generator": [1, 2, 3], "num_images_per_prompt": 2}, "generator has 3 entries for 2 pictures"),
+        ({"generator": []}, "generator has 0 entries for 1 pictures"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is 3; it must be a function"),
         ({"rng": "numpy"}, "rng is 'numpy'; it must be one of mlx, torch"),
     ):
         with pytest.raises(RequestError, match=words):
@@ -119,6 +121,18 @@ def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.Log
     for arguments, words in (({"torch_dtype": "x"}, 'use dtype="bfloat16"'), ({"device_map": 1}, "leave it out")):
         with pytest.raises(TypeError, match=f"from_pretrained.. has no argument .*{words}"):
             KleinPipeline.from_pretrained("tiny", **arguments)
+    for call, name, words in (
+        (pipe, "bits", "use quantize=4 in KleinPipeline.from_pretrained"),
+        (pipe, "dtype", "it belongs in KleinPipeline.from_pretrained"),
+        (pipe, "lora_scale", "use scale in pipe.load_lora"),
+        (pipe.load_lora, "lora_scale", "use scale$"),
+        (KleinPipeline.from_pretrained, "steps", r"use num_inference_steps in the call, pipe\(...\)"),
+    ):
+        with pytest.raises(TypeError, match=f"has no argument '{name}'; {words}"):
+            call("tiny", **{name: 1})
+    for model in (None, 3, ""):
+        with pytest.raises(CheckpointError, match="model is .*; it must name a model, a file or a folder"):
+            KleinPipeline.from_pretrained(model)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="use from_pretrained"):
         getattr(KleinPipeline, "from_single_file")  # noqa: B009
     with pytest.raises(AttributeError, match="use pipe.stream"):

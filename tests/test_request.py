@@ -65,7 +65,7 @@ def test_a_random_seed_differs() -> None:
         ({"guidance_scale": -1}, "guidance_scale is -1; it must be a number from 1 to 100"),
         ({"negative_prompt": "blur"}, "negative_prompt needs a guidance_scale over 1, and it is 1; a distilled model"),
         ({"batch_guidance": True}, "batch_guidance needs a guidance_scale over 1, and it is 1"),
-        ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 18446744073709551615"),
+        ({"seed": -1}, "from 0 to 18446744073709551615; leave it out for a random one"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it must be a whole number from 0"),
         ({"seed": []}, "seed is an empty list; it must have one seed or more"),
         ({"seed": [1, 2], "num_images_per_prompt": 2}, "num_images_per_prompt is 2, but 2 seeds are given"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_mlx.config import ONE_STEP, PARTS
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, short
 from klein_mlx.formats.diffusers import INDEX_FILE, STEMS, is_encoded, open_diffusers
 from klein_mlx.formats.gguf import pieces_of
 from klein_mlx.formats.mflux import TOKENIZER_FILES, assemble, mix, open_mflux, part_folders, with_variant
@@ -146,9 +146,12 @@ def open_model(
     variant: which of the variants of these sizes it is, where the files do not tell, or tell it wrongly.
     Raises CheckpointError, in one line, for anything that is not a complete model.
     """
-    for what, name in {"model": model, **(parts or {})}.items():
-        if name is not None and not str(name):  # it would be the current folder
-            raise CheckpointError(f"{what} is ''; it must name a model, a file or a folder")
+    for what, name in {
+        "model": model,
+        **{part: path for part, path in (parts or {}).items() if path is not None},
+    }.items():
+        if not isinstance(name, str | Path) or not str(name):  # an empty one would be the current folder
+            raise CheckpointError(f"{what} is {short(name)}; it must name a model, a file or a folder")
     check_revision(model, revision)
     given = {
         part: find_part(part, path, token=token, local_files_only=local_files_only)
