@@ -160,10 +160,9 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
             raise CheckpointError(
                 f"{source.path}: {touched[0]} is quantized already; for other bits start from the original"
             )
-        if stored and wanted and (stored.bits, stored.mode) != (wanted.bits, wanted.mode):
-            bits = wanted.bits
+        if stored and wanted and (other := _other(stored, wanted, asked, part, paths)):
             raise CheckpointError(
-                f"{source.path}: the {part} is {stored.bits}-bit already; for {bits} bits start from the original"
+                f"{source.path}: the {part} is {stored.bits}-bit already; for {other} start from the original"
             )
         unmatched = [pattern for pattern in unmatched if not any(fnmatchcase(path, pattern) for path in paths)]
         layers = {path: own for path in paths if (own := _settings(asked, part, path))}
@@ -173,6 +172,16 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
         rule = f"{unmatched[0]!r} matches no layer; a path is like double_blocks.0.img.to_v"
         raise RequestError("quantize_layer", rule=rule)
     return found
+
+
+def _other(stored: Quantization, wanted: Settings, asked: Asked, part: str, paths: Iterable[str]) -> str:
+    """What of the bits that are wanted the stored ones are not; "" for nothing. Their groups count unless usual."""
+    if (stored.bits, stored.mode) != (wanted.bits, wanted.mode):
+        return f"{wanted.bits} bits"
+    if wanted.mode == "affine" and wanted.group_size not in (64, stored.group_size):
+        return f"groups of {wanted.group_size}"
+    pairs = ((stored.of(part, path), _settings(asked, part, path)) for path in paths) if asked.name else ()
+    return str(asked.name) if any(own and (s is None or s.bits != own.bits) for s, own in pairs) else ""
 
 
 def _settings(asked: Asked, part: str, path: str) -> Settings:

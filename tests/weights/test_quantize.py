@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,12 @@ def test_stored_layers_keep_their_bits(source: Source, tmp_path: Path) -> None:
     assert set(settle(parse(4), stored)) == {"text_encoder"}
     with pytest.raises(CheckpointError, match="the transformer is 4-bit already; for 8 bits start from the original"):
         settle(parse(8), stored)
+    for asked, words in ((parse("mixed-4"), "mixed-4"), (parse(4, 32), "groups of 32")):
+        with pytest.raises(CheckpointError, match=f"the transformer is 4-bit already; for {words} start from"):
+            settle(asked, stored)
+    tiny = open_model("tiny")
+    mixed = replace(tiny, quantization=settle(parse("mixed-4"), tiny))  # type: ignore[type-var]
+    assert settle(parse("mixed-4"), mixed) == settle(parse(4), mixed) == {}
     with pytest.raises(CheckpointError, match="double_blocks.0.txt.to_v is quantized already"):
         settle(parse({"double_blocks.*.to_v": 8}), stored)
 
