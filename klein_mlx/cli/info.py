@@ -74,7 +74,11 @@ def _check_used(args: argparse.Namespace) -> None:
     given = [name for name in ("references", "dtype", "keep", *BITS) if getattr(args, name)]
     unused = [name for name in given if name not in ("references", "dtype", "quantize")] if args.train else given
     if unused and (args.train or args.size is None):
-        why = "not for --train; --quantize gives the bits" if args.train else "for the estimate of memory; add --size"
+        why = "for the estimate of memory; add --size"
+        if args.train:
+            why = "not for --train, " + (
+                "which quantizes all parts alike; use --quantize" if unused[0] in BITS else "which decides it by itself"
+            )
         raise RequestError(f"--{unused[0].replace('_', '-')} is {why}")
     for name in ("rank", "method"):
         if getattr(args, name) is not None and not args.train:

@@ -122,9 +122,15 @@ def test_macs(needed: int, mac: int | None) -> None:
         (["--references", "2"], "--references is for the estimate of memory; add --size"),
         (["--rank", "4", "--size", "64x64"], "--rank is for the estimate of training; add --train"),
         (["--method", "full"], "--method is for the estimate of training; add --train"),
-        (["--train", "--group-size", "32"], "--group-size is not for --train; --quantize gives the bits"),
-        (["--train", "--transformer-bits", "4"], "--transformer-bits is not for --train; --quantize gives the bits"),
-        (["--train", "--keep", "all"], "--keep is not for --train; --quantize gives the bits"),
+        (
+            ["--train", "--group-size", "32"],
+            "--group-size is not for --train, which quantizes all parts alike; use --quantize",
+        ),
+        (
+            ["--train", "--transformer-bits", "4"],
+            "--transformer-bits is not for --train, which quantizes all parts alike; use --quantize",
+        ),
+        (["--train", "--keep", "all"], "--keep is not for --train, which decides it by itself"),
     ],
 )
 def test_an_option_that_would_decide_nothing_is_refused(
