@@ -18,7 +18,7 @@ from klein_mlx.bench import naive
 from klein_mlx.bench.checks import Row, Setting, compared, error
 from klein_mlx.bench.predict import klein
 from klein_mlx.config import ModelConfig
-from klein_mlx.model import layers, rope, transformer, vae
+from klein_mlx.model import layers, transformer, vae
 from klein_mlx.model import sampler as grids
 from klein_mlx.model.branched import Branched
 from klein_mlx.model.layers import Cpu
@@ -197,7 +197,7 @@ def check_norm_rotation(setting: Setting) -> Iterator[Row]:
     config, tokens = _config().transformer, len(ids)
     qk = _two_scales(tokens * 2 * 24, 128, setting.dtype, 4).reshape(1, tokens, 2, 24, 128)
     scale = 1 + 0.2 * draw((2, 128), start=5)
-    tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, TEXT)
+    tables = transformer.rope_tables(ids, config.axes_dims_rope, config.rope_theta, TEXT)
     ours = transformer.normed_and_rotated(layers.here(), qk, scale, tables, config.eps)
     rows = mx.array(_indices(tokens))
     for index, what in enumerate(("q", "k")):
@@ -340,7 +340,7 @@ def check_double_block(setting: Setting) -> Iterator[Row]:
     inputs = {"txt": draw((1, text, 3072), 1.0, stream, 1), "img": draw((1, side * side, 3072), 1.0, stream, 2)}
     mods = {name: (_modulation(stream, j), _modulation(stream, 3 + j)) for j, name in enumerate(inputs)}
     ids = grids.all_ids(text, side, side, None)
-    tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
+    tables = transformer.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
     ours = mx.concatenate([*block(inputs["txt"], inputs["img"], mods["txt"], mods["img"], tables)[0]], axis=1)
 
     def turn(x: mx.array) -> mx.array:
@@ -358,7 +358,7 @@ def check_single_block(setting: Setting) -> Iterator[Row]:
     weights = _load(block, setting.dtype)
     x, mod = draw((1, text + side * side, 3072), 1.0, stream, 1), _modulation(stream, 2)
     ids = grids.all_ids(text, side, side, None)
-    tables = rope.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
+    tables = transformer.rope_tables(ids, config.axes_dims_rope, config.rope_theta, text)
     ours, _ = block(x, mod, tables)
 
     def turn(a: mx.array) -> mx.array:

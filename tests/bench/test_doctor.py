@@ -14,7 +14,7 @@ from klein_mlx import pipeline
 from klein_mlx.bench import capacity, doctor, machine, naive, reference, shapes
 from klein_mlx.bench.checks import Row, Setting, error
 from klein_mlx.cli.main import main
-from klein_mlx.model import layers, rope, transformer, vae
+from klein_mlx.model import layers, transformer, vae
 from klein_mlx.model.branched import Branched
 from klein_mlx.model.layers import Cpu
 from klein_mlx.runtime import memory
@@ -102,13 +102,13 @@ def transposed(patch: pytest.MonkeyPatch) -> None:
 
 def swapped_rotation(patch: pytest.MonkeyPatch) -> None:
     """Sines of the wrong sign."""
-    original = rope.rope_tables
+    original = transformer.rope_tables
 
-    def tables(*args: Any) -> rope.Rope:
+    def tables(*args: Any) -> transformer.Rope:
         found = original(*args)
         return found._replace(first=found.second, second=found.first)
 
-    patch.setattr(rope, "rope_tables", tables)
+    patch.setattr(transformer, "rope_tables", tables)
 
 
 def shifted_bits(patch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,9 @@ def without_branch(patch: pytest.MonkeyPatch) -> None:
 wrong_scale = other_arguments(Cpu, "attention", lambda self, q, k, v, *mask: (self, 1.2 * q, k, v, *mask))
 other_heads = other_arguments(Cpu, "attention", lambda self, q, k, v, *m: (self, q, k, mx.roll(v, 1, axis=1), *m))
 without_mask = other_arguments(Cpu, "attention", lambda self, q, k, v, *mask: (self, q, k, v))
-wrong_theta = other_arguments(rope, "rope_tables", lambda ids, axes, theta, length: (ids, axes, 5 * theta, length))
+wrong_theta = other_arguments(
+    transformer, "rope_tables", lambda ids, axes, theta, length: (ids, axes, 5 * theta, length)
+)
 swapped_shift = other_arguments(transformer, "modulated", lambda x, shift, scale, *rest: (x, scale, shift, *rest))
 without_gate = other_arguments(transformer, "add_branch", lambda x, gate, *rest: (x, mx.ones_like(gate), *rest))
 
