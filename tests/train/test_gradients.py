@@ -203,11 +203,10 @@ def peaks(config: ModelConfig, grid: tuple[int, int], length: int, method: str =
 
     def peak(call: Callable[[], Any]) -> int:
         gc.collect()  # of what other tests left
-        limit = mx.set_cache_limit(0)  # Metal gives out freed buffers that are up to twice as large as is asked for
+        mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(call())
-        mx.set_cache_limit(limit)
         return mx.get_peak_memory() - before
 
     yield min(peak(lambda: mx.array(blockwise.loss_and_gradients(one, lambda stage, own: None))) for _ in range(2))
