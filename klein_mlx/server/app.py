@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -136,6 +136,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, words.get(error.status_code, error.detail), None, code, headers).response()
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    return ApiError(499, "the client left", None, "cancelled").response()
+
+
 async def _bug(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, printable(request.url.path), exc_info=error)
     return ApiError(500, "the server failed; its log says why", None, "internal_error").response()
@@ -165,6 +169,7 @@ def make_app(settings: Settings, port: int | None = None) -> Guard:
         ApiError: _api_error,
         WorkerError: _worker_error,
         HTTPException: _http_error,
+        ClientDisconnect: _left,  # before all of its body came
         Exception: _bug,
     }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)

@@ -30,6 +30,7 @@ SHORT = {
 LONG = {long: short for short, long in SHORT.items() if short != "image"}
 PICTURES = ("image", "init_image", "mask_image")
 FORMATS = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
+MAX_LORAS = 20
 SIDE = 16  # of a token, in pixels
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
@@ -177,8 +178,10 @@ def loras_of(values: Mapping[str, Any]) -> list[list[Any]]:
     if value is None:
         return []
     items = value if isinstance(value, list) else [value]
+    if len(items) > MAX_LORAS:
+        raise ApiError(400, f"{field} has {len(items)} entries; it may have {MAX_LORAS}", field)
     found = []
-    for item in items[:20]:
+    for item in items:
         name, scale = (item.get("name"), item.get("scale", 1.0)) if isinstance(item, dict) else (item, 1.0)
         if isinstance(item, str) and ":" in item:
             name, _, text = item.rpartition(":")

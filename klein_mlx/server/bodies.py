@@ -5,6 +5,7 @@ What comes is kept in a temporary file without a name beyond a megabyte, so that
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from klein_mlx.server.errors import ApiError
 
 MAX_DEPTH, MAX_PARTS, MAX_FIELD = 20, 20, 1024 * 1024
 IN_MEMORY = 1024 * 1024
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def content_type(request: Request) -> str:
@@ -70,8 +72,16 @@ async def read_form(request: Request) -> list[tuple[str, str | bytes]]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON whose numbers are finite. Raises ValueError."""
-    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    """JSON whose numbers are finite and whose strings are Unicode. Raises ValueError."""
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a reply that quotes it could not be sent
+            raise ValueError("a string has half of a surrogate pair") from None
+    return value
 
 
 def _finite(text: str) -> float:

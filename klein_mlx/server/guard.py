@@ -117,14 +117,14 @@ class Guard:
         return name in ("127.0.0.1", "localhost", "[::1]") or (not self.settings.is_local and _is_address(name))
 
     def _check_origin(self, method: str, headers: Headers) -> None:
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if origin is not None:
+        origins = headers.getlist("origin")
+        for origin in origins:
             host = headers["host"].lower()  # an own one, by now; https where a proxy speaks it
             if origin.lower() not in (f"http://{host}", f"https://{host}") and origin not in self.settings.origins:
                 raise ApiError(403, "another site's page may not use this server", None, "forbidden_origin")
-            return
+        site = headers.get("sec-fetch-site", "none").lower()
         navigates = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
-        if site in ("cross-site", "same-site") and not (method == "GET" and navigates):
+        if not origins and site not in ("same-origin", "none") and not (method == "GET" and navigates):
             raise ApiError(403, "another site's page may not use this server", None, "forbidden_origin")
 
     def _check_token(self, scope: Scope, headers: Headers) -> Response | None:
@@ -162,6 +162,8 @@ class Guard:
 
     def _check_body(self, headers: Headers) -> None:
         lengths = headers.getlist("content-length")
+        if lengths and "transfer-encoding" in headers:  # a proxy in front may take the other one
+            raise ApiError(400, "a body has a Content-Length or a Transfer-Encoding, not both", None, "bad_length")
         if "transfer-encoding" not in headers and (not lengths or lengths == ["0"]):
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

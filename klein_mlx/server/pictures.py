@@ -41,6 +41,16 @@ def open_picture(data: bytes, what: str) -> "Image.Image":
     return image
 
 
+def load_picture(data: bytes, what: str) -> "Image.Image":
+    """A picture, decoded. Raises RequestError as `open_picture` does, and for one that is damaged."""
+    image = open_picture(data, what)
+    try:
+        image.load()
+    except _UNREADABLE as error:
+        raise RequestError(f"{what} cannot be read: {str(error) or type(error).__name__}") from None
+    return image
+
+
 def picture_size(data: bytes, what: str) -> tuple[int, int]:
     """(width, height) as its header says. Raises RequestError as `open_picture` does."""
     with open_picture(data, what) as image:

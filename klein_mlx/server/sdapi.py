@@ -61,6 +61,12 @@ class WebRequest:
             return own
         return kind(value)
 
+    def nearest(self, name: str, default: float | None, low: float, high: float, kind: type = int) -> Any:
+        """A numeric field; the nearest of low..high, with a note, if it is outside; `default` if it is missing."""
+        value = _number(self.values.get(name))
+        own = min(max(value, low), high) if isinstance(value, int | float) else default or low
+        return self.number(name, default, low, high, own, kind)
+
     def side(self, name: str) -> int | None:
         """A width or height, rounded to a possible one; None if it is missing."""
         value = _number(self.values.get(name))
@@ -112,10 +118,10 @@ def sd_edit(web: WebRequest) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     if not first:
         raise ApiError(400, "init_images is missing; send a picture, as base64", "init_images")
     pictures = [("init_image", picture(first, "init_images", {})), *pictures_of({"mask": values.get("mask")}, {})]
-    arguments: dict[str, Any] = {"strength": web.number("denoising_strength", 0.75, 0.01, 1, 0.75, float)}
+    arguments: dict[str, Any] = {"strength": web.nearest("denoising_strength", 0.75, 0.01, 1, float)}
     if len(pictures) > 1:
-        arguments["invert_mask"] = bool(values.get("inpainting_mask_invert"))
-        arguments["mask_blur"] = web.number("mask_blur", None, 0, MAX_BLUR, MAX_BLUR)
+        arguments["invert_mask"] = bool(_number(values.get("inpainting_mask_invert")))
+        arguments["mask_blur"] = web.nearest("mask_blur", None, 0, MAX_BLUR)
     return arguments_of(arguments, []), pictures
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from klein_mlx.errors import CheckpointError, DoesNotFit, KleinError, RequestError
 from klein_mlx.server.frames import HEAD, pack, unpack
-from klein_mlx.server.pictures import open_picture, request_field
+from klein_mlx.server.pictures import load_picture, request_field
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,7 +98,7 @@ class Engine:
         arguments: dict[str, Any] = dict(job["arguments"])
         for told, data in zip(job["pictures"], pictures, strict=True):
             field = told["field"]
-            image = open_picture(data, field)
+            image = load_picture(data, field)
             if told.get("alpha"):
                 image = _repainted(image)
             if field == "image":

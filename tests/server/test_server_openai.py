@@ -315,6 +315,7 @@ GENERATIONS: list[tuple[dict[str, Any], int, str | None]] = [  # changes to a go
     ({"guidance": [{}]}, 400, "guidance"),
     ({"loras": [{"name": "../x"}]}, 400, "loras"),
     ({"lora": [{"scale": 1}]}, 400, "lora"),
+    ({"loras": ["silhouettes"] * 21}, 400, "loras"),
     ({"image": "http://127.0.0.1/x.png"}, 400, "image"),
     ({"image": "/etc/passwd"}, 400, "image"),
     ({"mask": data_uri(half_mask())}, 400, "mask"),
@@ -327,6 +328,8 @@ EDITS: list[tuple[dict[str, str], list[tuple[str, bytes]], int, str | None]] = [
     ({}, [("image", b"<svg xmlns='http://www.w3.org/2000/svg'/>")], 400, "image"),
     ({}, [("image", b"%PDF-1.4")], 400, "image"),
     ({}, [("image", PNG[:40])], 400, "image"),
+    ({}, [("image", PNG[:-30])], 400, "image"),
+    ({}, [("image", PNG), ("mask", half_mask((64, 64))[:-30])], 400, "mask"),
     ({}, [("image", PNG), ("mask", half_mask())], 400, "mask"),
     ({}, [("image", PNG), ("mask", picture_bytes("white", (64, 64)))], 400, "mask"),
     ({}, [("image", PNG), ("mask", picture_bytes("white", (64, 64), mode="RGBA"))], 400, "mask"),
@@ -464,6 +467,24 @@ def test_base_models_take_a_web_uis_guidance() -> None:
         "num_images_per_prompt": 10,
     }
     assert web.notes == ["12 pictures are requested; 10 are made"]
+
+
+def test_edits_of_web_uis_take_the_nearest_value() -> None:
+    """A strength of 0 keeps the picture, as far as can be: no other one does what was meant."""
+    from klein_mlx.server.sdapi import WebRequest, sd_edit
+
+    body = {"init_images": data_uri(PNG), "mask": data_uri(PNG)}
+    for strength, blur, invert, told in (
+        (0, -4, "0", (0.01, 0, False)),
+        ("1.5", 10**9, "1", (1.0, 256, True)),
+        (None, None, None, (0.75, None, False)),
+        ("much", [], 1, (0.75, 0, True)),
+    ):
+        asked = {"denoising_strength": strength, "mask_blur": blur, "inpainting_mask_invert": invert}
+        web = WebRequest(body | asked, {})
+        found, _ = sd_edit(web)
+        assert (found["strength"], found.get("mask_blur"), found["invert_mask"]) == told
+        assert len(web.notes) == (0 if strength is None else 2)
 
 
 def test_img2img(http: httpx.Client) -> None:
