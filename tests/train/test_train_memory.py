@@ -35,7 +35,7 @@ TINY = open_checkpoint(TINY_FOLDER)
     ids=["narrow", "tiny", "narrow-full"],
 )
 def test_the_arrays_of_a_step(config: ModelConfig, method: str, grid: tuple[int, int], length: int) -> None:
-    """Near the measured peak above the weights, which is up to a fifth less where a busy machine frees arrays sooner."""
+    """Near the measured peak above the weights, which is up to a fifth less where a machine is busy."""
     measured = next(peaks(config, grid, length, method))
     tokens = length + grid[0] * grid[1]
     told = block_bytes(config, replace(OPTIONS, method=method), mx.float32, tokens)
