@@ -31,7 +31,7 @@ def checked_destination(destination: Path, source: Path, force: bool, mark: str)
         os.fspath(destination).encode("utf-8")
         target, origin = Path(os.path.expanduser(destination)).resolve(), source.resolve()
         inside = _is_within(target, origin)
-    except (OSError, ValueError) as error:  # too long, a zero byte, not UTF-8
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, not UTF-8; a loop of links
         raise CheckpointError(f"{destination!s:.60}: cannot be created ({error!s:.80})") from None
     if inside:
         raise CheckpointError(f"{destination}: is the source itself or inside it; choose another folder")
@@ -148,11 +148,13 @@ def publish(folder: Path, target: Path, force: bool) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        flush_descriptor(handle)
-    finally:
-        os.close(handle)
+    """So that a name outlives a power cut, on a disk that can flush folders; what is in it is complete without."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            flush_descriptor(handle)
+        finally:
+            os.close(handle)
 
 
 def write_failure(target: Path, needed: int, error: OSError) -> str:

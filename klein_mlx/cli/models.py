@@ -96,7 +96,7 @@ def _scanned() -> list[Any]:
 
     try:
         return [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
-    except (CacheNotFound, OSError, ValueError):
+    except (CacheNotFound, OSError, ValueError, RuntimeError):  # RuntimeError: a loop of links
         return []
 
 

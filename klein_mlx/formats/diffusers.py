@@ -130,7 +130,7 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
         )
     require_file(folder / TOKENIZER_FILE)
     origin = {
-        "name": name or folder.resolve().name,
+        "name": name or os.path.basename(os.path.realpath(folder)),
         "format": "diffusers",
         **({"revision": revision} if revision else {}),
     }

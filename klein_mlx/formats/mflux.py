@@ -113,7 +113,7 @@ def assemble(
         config = settle_variant(config, ONE_STEP.name)
     elif path.is_file():
         notes = _doubts(parts["transformer"], config)
-    elif (said := named_variant(name or path.resolve().name)) and said != config.variant.name:
+    elif (said := named_variant(name or os.path.basename(os.path.realpath(path)))) and said != config.variant.name:
         notes = [f"{path.name} speaks of {said}, and runs as {config.variant.name}; --variant {said} settles it"]
     version = next(
         (f.tensors.metadata["mflux_version"] for f in parts.values() if "mflux_version" in f.tensors.metadata), None
@@ -122,7 +122,7 @@ def assemble(
     others = {part: file for part, file in parts.items() if path.is_file() and file.path != path}
     told = {"parts": {part: {"name": file.path.name, "format": file.format} for part, file in others.items()}}
     commit = {"revision": revision} if revision else {}
-    name = name or (path.name if path.is_file() else path.resolve().name)
+    name = name or (path.name if path.is_file() else os.path.basename(os.path.realpath(path)))
     origin = {"name": name, "format": format, **commit, **(told if others else {})}
     info = {"format": format, "source": origin, "licence": config.variant.licence, **made}
     return Assembly(path, parts, config, tokenizer, {**info, **({"notes": notes} if notes else {})})

@@ -141,7 +141,7 @@ def _identity(path: Path) -> dict[str, Any]:
     """Of a model: tiny, a repository of the Hub at a revision, or the folder's or file's name."""
     if path.is_file():
         return {"name": path.name}
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path == TINY_FOLDER:
         return {"id": "tiny"}
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):

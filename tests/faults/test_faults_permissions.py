@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faults import command, environment
+from faults import command, environment, refused, run_fault
 
 # root may read everything, and its Python may lie where nobody else can: it gives up just that.
 PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.getuid() == 0 else ()
@@ -45,3 +45,12 @@ def test_unreadable_places(tmp_path: Path, closed: dict[str, str], words: tuple[
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, done.stderr
     assert done.stderr.count("error: ") == (code == 2)
+
+
+def test_links_that_lead_to_themselves(tmp_path: Path) -> None:
+    """As the place to write to, and as the Hub's cache."""
+    (tmp_path / "hub").symlink_to("hub")
+    refused("convert", "tiny", "hub", "--dry-run", folder=tmp_path, words="error: hub: ")
+    refused("convert", "tiny", "hub/x", folder=tmp_path, words="error: hub/x: ")
+    outcome = run_fault("models", folder=tmp_path, changes={"HF_HOME": str(tmp_path)})
+    assert (outcome.code, outcome.errors) == (0, [])

@@ -1,4 +1,4 @@
-"""Headers and configs with wrong bytes: each is refused by a KleinError or read, or there is a bug.
+"""Files with wrong bytes: each is refused by a KleinError or read, or there is a bug.
 
 `python tests/tools/mutate.py --count 100000` makes seeded mutations of sound files and reads each as the command would,
 in worker processes, so that an abort is seen as well as an exception or a hang. It prints how they ended, per kind of
@@ -9,128 +9,35 @@ import argparse
 import json
 import os
 import random
-import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wrong_bytes import (
+    cut,
+    other_bytes,
+    other_chunk,
+    other_data,
+    other_layout,
+    other_line,
+    other_number,
+    other_structure,
+    other_value,
+)
+
 sys.path.append(str(Path(__file__).parents[1] / "formats"))  # the tests there write such files
 
 SECONDS = 10  # of a processor, for one mutation; they take milliseconds. By the wall, twelve times as long
 _MEMORY = 6 << 30  # bytes of address space
 _CHUNK = 2500  # mutations per process
-_BYTES = (0, 1, 9, 32, 34, 44, 45, 48, 57, 91, 93, 123, 125, 127, 128, 255)
-_NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"9223372036854775808", b"1e400", b"-0.0", b"NaN", b"1.5")
-_VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2, 3, 7, 64, 1 << 20, 1 << 31, 1 << 63, 10**30, 0.5, -0.5, 1e308, float("nan")),
-    *("", "x", "../x", "\0", "\ud800", "4", "a" * 5000, [], {}, [[]], [1, 2, 3], [0], [-1], {"a": 1}, [None], {"": {}}),
-)
-
-
-def _bytes(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """Up to three bytes, or one run of them, changed within the first `limit`."""
-    data = bytearray(content)
-    kind = rng.randrange(8)
-    at, length = rng.randrange(limit), rng.choice((1, 2, 4, 8, 64))
-    if kind < 4:
-        for _ in range(rng.randint(1, 3)):
-            data[rng.randrange(limit)] = rng.choice((*_BYTES, rng.randrange(256)))
-    elif kind == 4:
-        data[at : at + length] = b""
-    elif kind == 5:
-        data[at:at] = bytes(rng.choice(_BYTES) for _ in range(length))
-    elif kind == 6:
-        data[at:at] = data[at : at + length]
-    else:
-        data[at : at + 8] = rng.choice((0, 1, 1 << 31, 1 << 40, 1 << 60, (1 << 64) - 1)).to_bytes(8, "little")
-    return bytes(data)
-
-
-def _number(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """One of the numbers in a header's text replaced; the 8 bytes of a safetensors header's length are put right."""
-    framed = content[8:9] == b"{"
-    begin = 8 if framed else 0
-    found = list(re.finditer(rb"-?\d+(\.\d+)?", content[begin:limit]))
-    if not found:
-        return content
-    match = rng.choice(found)
-    start, end = begin + match.start(), begin + match.end()
-    new = rng.choice(_NUMBERS)
-    length = int.from_bytes(content[:8], "little") + len(new) - (end - start)
-    head = length.to_bytes(8, "little") if framed else b""
-    return head + content[begin:start] + new + content[end:]
-
-
-def _value(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """A value somewhere in a JSON file replaced, removed or doubled under another name."""
-    values = json.loads(content)
-    place: Any = values
-    while True:
-        key: Any = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-        inner = place[key]
-        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.2:
-            break
-        place = inner
-    kind = rng.randrange(6)
-    if kind == 0:
-        del place[key]
-    elif kind == 1 and isinstance(place, dict):
-        place[f"{key}x"] = inner
-    else:
-        place[key] = rng.choice(_VALUES)
-    return json.dumps(values).encode("utf-8", "surrogatepass")
-
-
-_ROLES = "lora_A.weight lora_B.weight lora_mid.weight lora_up.bias alpha dora_scale magnitude diff diff_b hada_w1_a "
-_ROLES += "hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b "
-_ROLES += "lokr_t1 lokr_t2 lora_embedding_A lora_embedding_B oft_blocks mystery"
-_SAME_SIZE = {"F32": ("I32", "U32", "F32"), "F16": ("BF16", "I16", "U16"), "BF16": ("F16",), "U8": ("F8_E4M3", "BOOL")}
-_STATED = ("lora_alpha", "alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora", "init_lora_weights", "peft_type")
-
-
-def _structure(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """A safetensors header that is sound, of which one or two tensors have another name, shape or dtype; or metadata
-    that states anything."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    for _ in range(rng.randint(1, 2)):
-        name = rng.choice([key for key in header if key != "__metadata__"])
-        entry, kind = header[name], rng.randrange(5)
-        module = name.rpartition(".")[0].removesuffix(".lora_A").removesuffix(".lora_B")
-        if kind == 0:
-            header[f"{module}.{rng.choice(_ROLES.split())}"] = header.pop(name)
-        elif kind == 1:
-            other = rng.choice([key for key in header if key not in (name, "__metadata__")])
-            header[name], header[other] = header[other], entry
-        elif kind == 2:
-            size = 1
-            for axis in entry["shape"]:
-                size *= axis
-            divisor = rng.choice([n for n in range(1, size + 1) if size % n == 0][:40])
-            ways = [[size], [divisor, size // divisor], [size // divisor, divisor], [1, *entry["shape"]]]
-            entry["shape"] = rng.choice([*ways, [*entry["shape"], 1], [*entry["shape"], 1, 1], entry["shape"][::-1]])
-        elif kind == 3:
-            entry["dtype"] = rng.choice(_SAME_SIZE.get(entry["dtype"], (entry["dtype"],)))
-        else:
-            values = {
-                f"transformer.{rng.choice(_STATED)}": rng.choice((*_VALUES, {"to_q": 10**400}, {"(a": 1}, "pissa"))
-            }
-            stated = {"lora_adapter_metadata": json.dumps(values), "lora_alpha": str(rng.choice(_VALUES))[:500]}
-            stated["modelspec.architecture"] = rng.choice(("flux-1-dev", "qwen-image", "\x1b[2J", ""))
-            key = rng.choice(list(stated))
-            header["__metadata__"] = {key: stated[key].encode("utf-8", "replace").decode()}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 @dataclass(frozen=True)
@@ -143,7 +50,7 @@ class Kind:
     make: Callable[[Path], tuple[Path, int | None]]
     read: Callable[[Path], Any]
     share: float
-    ways: tuple[Callable[[bytes, random.Random, int], bytes], ...] = (_bytes, _number, _value)
+    ways: tuple[Callable[[bytes, random.Random, int], bytes], ...] = (other_bytes, other_number, other_value)
 
 
 # ---- the files ----
@@ -287,26 +194,6 @@ def _picture(suffix: str, **options: Any) -> Callable[[Path], tuple[Path, int | 
     return make
 
 
-def _chunk(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """One of a PNG's chunks with other bytes, and with the checksum of them."""
-    chunks, at = [], 8
-    while at < len(content):
-        length = int.from_bytes(content[at : at + 4], "big")
-        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
-        at += length + 12
-    number = rng.randrange(len(chunks))
-    kind, data = chunks[number]
-    if rng.random() < 0.2 or not data:
-        kind = rng.choice((b"IDAT", b"PLTE", b"tRNS", b"iTXt", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"iCCP"))
-    else:
-        data = _bytes(data, rng, len(data))
-    chunks[number] = (kind, data)
-    parts = [
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
-    ]
-    return content[:8] + b"".join(parts)
-
-
 def _read_picture(path: Path) -> None:
     from klein_mlx.images.reading import load_image
     from klein_mlx.images.saving import read_metadata
@@ -373,14 +260,6 @@ def _prompts(folder: Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def _line(content: bytes, rng: random.Random, limit: int) -> bytes:
-    """A value of one of the lines."""
-    lines = content.split(b"\n")
-    at = rng.randrange(3)
-    lines[at] = _value(lines[at], rng, limit)
-    return b"\n".join(lines)
-
-
 def _read_prompts(path: Path) -> None:
     """As `generate --prompt-file` would, up to each request."""
     from folders import GOLDEN
@@ -405,10 +284,17 @@ def _read_prompts(path: Path) -> None:
 
 
 KINDS = {
-    "safetensors": Kind(_safetensors, _read_part, 0.25, (_bytes, _bytes, _number)),
-    "scaled": Kind(_scaled, _read_part, 0.1, (_bytes, _bytes, _number)),
-    "gguf": Kind(_gguf, _read_part, 0.25, (_bytes,)),
-    "lora": Kind(_lora, _read_lora, 0.1, (_bytes, _number, *(_structure,) * 6)),
+    "safetensors": Kind(
+        _safetensors,
+        _read_part,
+        0.25,
+        (other_bytes, other_bytes, other_number, cut, other_data, other_layout, other_layout),
+    ),
+    "scaled": Kind(_scaled, _read_part, 0.1, (other_bytes, other_bytes, other_number, cut, other_data, other_layout)),
+    "gguf": Kind(_gguf, _read_part, 0.25, (other_bytes, other_bytes, cut, other_data)),
+    "lora": Kind(
+        _lora, _read_lora, 0.1, (other_bytes, other_number, cut, other_data, other_layout, *(other_structure,) * 6)
+    ),
     "index.json": Kind(_in_folder("vae/diffusion_pytorch_model.safetensors.index.json", True), _read_model, 0.04),
     "model_index.json": Kind(_in_folder("model_index.json"), _read_model, 0.04),
     "transformer/config.json": Kind(_in_folder("transformer/config.json"), _read_model, 0.04),
@@ -417,13 +303,13 @@ KINDS = {
     "klein.json": Kind(_ours("klein.json"), _read_model, 0.06),
     "tokenizer.json": Kind(_ours("tokenizer.json"), _read_tokenizer, 0.04),
     "scheduler_config.json": Kind(_in_folder("scheduler/scheduler_config.json"), _read_model, 0.04),
-    "picture.png": Kind(_picture(".png"), _read_picture, 0.04, (_bytes, *(_chunk,) * 5)),
-    "picture.jpg": Kind(_picture(".jpg"), _read_picture, 0.04, (_bytes,)),
-    "picture.webp": Kind(_picture(".webp"), _read_picture, 0.04, (_bytes,)),
-    "picture.gif": Kind(_picture(".gif"), _read_picture, 0.04, (_bytes,)),
-    "picture.tif": Kind(_picture(".tif", compression="tiff_lzw"), _read_picture, 0.04, (_bytes,)),
-    "recipe": Kind(_recipe, _read_recipe, 0.06, (_bytes, _number, *(_value,) * 3)),
-    "prompts.jsonl": Kind(_prompts, _read_prompts, 0.06, (_bytes, _number, *(_line,) * 3)),
+    "picture.png": Kind(_picture(".png"), _read_picture, 0.04, (other_bytes, *(other_chunk,) * 5)),
+    "picture.jpg": Kind(_picture(".jpg"), _read_picture, 0.04, (other_bytes,)),
+    "picture.webp": Kind(_picture(".webp"), _read_picture, 0.04, (other_bytes,)),
+    "picture.gif": Kind(_picture(".gif"), _read_picture, 0.04, (other_bytes,)),
+    "picture.tif": Kind(_picture(".tif", compression="tiff_lzw"), _read_picture, 0.04, (other_bytes,)),
+    "recipe": Kind(_recipe, _read_recipe, 0.06, (other_bytes, other_number, *(other_value,) * 3)),
+    "prompts.jsonl": Kind(_prompts, _read_prompts, 0.06, (other_bytes, other_number, *(other_line,) * 3)),
 }
 
 

@@ -15,7 +15,7 @@ def test_no_mutation_is_a_bug(name: str) -> None:
     told = mutate.work(name, 1_000_000, 24)
     assert told["bugs"] == []
     assert told["refused"] > 0  # else they change nothing that counts, or everything
-    assert told["read"] > 0 or name in ("safetensors", "scaled")  # nearly every byte of a header counts
+    assert told["read"] > 0
     assert told["read"] + told["refused"] == 24
 
 
