@@ -267,6 +267,14 @@ def test_what_was_cut_is_told(pipe: KleinPipeline) -> None:
     assert "were cut" in note
 
 
+def test_what_other_programs_read_out_of_a_prompt_is_told(pipe: KleinPipeline) -> None:
+    small = {"seed": 1, "width": 64, "height": 64, "num_inference_steps": 1}
+    lora, weight = pipe("<lora:style:0.8> a (red:1.3) fox", **small).notes
+    assert lora.endswith("<lora:style:0.8> is plain text here; a LoRA is given as --lora FILE:SCALE")
+    assert weight.endswith("(red:1.3) is plain text here; words have no weights")
+    assert pipe("a clock (at 10:30), a <circle>", **small).notes == []
+
+
 def test_quantized_while_loading(pipe: KleinPipeline) -> None:
     exact = pixels(pipe(PROMPT, seed=7).images[0]).astype(float)
     eight = pixels(KleinPipeline.from_pretrained("tiny", quantize=8)(PROMPT, seed=7).images[0]).astype(float)

@@ -6,6 +6,7 @@ file, recipes, completion.
 
 import argparse
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -520,6 +521,10 @@ def asked_loras(texts: Iterable[str] | None) -> list[tuple[str, float]]:
 
     loras = [split_scale(text) for text in texts or ()]
     for path, scale in loras:
+        more = re.fullmatch(r"(.+\.safetensors)([\s:=,].*)", path, re.DOTALL)
+        if more and not os.path.lexists(path):
+            rule = "write FILE:0.8, and --lora once for each file"
+            raise RequestError(f"--lora {more[1]:.200}: what follows, {more[2]!r:.60}, is not a scale; {rule}")
         try:
             checked_scale(scale)
         except RequestError as error:

@@ -367,7 +367,7 @@ def canonical(name: str) -> str:
 
 # What a stranger is, by a pattern that one of its names has. The first match counts.
 _STRANGERS = (
-    (r"lora_|\.lora\.|lokr_|hada_|dora_scale", "a LoRA: give it beside a model, not as one"),
+    (r"lora_|\.lora\.|lokr_|hada_|dora_scale", "a LoRA: give it as --lora, beside a model"),
     (r"guidance_in\.|time_guidance_embed\.guidance_embedder", "FLUX.2 [dev]"),
     (r"distilled_guidance_layer", "Chroma"),
     (r"double_blocks\.\d+\.img_mod\.lin|^transformer_blocks\.\d+\.norm1_context\.linear", "FLUX.1"),

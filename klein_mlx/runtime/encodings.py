@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,12 @@ MAX_BYTES = 1 << 30  # of all entries; the ones that were used longest ago go fi
 
 
 _SUFFIX = ".prompt.safetensors"
+
+# What other programs read out of a prompt -> what to do here.
+_WEB_UI = (
+    (re.compile(r"<lora:[^<>]{1,80}>"), "a LoRA is given as --lora FILE:SCALE"),
+    (re.compile(r"\([^():]{1,80}:\d\.\d{1,3}\)"), "words have no weights"),
+)
 
 
 class PromptCache:
@@ -219,6 +226,9 @@ class Encodings:
         if marks and not literal:
             marked = ", ".join(marks)
             run.notes.append(f"prompt {text!r}: {marked} is a mark of the model's own; --literal-prompt makes it text")
+        for pattern, instead in _WEB_UI:
+            if found := pattern.search(prompt):
+                run.notes.append(f"prompt {text!r}: {found[0]} is plain text here; {instead}")
         if key not in self.prompts:
             embeds = None if literal else self._cached(run, prompt, length)  # files are known by prompt and length
             if embeds is None:

@@ -79,6 +79,8 @@ def two(folder: Path) -> None:
         (cut, "cut.safetensors", "bytes short"),
         (None, f"{SILHOUETTES}:nan", "nan"),
         (None, f"{SILHOUETTES}:inf", "inf"),
+        (None, f"{SILHOUETTES}:strong", "what follows, ':strong', is not a scale; write FILE:0.8"),
+        (None, f"{SILHOUETTES}:1,{SILHOUETTES}:1", "--lora once for each file"),
         (two, "nowhere", "nowhere"),
     ],
 )
