@@ -244,6 +244,11 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
     page.get_by_label("Describe a picture").fill("a red circle")
     wait_for_results(page, 1)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    give(page, "drop", picture_bytes("blue"))
+    page.get_by_role("button", name="Mask: Brush a mask").click()
+    board, row = (page.locator(f"#masker {name}").bounding_box() for name in (".board", ".row"))
+    assert board["x"] >= row["x"]
+    assert board["x"] + board["width"] <= row["x"] + row["width"]
 
 
 def give(page: Any, how: str, *files: bytes) -> None:
@@ -276,6 +281,13 @@ def pixel(page: Any, x: float, y: float) -> Any:
 
 def test_pictures_are_dropped_and_pasted_up_to_four(page: Any) -> None:
     page.get_by_label("make it while I type").evaluate("box => { box.checked = false; }")
+    taken = """() => {
+        const data = new DataTransfer();
+        data.setData("text/plain", "a star");
+        const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: data });
+        return !document.getElementById("prompt").dispatchEvent(event);
+    }"""
+    assert not page.evaluate(taken), "text may be dropped into a field"
     give(page, "drop", picture_bytes("blue"), picture_bytes("red"))
     assert page.evaluate("over") == "dropping"
     page.get_by_role("img", name="Picture 2").wait_for()
@@ -325,9 +337,12 @@ def test_strokes_of_the_mask_are_taken_back_one_by_one(page: Any) -> None:
 
 
 def test_the_slider_shows_the_picture_before(page: Any) -> None:
-    give(page, "drop", picture_bytes("blue"))
+    give(page, "drop", picture_bytes("blue", (192, 96)))  # 176 x 96 in tiny's size
     page.get_by_label("Describe a picture").fill("a yellow square")
     wait_for_results(page, 1)
+    assert page.get_by_label("Shape").is_disabled()
+    sizes = "(id) => { const it = document.getElementById(id); return [it.naturalWidth, it.naturalHeight]; }"
+    until(lambda: page.wait_for_timeout(30) or page.evaluate(sizes, "before") == page.evaluate(sizes, "picture"))
     slider = page.get_by_label("How much of the picture before")
     after = pixel(page, 0.25, 0.5)
     slider.fill("50")
@@ -384,10 +399,10 @@ def test_a_worker_that_stays_down_is_told_in_the_banner(page: Any) -> None:
 def test_a_slow_picture_is_announced_before_it_starts(page: Any) -> None:
     status = page.evaluate("fetch('/api/status').then((reply) => reply.json())")
     slow = {"encode": 2.2, "step": 3.6, "decode": 0.5, "sketch": 5.8, "seconds": 17.1}
-    slow = {**status, "seconds": slow, "draft": {"side": 256, "steps": 4, "predicted": slow}}
+    slow = {**status, "seconds": slow, "draft": {"side": 256, "steps": 1, "predicted": slow}}
     page.route("**/api/status", lambda route: route.fulfill(json=slow))
     page.reload()
-    page.locator("#budget", has_text="256 px in 4 steps, about 17 s").wait_for()
+    page.locator("#budget", has_text="256 px in 1 step, about 17 s").wait_for()
     page.evaluate(
         """() => {
             window.seen = [];
@@ -440,6 +455,23 @@ def test_escape_stops_the_run(page: Any, server: Background) -> None:
     assert page.locator("#status").text_content() == "Stopped."
     until(lambda: server.shared.jobs.running is None)
     assert page.locator("#strip img").count() == 0
+
+
+def test_variations_that_are_stopped_leave_no_trace(page: Any, server: Background) -> None:
+    """No empty places, not the sketch of a picture that never came, and the focus on a button that works."""
+    page.get_by_label("Describe a picture").fill("a red circle")
+    wait_for_results(page, 1)
+    page.locator("#steps").evaluate("box => { box.value = 100; }")
+    page.get_by_role("button", name="Vary").click()
+    until(lambda: page.locator("#strip .pending").count() == 4)
+    page.locator("#draft", has_text="sketch").wait_for()
+    page.get_by_role("button", name="Stop").press("Enter")
+    assert page.locator("#status").text_content() == "Stopped."
+    assert page.locator("#strip .pending").count() == 0
+    assert page.locator("#draft").is_hidden()
+    assert page.evaluate("document.getElementById('picture').src === document.getElementById('save').href")
+    assert page.evaluate("document.activeElement.id") == "make"
+    until(lambda: server.shared.jobs.running is None)
 
 
 @pytest.mark.slow

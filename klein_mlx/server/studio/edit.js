@@ -33,7 +33,7 @@ export class Pictures {
       }
       try {
         const bitmap = await createImageBitmap(file);
-        this.all.push({ bitmap, url: URL.createObjectURL(file), strokes: [], sent: new Map() });
+        this.all.push({ bitmap, url: URL.createObjectURL(file), strokes: [], sent: new Map(), urls: new Map() });
       } catch {
         this.tell(`${file.name || "This"} is not a picture that the browser can read.`, true);
       }
@@ -44,7 +44,7 @@ export class Pictures {
 
   remove(picture) {
     this.all = this.all.filter((other) => other !== picture);
-    URL.revokeObjectURL(picture.url);
+    for (const url of [picture.url, ...picture.urls.values()]) URL.revokeObjectURL(url);
     picture.bitmap.close();
     this.draw();
     this.changed();
@@ -61,6 +61,7 @@ export class Pictures {
       item.append(button("Remove", `Remove picture ${index + 1}`, () => this.remove(picture)));
       return item;
     }));
+    at("shape").disabled = Boolean(this.first); // it is the first picture's
     at("choose").disabled = this.all.length === LIMIT;
   }
 
@@ -83,7 +84,7 @@ export class Pictures {
   send(picture, width, height) {
     const key = `${width}x${height}`;
     if (!picture.sent.has(key)) {
-      const sent = upload(picture.bitmap, width, height);
+      const sent = upload(picture, width, height);
       picture.sent.set(key, sent);
       sent.catch(() => picture.sent.delete(key));
     }
@@ -91,12 +92,14 @@ export class Pictures {
   }
 }
 
-async function upload(bitmap, width, height) {
+async function upload({ bitmap, urls }, width, height) {
   const board = canvas(width, height), form = new FormData();
   const pen = board.getContext("2d");
   pen.imageSmoothingQuality = "high";
   pen.drawImage(bitmap, 0, 0, width, height);
-  form.append("image", await new Promise((done) => board.toBlob(done, "image/png")), "picture.png");
+  const blob = await new Promise((done) => board.toBlob(done, "image/png"));
+  urls.set(`${width}x${height}`, URL.createObjectURL(blob));
+  form.append("image", blob, "picture.png");
   const reply = await fetch("/api/uploads", { method: "POST", body: form });
   const found = await reply.json();
   if (!reply.ok) throw new Error(found.error.message);

@@ -77,7 +77,11 @@ export class Results {
 
   item(thumb, key, result) {
     const item = document.createElement("li"), image = new Image();
-    const open = button("", "", async () => this.shown(result ?? (await answer(this.in("pictures", "readonly").get(key)))));
+    const open = button("", "", async () => {
+      const found = result ?? (await answer(this.in("pictures", "readonly").get(key)));
+      if (found) this.shown(found);
+      else this.drop(item); // another window of this page removed it
+    });
     if (key !== null) result = undefined; // read again when wanted
     image.loading = "lazy";
     image.alt = "";

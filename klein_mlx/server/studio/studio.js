@@ -61,6 +61,7 @@ const random = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
 
 function start(kind, asked) {
   given = 0;
+  results.expectNone(); // of a run that this one replaces
   at("stop").disabled = false;
   at("progress").hidden = false;
   at("progress").style.setProperty("--part", "2%");
@@ -84,17 +85,19 @@ function happened(event, kind, asked) {
     const result = { prompt: asked.prompt, blob: blobOf(event.image), seed: event.seed, seconds: event.seconds, width: event.width, height: event.height, recipe: event.recipe };
     given++;
     show(result, kind === "draft" && smaller(asked));
-    before(pictures.first);
+    before(pictures.first, result);
     kept = kind !== "draft";
     if (kept) results.add(result);
   }
 }
 
 function end(event, kind, asked) {
+  if (document.activeElement === at("stop")) at("make").focus();
   at("stop").disabled = true;
   at("progress").hidden = true;
   at("frame").removeAttribute("aria-busy");
-  if (kind === "vary") results.expectNone();
+  results.expectNone();
+  if (event.type !== "done" && shown) seen(); // not the sketch of what will never be
   if (event.type === "done") {
     const { encode = 0, steps = 0, decode = 0 } = event.seconds;
     tell(told(shown));
@@ -144,17 +147,22 @@ function show(result, isDraft) {
   drafted = isDraft;
   at("save").href = URL.createObjectURL(result.blob);
   at("save").download = `klein-${result.seed}.png`;
-  see(at("save").href, result.prompt, drafted ? "draft" : "");
+  seen();
   at("actions").hidden = at("about").hidden = false;
   at("recipe").textContent = typeof result.recipe === "string" ? result.recipe : JSON.stringify(result.recipe, null, 1);
   if (old) URL.revokeObjectURL(old);
 }
 
-/** The picture before an edit, under a slider; null for none. */
-function before(picture) {
+function seen() {
+  see(at("save").href, shown.prompt, drafted ? "draft" : "");
+}
+
+/** The picture before an edit, in the result's size, under a slider; null for none. */
+function before(picture, result) {
   at("before").hidden = at("comparing").hidden = !picture;
-  if (picture && at("before").src !== picture.url) {
-    at("before").src = picture.url;
+  const url = picture?.urls.get(`${result.width}x${result.height}`) ?? picture?.url;
+  if (picture && at("before").src !== url) {
+    at("before").src = url;
     at("compare").value = 0;
     at("before").style.setProperty("--shown", "0%");
   }
@@ -192,7 +200,7 @@ function plan() {
   const draft = facts?.draft, seconds = (value) => (value < 10 ? value.toFixed(1) : Math.round(value));
   if (!draft?.predicted) return "";
   const full = facts.seconds && `; ${facts.model.size} px takes about ${seconds(facts.seconds.seconds)} s`;
-  return `While you type: ${draft.side} px in ${draft.steps} steps, about ${seconds(draft.predicted.seconds)} s${full ?? ""}.`;
+  return `While you type: ${draft.side} px in ${draft.steps} step${draft.steps > 1 ? "s" : ""}, about ${seconds(draft.predicted.seconds)} s${full ?? ""}.`;
 }
 
 let polling;
@@ -301,11 +309,13 @@ document.addEventListener("paste", (event) => {
 });
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return; // text, for a field
     event.preventDefault();
     document.body.classList.toggle("dropping", kind === "dragover");
     if (kind === "drop" && event.dataTransfer.files.length) pictures.add([...event.dataTransfer.files]);
   });
 }
+if (/Mac|iP/.test(navigator.platform)) for (const key of document.querySelectorAll(".command")) key.textContent = "\u2318";
 const here = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
 tell(here ? "Nothing leaves this machine." : "Pictures are made on the machine that serves this page.");
 poll();
