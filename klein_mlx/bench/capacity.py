@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ def _speed(setting: Setting, chip: Chip | None, name: str, rate: float, unit: st
         return Row("speed", text, rate >= least, ON_GPU, figures)
     if sys.platform == "darwin":
         return Row("speed", f"{text}, by the CPU", False, ON_MAC_CPU, figures)
-    if rate < SLOW_BLAS:
+    if rate < SLOW_BLAS and "blas" not in os.environ.get("LD_PRELOAD", ""):
         text += "; by MLX's own BLAS: with OpenBLAS preloaded it is up to 100 times as fast"
     return Row("speed", f"{text}, at least {LEAST_TFLOPS:g}", rate >= LEAST_TFLOPS, ON_CPU, figures)
 
