@@ -192,6 +192,8 @@ def _run(given: Sequence[str]) -> int:
     if not parser.rare:  # its --help tells all
         words = ["--help" if word == "--help-all" else word for word in words]
     args = parser.parse_args(words)
+    if getattr(args, "model", None) == "":  # nowhere the default one, nor the current folder
+        raise RequestError("model", "", "it must name a model, a file or a folder")
     if name not in _LIGHT:
         check_address_space()
     if name == "generate":

@@ -127,7 +127,11 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["generate x --model=", "info ''", "generate x -o ''", "convert tiny ''", "generate x --model tiny --vae="]
+    "words",
+    [
+        *("generate x --model=", "info ''", "generate x -o ''", "convert tiny ''", "generate x --model tiny --vae="),
+        *("doctor --only environment -m ''", "bench -m ''", "serve -m ''", "mcp -m ''", "train x -o y -m ''"),
+    ],
 )
 def test_an_empty_name_is_not_the_current_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(shlex.split(words)) == 2
