@@ -4,13 +4,14 @@ Every dimension comes from those files. `VARIANTS` only holds what no file state
 licence), and the variant is told from the dimensions and `is_distilled`, never from a name.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, nearest
 
 PARTS = ("transformer", "text_encoder", "vae")
 KLEIN_TAPS = (9, 18, 27)
@@ -272,6 +273,56 @@ def named_variant(text: str) -> str | None:
         return None
     base, kv = "base" in tail, "9bkv" in tail
     return f"{'base-' * base}{size[0]}{'-kv' * (kv and not base)}"
+
+
+class Alias(NamedTuple):
+    """A repository of the Hub. note: one line for lists and before a download."""
+
+    hub_id: str
+    note: str
+
+
+# Quantized with mflux and uploaded by others; their names are known from public pages, their files were not tried here.
+_UNVERIFIED = "quantized and uploaded by others; not verified by klein-mlx"
+
+ALIASES = {
+    **{row.name: Alias(row.hub_id, f"Black Forest Labs, {row.licence}") for row in VARIANTS if row.hub_id},
+    ONE_STEP.name: Alias(ONE_STEP.hub_id or "", f"EPFL VITA, {ONE_STEP.licence}; a transformer for 4b's other parts"),
+    "4b-q4": Alias("mlx-community/flux2-klein-4b-4bit", _UNVERIFIED),
+    "4b-q8": Alias("mlx-community/flux2-klein-4b-8bit", _UNVERIFIED),
+}
+
+# Repositories that hold a transformer alone -> that of its text encoder, VAE and tokenizer.
+BASES = {ONE_STEP.hub_id or "": VARIANTS[0].hub_id or ""}
+TRANSFORMER_FILE = "model.safetensors"  # of such a repository
+
+
+def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
+    """The model that a name stands for; a name that is no alias comes back as it is.
+
+    own: the user's aliases, which come before those of the package and may stand for one of them, a hub id or a folder.
+    The package's are known in any case and with the model's name before them: klein-4b, FLUX.2-klein-4B; Hub ids of
+    theirs in any case.
+    """
+    model = (own or {}).get(model, model)
+    plain = re.sub(r"^(flux\.?2-)?klein-", "", model.lower())
+    same = (name for name, alias in ALIASES.items() if alias.hub_id.lower() == plain)
+    known = plain if plain in ALIASES or plain == "tiny" else next(same, None)
+    if known is None or (known != model and os.path.exists(model)):
+        return model
+    return ALIASES[known].hub_id if known in ALIASES else known
+
+
+def published(model: str, own: Mapping[str, str] | None = None) -> Variant | None:
+    """The published variant that a name stands for; None where it is a path on this disk, or any other model."""
+    hub_id = None if os.path.lexists(model) else resolve(model, own)
+    return next((row for row in (*VARIANTS, ONE_STEP) if hub_id and row.hub_id == hub_id), None)
+
+
+def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:
+    """ " (did you mean ...?)" for a word that is nearly an alias, else nothing."""
+    near = nearest(model, ["tiny", *ALIASES, *(own or {})])
+    return f" (did you mean {near}?)" if near else ""
 
 
 def gated_notice(hub_id: str) -> str | None:

@@ -9,15 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LONGEST = 1000
-# Control characters, line separators, and what turns the text's direction; surrogates cannot be written.
-UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
-)
-
-
-def printable(text: str) -> str:
-    """One line that no terminal obeys: a text from outside with its control characters escaped, as \\x1b and \\n."""
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:

@@ -37,10 +37,10 @@ from klein_mlx.model.velocity import Peers, Reuse, Tables, Tracked, guided_veloc
 from klein_mlx.options import Options, takes, with_hints
 from klein_mlx.porting import COMPONENTS, REPLACED, Answering, answer
 from klein_mlx.request import Request, check_options
-from klein_mlx.runtime.encodings import Encodings, to_array
+from klein_mlx.runtime.encodings import Encodings
 from klein_mlx.runtime.memory import ReadAhead, Work, check_fits, compute_dtype, machine_memory, memory_limits
 from klein_mlx.runtime.parts import Parts
-from klein_mlx.runtime.pictures import Opened, Sketcher, decode, open_pictures
+from klein_mlx.runtime.pictures import Opened, Sketcher, decode, open_pictures, to_array
 from klein_mlx.runtime.recipe import Recorder
 from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step
 from klein_mlx.weights.bits import Quantize, parse, settle

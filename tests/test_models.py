@@ -19,8 +19,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
 from klein_mlx.formats.diffusers import STEMS
 from klein_mlx.formats.lora_metadata import find_lora
-from klein_mlx.formats.mflux import TOKENIZER_FILES
-from klein_mlx.formats.open import choose_part, hub_part, open_model
+from klein_mlx.formats.open import TOKENIZER_FILES, choose_part, hub_part, open_model
 from klein_mlx.formats.part import KLEIN
 from klein_mlx.weights.hub import list_files, plan_download, wanted, wanted_files
 

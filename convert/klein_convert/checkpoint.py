@@ -13,8 +13,7 @@ from klein_convert.destination import checked_destination, publish, require_spac
 from klein_convert.writer import Counter, Hashing, Warn, flush, write_json, write_weights
 from klein_mlx.config import ONE_STEP, PARTS, TIME_SHIFTS, TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import CheckpointError, human_bytes
-from klein_mlx.formats.mflux import with_variant
-from klein_mlx.formats.open import open_model
+from klein_mlx.formats.open import open_model, with_variant
 from klein_mlx.paths import version
 from klein_mlx.weights.bits import Quantize, parse, settle
 from klein_mlx.weights.checkpoint import (

@@ -281,9 +281,8 @@ def source_without_files(model: str, variant: str | None) -> Any:
     from types import SimpleNamespace
 
     from klein_mlx.bench.predict import klein
-    from klein_mlx.config import settle_variant
+    from klein_mlx.config import published, settle_variant
     from klein_mlx.paths import own_names
-    from klein_mlx.weights.hub import published
 
     found = published(model, own_names())
     if found is None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from klein_mlx.cli.options import TABLE, Parser, add_request_arguments
 from klein_mlx.cli.output import say
+from klein_mlx.config import ALIASES
 from klein_mlx.errors import RequestError
 from klein_mlx.paths import cached_models, own_models, own_names
-from klein_mlx.weights.hub import ALIASES
 
 PROGRAM = "klein-mlx"
 SHELLS = ("bash", "zsh", "fish")

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.output import note, say, say_json
-from klein_mlx.errors import printable
+from klein_mlx.cli.output import note, printable, say, say_json
 
 if TYPE_CHECKING:
     from klein_mlx.bench.checks import Check, Setting

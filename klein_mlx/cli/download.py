@@ -16,11 +16,11 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.output import ask, has_bar, note
-from klein_mlx.config import PARTS, VARIANTS
-from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes, printable
+from klein_mlx.cli.output import ask, has_bar, note, printable
+from klein_mlx.config import ALIASES, PARTS, VARIANTS, resolve
+from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
-from klein_mlx.weights.hub import ALIASES, Plan, cache_folder, download, resolve
+from klein_mlx.weights.hub import Plan, cache_folder, download
 
 if TYPE_CHECKING:
     from klein_mlx.weights.hub import Choice, Plan
@@ -206,8 +206,9 @@ def bring_model(
     quiet: bool = False,
 ) -> None:
     """What `bring` does for a model's files, and for those of another repository that it is built on."""
+    from klein_mlx.config import BASES
     from klein_mlx.formats.open import open_cached
-    from klein_mlx.weights.hub import BASES, wanted, wanted_files
+    from klein_mlx.weights.hub import wanted, wanted_files
 
     if base := BASES.get(hub_id):
         others = [part for part in parts if part != "transformer"]

@@ -88,10 +88,10 @@ def _check_used(args: argparse.Namespace) -> None:
 def _published(args: argparse.Namespace) -> Any:
     """A published model that is not on disk, by its dimensions alone; None for any other."""
     from klein_mlx.cli.bench import source_without_files
+    from klein_mlx.config import published
     from klein_mlx.errors import CheckpointError
     from klein_mlx.formats.open import open_cached
     from klein_mlx.paths import own_names
-    from klein_mlx.weights.hub import published
 
     found = published(args.model, own_names())
     if found is None or found.hub_id is None:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.output import ask, note, say, say_json
-from klein_mlx.errors import CheckpointError, RequestError, human_bytes, printable
+from klein_mlx.cli.output import ask, note, printable, say, say_json
+from klein_mlx.config import ALIASES, BASES, resolve, suggestion
+from klein_mlx.errors import CheckpointError, RequestError, human_bytes
 from klein_mlx.paths import models_folder, own_model, own_models, own_names
-from klein_mlx.weights.hub import ALIASES, BASES, resolve, suggestion
 
 if TYPE_CHECKING:
     from klein_mlx.weights.checkpoint import Source

@@ -5,11 +5,22 @@ Results go to stdout, everything else to stderr. Nothing else in `cli` calls `pr
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from klein_mlx.errors import UNPRINTABLE, RequestError, printable
+from klein_mlx.errors import RequestError
+
+# Control characters, line separators, and what turns the text's direction; surrogates cannot be written.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
+)
+
+
+def printable(text: str) -> str:
+    """One line that no terminal obeys: a text from outside with its control characters escaped, as \\x1b and \\n."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(*lines: str) -> None:

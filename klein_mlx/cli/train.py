@@ -86,10 +86,10 @@ def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     """With the model on disk, downloaded if the user agrees. Raises KleinError."""
     from klein_mlx.cli.bench import source_without_files
     from klein_mlx.cli.download import obtain
+    from klein_mlx.config import published, resolve
     from klein_mlx.paths import own_names
     from klein_mlx.train.dataset import read_items
     from klein_mlx.train.plan import check_variant
-    from klein_mlx.weights.hub import published, resolve
 
     if published(options.model, own_names()):  # what is refused without the weights is refused before a download
         check_variant(source_without_files(options.model, None).config, options)

@@ -9,14 +9,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageOps
 
 from klein_mlx.errors import KleinError, RequestError, Shown
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
 LARGE_REFERENCE_AREA = 2024 * 2024  # the same for a single large one, as in BFL's own code (diffusers has no such)
@@ -214,26 +211,3 @@ def prepare_reference(image: Image.Image, multiple: int, area: int = REFERENCE_A
     if image.size == (width, height):
         return image, None
     return image, f"a reference of {width} x {height} is used as {final_width} x {final_height}"
-
-
-def to_pixels(image: Image.Image) -> "mx.array":
-    """RGB image -> (1, H, W, 3) float32 in [-1, 1]."""
-    import mlx.core as mx
-    import numpy as np
-
-    return mx.array(np.asarray(image, dtype=np.float32))[None] / 127.5 - 1.0
-
-
-def to_unit(pixels: "mx.array") -> "mx.array":
-    """Pixels about [-1, 1] -> the same shape in float32, clipped to [0, 1]."""
-    import mlx.core as mx
-
-    return mx.clip(pixels.astype(mx.float32) / 2 + 0.5, 0.0, 1.0)
-
-
-def to_image(pixels: "mx.array") -> Image.Image:
-    """(H, W, 3) about [-1, 1] -> an 8-bit RGB image, rounded to nearest."""
-    import mlx.core as mx
-    import numpy as np
-
-    return Image.fromarray(np.array(mx.round(to_unit(pixels) * 255).astype(mx.uint8)))

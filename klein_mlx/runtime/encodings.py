@@ -7,13 +7,12 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.images.reading import to_pixels
 from klein_mlx.model.layers import Done
 from klein_mlx.model.sampler import patchify
 from klein_mlx.model.text_encoder import TextEncoder
@@ -22,31 +21,10 @@ from klein_mlx.model.vae import VAE
 from klein_mlx.paths import cache_folder, version
 from klein_mlx.request import Request
 from klein_mlx.runtime.parts import Parts
+from klein_mlx.runtime.pictures import to_array, to_pixels
 from klein_mlx.runtime.run import Run
 from klein_mlx.weights.checkpoint import read_tokenizer
 from klein_mlx.weights.safetensors import digest, is_finite, read_header, read_metadata
-
-if TYPE_CHECKING:
-    import numpy as np
-
-
-def to_array(what: str, values: Any) -> mx.array:
-    """An MLX, numpy or torch array of finite real numbers as an mx.array; RequestError for any other."""
-    try:
-        if hasattr(values, "detach"):  # torch, whose bfloat16 numpy does not know
-            values = values.detach().float().cpu().numpy()
-        array = values if isinstance(values, mx.array) else mx.array(to_numpy(values))
-    except (TypeError, ValueError, RuntimeError):
-        array = mx.array(True)
-    if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all().item():
-        raise RequestError(f"{what} holds something else than finite real numbers; it must be an array of floats")
-    return array
-
-
-def to_numpy(values: Any) -> "np.ndarray":
-    import numpy as np
-
-    return np.array(values)
 
 
 def encode_prompt(encoder: TextEncoder, tokens: Tokens, index: int, done: Done | None = None) -> mx.array:

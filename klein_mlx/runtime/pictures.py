@@ -17,7 +17,6 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.errors import CheckpointError, RequestError
-from klein_mlx.images import reading as images
 from klein_mlx.images.masks import Canvas, make_canvas
 from klein_mlx.images.reading import LARGE_REFERENCE_AREA, REFERENCE_AREA, load_image, prepare_reference
 from klein_mlx.model.layers import Done
@@ -25,11 +24,54 @@ from klein_mlx.model.sampler import to_channels_first, unpatchify
 from klein_mlx.model.vae import VAE
 from klein_mlx.paths import keep_json
 from klein_mlx.request import Request, check_area, check_side
-from klein_mlx.runtime.encodings import to_numpy
 from klein_mlx.weights.checkpoint import Source
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# ---- arrays and pictures ----
+
+
+def to_array(what: str, values: Any) -> mx.array:
+    """An MLX, numpy or torch array of finite real numbers as an mx.array; RequestError for any other."""
+    try:
+        if hasattr(values, "detach"):  # torch, whose bfloat16 numpy does not know
+            values = values.detach().float().cpu().numpy()
+        array = values if isinstance(values, mx.array) else mx.array(to_numpy(values))
+    except (TypeError, ValueError, RuntimeError):
+        array = mx.array(True)
+    if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all().item():
+        raise RequestError(f"{what} holds something else than finite real numbers; it must be an array of floats")
+    return array
+
+
+def to_numpy(values: Any) -> "np.ndarray":
+    import numpy as np
+
+    return np.array(values)
+
+
+def to_pixels(image: Image.Image) -> mx.array:
+    """RGB image -> (1, H, W, 3) float32 in [-1, 1]."""
+    import numpy as np
+
+    return mx.array(np.asarray(image, dtype=np.float32))[None] / 127.5 - 1.0
+
+
+def to_unit(pixels: mx.array) -> mx.array:
+    """Pixels about [-1, 1] -> the same shape in float32, clipped to [0, 1]."""
+    return mx.clip(pixels.astype(mx.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def to_image(pixels: mx.array) -> Image.Image:
+    """(H, W, 3) about [-1, 1] -> an 8-bit RGB image, rounded to nearest."""
+    import numpy as np
+
+    return Image.fromarray(np.array(mx.round(to_unit(pixels) * 255).astype(mx.uint8)))
+
+
+# ---- opening and decoding ----
 
 
 @dataclass(frozen=True)
@@ -118,8 +160,8 @@ def decode(
     mx.eval(pixels)
     _check_pixels(pixels)
     if canvas is None or canvas.opacity is None:
-        return images.to_image(pixels) if output_type == "pil" else to_numpy(images.to_unit(pixels))
-    image = canvas.paste(images.to_image(pixels))
+        return to_image(pixels) if output_type == "pil" else to_numpy(to_unit(pixels))
+    image = canvas.paste(to_image(pixels))
     return image if output_type == "pil" else to_numpy(image).astype("float32") / 255
 
 

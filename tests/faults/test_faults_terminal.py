@@ -15,7 +15,8 @@ from faults import ROOT, accepted, command, environment, refused, run_fault
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from klein_mlx.errors import RequestError, printable
+from klein_mlx.cli.output import printable
+from klein_mlx.errors import RequestError
 from klein_mlx.images.saving import save_image
 from klein_mlx.paths import TINY_FOLDER
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from klein_mlx.errors import RequestError
 from klein_mlx.images import reading as images
+from klein_mlx.runtime import pictures
 
 
 def gradient(width: int = 80, height: int = 64) -> Image.Image:
@@ -142,8 +143,8 @@ def test_references_that_are_refused() -> None:
 
 def test_pixels_and_back() -> None:
     image = gradient()
-    pixels = images.to_pixels(image)
+    pixels = pictures.to_pixels(image)
     assert pixels.shape == (1, 64, 80, 3)
     assert pixels.min().item() >= -1
-    assert np.array_equal(np.asarray(images.to_image(pixels[0])), np.asarray(image))
-    assert images.to_image(mx.full((2, 2, 3), 7.0)).getpixel((0, 0)) == (255, 255, 255)
+    assert np.array_equal(np.asarray(pictures.to_image(pixels[0])), np.asarray(image))
+    assert pictures.to_image(mx.full((2, 2, 3), 7.0)).getpixel((0, 0)) == (255, 255, 255)

@@ -14,6 +14,7 @@ from klein_mlx.errors import RequestError
 from klein_mlx.images import reading as images
 from klein_mlx.model import sampler
 from klein_mlx.model import sampler as grids
+from klein_mlx.runtime import pictures
 
 pytestmark = pytest.mark.parity
 
@@ -113,7 +114,7 @@ def test_reference_pictures(processor: Any):
         wanted = processor.preprocess(theirs, height=h, width=w, resize_mode="crop")[0].permute(1, 2, 0).numpy()
         ours, _ = images.prepare_reference(image, 16)
         assert ours.size == (w, h), (width, height)
-        np.testing.assert_allclose(np.array(images.to_pixels(ours))[0], wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.array(pictures.to_pixels(ours))[0], wanted, rtol=0, atol=1e-6)
     assert images.prepare_reference(Image.new("RGB", (1025, 1024)), 16)[0].size == (1024, 1008)
 
 
@@ -153,7 +154,7 @@ def test_eight_bits(processor: Any):
     pixels = cases.normal((64, 64, 3), seed=9)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     wanted = np.asarray(processor.postprocess(tensor, output_type="pil")[0])
-    np.testing.assert_array_equal(np.asarray(images.to_image(mx.array(pixels))), wanted)
+    np.testing.assert_array_equal(np.asarray(pictures.to_image(mx.array(pixels))), wanted)
 
 
 @pytest.mark.parametrize("size", [(2, 4), (6, 10)])

@@ -26,8 +26,7 @@ from test_mflux import quantise
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
 from klein_mlx import KleinPipeline
-from klein_mlx.formats.mflux import mix
-from klein_mlx.formats.open import open_model
+from klein_mlx.formats.open import mix, open_model
 from klein_mlx.weights.bits import Asked, parse, settle
 from klein_mlx.weights.checkpoint import Source, TokenRows, load_part, token_rows
 from klein_mlx.weights.quantize import Quantization
