@@ -11,12 +11,14 @@ import os
 import re
 import tomllib
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 TINY_FOLDER = Path(__file__).resolve().parent / "tiny"
 
 
+@cache
 def version(package: str = "klein-mlx") -> str:
     """An installed package's version; "unknown" where only the source lies there."""
     from importlib.metadata import PackageNotFoundError

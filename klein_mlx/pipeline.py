@@ -50,6 +50,18 @@ from klein_mlx.weights.lora import LoadedLora
 MAX_WAITING = 8  # pictures that wait for the decoder where the transformer has to leave for it
 
 
+class Plan(NamedTuple):
+    """What a request comes to, before anything is loaded.
+
+    grid: rows and columns of the picture's tokens. sigmas: the noise levels that the steps go through, 0 included.
+    """
+
+    opened: Opened
+    grid: tuple[int, int]
+    sigmas: list[float]
+    work: Work
+
+
 class Conditions(NamedTuple):
     """What a run's pictures attend to, and the latents of the picture that they start from, or None.
 
@@ -223,16 +235,20 @@ class KleinPipeline(metaclass=Answering):
 
     def start(self, request: Request) -> Run:
         """`stream` of a request that was checked for this model's config."""
-        run = Run(request)
-        opened = open_pictures(run.request, self.config.pixels_per_token, self.config.default_size)
-        run.notes += [*self.source.info.get("notes", ()), *run.request.notes, *opened.notes]
-        if run.request.reuse_references and not self.config.caches_references:
+        run, side = Run(request), self.config.pixels_per_token
+        opened = open_pictures(request, side, self.config.default_size)
+        run.notes += [*self.source.info.get("notes", ()), *request.notes, *opened.notes]
+        if request.reuse_references and not self.config.caches_references:
             run.notes.append("the references are computed in the first step only: an approximation")
-        run.recipe = self.recorder.of_request(run.request, self._sigmas(run, opened))
-        run.opened = opened
-        self._check_peers(run, opened)
-        work = self._work(run, opened)
-        run.batched = work.rows == 2
+        h, w = opened.height // side, opened.width // side
+        strength = 1.0 if request.edit is None else request.edit.strength or 1.0
+        sigmas = make_sigmas(h * w, request.steps, request.sigmas, strength, self.config.time_shift)
+        run.recipe = self.recorder.of_request(request, sigmas)
+        least = min(h * w, request.max_sequence_length)
+        if self.peers.size > least:
+            raise RequestError(f"{self.peers.size} processes cannot share {least} tokens; start fewer")
+        work = self._work(request, opened)
+        run.plan = Plan(opened, (h, w), sigmas, work)
         self.parts.make_room(work)
         known = self.parts.estimate(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known, self.parts.device)
@@ -241,23 +257,16 @@ class KleinPipeline(metaclass=Answering):
         run.start(_with_bar(run, events) if request.progress else events)
         return run
 
-    def _check_peers(self, run: Run, opened: Opened) -> None:
-        """Raise RequestError where there are more processes than tokens to share out."""
-        h, w = self._grid(opened)
-        least = min(h * w, run.request.max_sequence_length)
-        if self.peers.size > least:
-            raise RequestError(f"{self.peers.size} processes cannot share {least} tokens; start fewer")
-
     def sent(self, run: Run) -> int:
         """Bytes of keys and values that a step sends from the first process to each of those that share the picture."""
-        (h, w), work = self._grid(run.opened), self._work(run, run.opened)
+        (h, w), work = run.plan.grid, run.plan.work
         passes = 2 if run.request.guidance > 1 else 1
         tokens = work.length + h * w + work.tokens
         return passes * self.peers.sent(tokens, self.config.transformer, self.dtype.size)
 
-    def _work(self, run: Run, opened: Opened) -> Work:
+    def _work(self, request: Request, opened: Opened) -> Work:
         """What of the request decides its memory."""
-        request, side = run.request, self.config.pixels_per_token
+        side = self.config.pixels_per_token
         pictures = [*opened.references, *([opened.canvas.image] if opened.canvas else [])]
         tokens = sum(image.width // side * (image.height // side) for image in opened.references)
         work = Work(
@@ -325,7 +334,7 @@ class KleinPipeline(metaclass=Answering):
             self.parts.get("transformer", runs[0])
         waiting: list[tuple[Run, int, mx.array]] = []
         for run, conditions in zip(runs, encoded, strict=True):
-            tables = self._tables(run, conditions.references, run.opened)
+            tables = self._tables(run, conditions.references)
             for number in range(len(run.request.pictures)):
                 latents = mx.array(0.0)
                 for step in self._denoise(run, number, conditions, tables):
@@ -339,7 +348,7 @@ class KleinPipeline(metaclass=Answering):
 
     def _encode(self, run: Run) -> Conditions:
         """What a run's pictures attend to and start from, evaluated."""
-        opened: Opened = run.opened
+        opened: Opened = run.plan.opened
         with run.timed("encode"):
             references = join_references([self.encodings.of_reference(run, image) for image in opened.references])
             init = None if opened.canvas is None else self.encodings.of_reference(run, opened.canvas.image)
@@ -355,14 +364,13 @@ class KleinPipeline(metaclass=Answering):
             self._release(runs, "transformer")
         while waiting:
             run, number, latents = waiting.pop(0)
-            yield run, self._finish(run, number, latents, run.opened.canvas)
+            yield run, self._finish(run, number, latents)
             if not waiting:
                 self._release(runs, "vae")
 
     def _denoise(self, run: Run, number: int, conditions: Conditions, tables: Tables) -> Iterator[Step]:
         """One picture's steps, from its noise, or from the init image's latents with noise added."""
-        request, opened = run.request, run.opened
-        (h, w), sigmas = self._grid(opened), self._sigmas(run, opened)
+        request, (opened, (h, w), sigmas, _) = run.request, run.plan
         with run.timed("steps"):
             predict = self._predict(run, request.pictures[number][0], conditions, tables)
         if request.latents is not None:
@@ -402,24 +410,12 @@ class KleinPipeline(metaclass=Answering):
         changed = told.get("latents", tokens)
         return None if changed is tokens else to_array("latents", changed).reshape(latents.shape).astype(latents.dtype)
 
-    def _sigmas(self, run: Run, opened: Opened) -> list[float]:
-        """The noise levels that the steps go through, 0 included."""
-        h, w = self._grid(opened)
-        edit = run.request.edit
-        strength = 1.0 if edit is None else edit.strength or 1.0
-        return make_sigmas(h * w, run.request.steps, run.request.sigmas, strength, self.config.time_shift)
-
-    def _tables(self, run: Run, references: References | None, opened: Opened) -> Tables:
+    def _tables(self, run: Run, references: References | None) -> Tables:
         """What all steps of all of the run's pictures share."""
-        transformer, sigmas = self.parts.get("transformer", run), self._sigmas(run, opened)[:-1]
+        transformer = self.parts.get("transformer", run)
         with run.timed("steps"):
             still = self.config.caches_references and references is not None
-            return Tables(transformer, references, self._grid(opened), sigmas, self.dtype, still)
-
-    def _grid(self, opened: Opened) -> tuple[int, int]:
-        """Rows and columns of the picture's tokens."""
-        side = self.config.pixels_per_token
-        return opened.height // side, opened.width // side
+            return Tables(transformer, references, run.plan.grid, run.plan.sigmas[:-1], self.dtype, still)
 
     def _predict(self, run: Run, prompt: int, conditions: Conditions, tables: Tables) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""
@@ -431,12 +427,12 @@ class KleinPipeline(metaclass=Answering):
         prompt_embeds, negative = conditions.embeds[prompt], conditions.negative
         if negative is None:
             return velocity(transformer, prompt_embeds, tables, reuse, call, self.peers)
-        guidance = request.guidance, run.batched
+        guidance = request.guidance, run.plan.work.rows == 2
         return guided_velocity(transformer, prompt_embeds, negative, tables, *guidance, reuse, call, self.peers)
 
-    def _finish(self, run: Run, number: int, latents: mx.array, canvas: Canvas | None) -> Picture:
+    def _finish(self, run: Run, number: int, latents: mx.array) -> Picture:
         """Decode, as the request wants it."""
-        prompt_index, seed = run.request.pictures[number]
+        canvas, (prompt_index, seed) = run.plan.opened.canvas, run.request.pictures[number]
         if run.request.latents is not None:
             seed = None  # no seed made this noise
         prompt = run.request.prompts[prompt_index] if run.request.prompts else None

@@ -3,7 +3,9 @@
 import ast
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from path_of_a_prompt import paths
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -81,3 +83,12 @@ def test_only_the_command_prints() -> None:
         if room(name) != "cli" and not name.endswith("__main__"):
             calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             assert not any(isinstance(call, ast.Name) and call.id == "print" for call in calls), name
+
+
+@pytest.mark.skipif(mx.default_device().type == mx.DeviceType.gpu, reason="a GPU's blocks are compiled")
+def test_a_prompt_passes_few_files() -> None:
+    """docs/architecture.md has the figures; tests/benchmarks/path_of_a_prompt.py shows which files and calls."""
+    bounds = {"command-line prompt": (33, 2500, 650), "API call": (24, 2350, 600), "warm call": (18, 1650, 400)}
+    for name, path in paths().items():
+        found = len(path.files), sum(path.calls.values()), path.switches
+        assert all(one <= most for one, most in zip(found, bounds[name], strict=True)), (name, found)

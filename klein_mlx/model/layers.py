@@ -512,6 +512,11 @@ def grown_sum(x: mx.array, gate: mx.array, *branches: mx.array) -> mx.array:
     return x + gate * (sum(others, first) * (1 / SHRINK))
 
 
+def modulated(x: mx.array, shift: mx.array, scale: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
+    """What a branch reads of the stream x: normalized, scaled (the 1 + is inside) and shifted, in the layers' dtype."""
+    return mx.fast.layer_norm(x, scale, shift, eps).astype(dtype)
+
+
 def add_branch(
     x: mx.array,
     gate: mx.array,

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.compile import Chain, CompiledBlocks
-from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, separate, wide
+from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, modulated, separate, wide
 
 KeysValues = tuple[mx.array, mx.array]  # of a block, the keys turned already, both (B, S, heads, head_dim)
 Note = Callable[[mx.array, mx.array], Sequence[mx.array]]  # keeps what it wants of a block's keys and values
@@ -181,11 +181,6 @@ def _scale_and_rotate_streams(
     return rotated.astype(first.dtype)
 
 
-def modulated(x: mx.array, shift: mx.array, scale: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
-    """What a branch reads of the stream x: normalized, scaled (the 1 + is inside) and shifted, in the layers' dtype."""
-    return mx.fast.layer_norm(x, scale, shift, eps).astype(dtype)
-
-
 def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
     """Sinusoids of a timestep in 0..1000. timestep: (1,), any float dtype. Returns (1, channels) in its dtype.
 
@@ -255,7 +250,7 @@ class Heads(Placed):
 
     def read(self, x: mx.array, mod: Modulation) -> mx.array:
         """What the first branch reads of the stream."""
-        return mx.fast.layer_norm(x, mod.scale, mod.shift, self.eps).astype(self.dtype)
+        return modulated(x, mod.shift, mod.scale, self.eps, self.dtype)
 
     def split_heads(self, x: mx.array) -> mx.array:
         """(B, S, n * head_dim) -> (B, S, n, head_dim)."""
@@ -426,10 +421,9 @@ class SingleBlock(Heads):
     ) -> mx.array:
         """x, some of the tokens, behind the block, in which they attend to these keys and values. h: of `read`; rope:
         theirs."""
-        q = self.turned(self.linear_in.part(h, slice(self.hidden)), 0, rope)
-        gate, value = mx.split(self.linear_in.part(h, slice(3 * self.hidden, None)), 2, axis=-1)
-        attention = attend(self.device, q, *keys_values, extra, rope.lengths)
-        return add_branch(x, mod.gate, self.linear_out, attention, gate, value)
+        q, mlp = (self.linear_in.part(h, own) for own in (slice(self.hidden), slice(3 * self.hidden, None)))
+        attention = attend(self.device, self.turned(q, 0, rope), *keys_values, extra, rope.lengths)
+        return add_branch(x, mod.gate, self.linear_out, attention, *mx.split(mlp, 2, axis=-1))
 
 
 def call_block(block: Any, *args: Any, note: Note | None = None) -> Any:

@@ -169,8 +169,8 @@ def estimate(
     loras = loras or LoraBytes()
     if keep is None:
         kept = [*KEPT][[*KEPT].index(choose_keep(weights, machine)) :]
-        found = [estimate(source, work, dtype, quantization, k, loaded, machine, weights, loras, device) for k in kept]
-        return next((one for one in found if one.fits), found[-1])
+        found = (estimate(source, work, dtype, quantization, k, loaded, machine, weights, loras, device) for k in kept)
+        return next(one for one in found if one.fits or one.keep == kept[-1])
     quantized = {part: part in quantization or part in source.quantization for part in PARTS}
     config = source.config
     pictures = [vae_bytes(config.vae, *size, dtype, True, device) for size in work.references]

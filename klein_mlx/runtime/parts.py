@@ -164,7 +164,7 @@ class Parts:
         if rows:
             module.embed_tokens = rows
         applied = Applied(module, partial(self._original, name), self.dtype_of(name))
-        try:
+        with self._reading(name):
             place(module, self.device)
             module.arrange()
             if damaged := read_weights(module):
@@ -172,12 +172,18 @@ class Parts:
                 damaged = next((key for key, weight in weights if not is_finite(load_now(weight)).item()), damaged)
                 raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
             applied.update(self.loras.changes(name))
-        except RuntimeError as error:  # the file changed after its header was checked, or its disk is gone
-            unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
-            raise of_device(error) or unread from None
         self.pinned.check()
         self._applied[name] = applied
         return module
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Tell of a file that changed after its header was checked, or whose disk is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
+            raise of_device(error) or unread from None
 
     def release(self, run: Run, *names: str) -> None:
         """Free these parts' weights, except those that are kept or held by another run. Nothing else of this run may
@@ -206,11 +212,8 @@ class Parts:
         for name in names:
             if name in self.loaded:
                 self.pinned.check()  # what was merged is undone by reading the original again
-                try:
+                with self._reading(name):
                     self._applied[name].update(self.loras.changes(name))
-                except RuntimeError as error:
-                    unread = CheckpointError(f"{self.source.path}: the {name} cannot be read ({error})")
-                    raise of_device(error) or unread from None
         mx.clear_cache()
 
     # ---- LoRAs: found, read, applied to what is loaded and to what will be, scaled, taken off again ----
@@ -398,21 +401,20 @@ class Applied:
         arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
         mx.eval(arrays)
         if changes and not is_finite(*arrays.values()).item():
-            raise RequestError(
-                f"{path}: with these LoRAs it holds numbers beyond what {_name(self.dtype)} can; use a smaller"
-                " scale, or dtype bfloat16"
-            )
+            dtype = str(self.dtype).removeprefix("mlx.core.")
+            wrong = f"{path}: with these LoRAs it holds numbers beyond what {dtype} can"
+            raise RequestError(f"{wrong}; use a smaller scale, or dtype bfloat16")
 
     def _changed(self, path: str, layer: nn.Module, changes: Scaled) -> nn.Module:
         """layer: as it was loaded, or of the right kind. Returns what is to stand in its place."""
-        if isinstance(layer, TokenRows) and changes:
+        if isinstance(layer, TokenRows):
+            if not changes:
+                return layer
             self.replaced[path] = layer
-        if isinstance(layer, TokenRows) and not changes:
-            return layer
         if not _is_quantized(layer):
             untouched = path not in self._known and not isinstance(layer, Cut | TokenRows)
             present: Any = layer.weight if untouched else self.original(path)
-            return self._plain(path, layer, present, changes)
+            return self._plain(layer, present, changes)
         if not changes:
             return layer
         self.replaced[path] = layer
@@ -421,9 +423,9 @@ class Applied:
             beside = branch(layer, weight, changes, self._weigh, self.dtype)
             if beside is not None:
                 return beside
-        return self._plain(path, layer, weight, changes)
+        return self._plain(layer, weight, changes)
 
-    def _plain(self, path: str, layer: nn.Module, weight: mx.array, changes: Scaled) -> nn.Module:
+    def _plain(self, layer: nn.Module, weight: mx.array, changes: Scaled) -> nn.Module:
         """A layer like this one, unquantized, with the changes merged into this weight."""
         weight = merge(weight, changes, self._weigh).astype(self.dtype)
         if isinstance(layer, nn.QuantizedEmbedding | TokenRows):
@@ -455,10 +457,6 @@ def expanded(layer: nn.Module) -> mx.array:
     biases = layer["biases"].astype(mx.float32) if "biases" in layer else None
     kind = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     return mx.dequantize(layer.weight, scales, biases, **kind).astype(mx.float32)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 @contextmanager

@@ -147,8 +147,7 @@ class Run:
         self.request = request
         self.notes: list[str] = []
         self.recipe: dict[str, Any] = {}  # what the pictures' recipes share
-        self.batched = False  # both branches of guidance in one pass
-        self.opened: Any = None  # the request's pictures, as the pipeline opened them
+        self.plan: Any = None  # the pipeline's
         self.on_phase: Callable[[str], None] = lambda phase: None  # called where a phase begins
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
         self.expected: dict[str, int] = {}

@@ -128,7 +128,7 @@ class Engine:
             run.close()
         stopped = name in self._cancelled
         told = {"seconds": {phase: round(value, 4) for phase, value in run.seconds.items()}, "notes": run.notes}
-        size = [run.opened.width, run.opened.height]
+        size = [run.plan.opened.width, run.plan.opened.height]
         steps = run.request.steps * len(run.request.pictures)
         self.send(
             {"event": "done", "job": name, "cancelled": stopped, "size": size, "steps": steps, **told, **memory()}, ()
@@ -163,7 +163,7 @@ class Engine:
     def _image_tokens(self, run: Any) -> int:
         """Tokens of the references of one picture."""
         side = self.pipe.config.pixels_per_token
-        return sum(image.width // side * (image.height // side) for image in run.opened.references)
+        return sum(image.width // side * (image.height // side) for image in run.plan.opened.references)
 
     def _apply_loras(self, wanted: Sequence[Sequence[Any]]) -> None:
         """Make the pipeline's LoRAs those of a job: (name in the folder, scale) of each."""

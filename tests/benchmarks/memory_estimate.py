@@ -48,7 +48,7 @@ def phases(pipe: KleinPipeline, width: int, height: int) -> Iterator[tuple[str, 
     def step(**images: object) -> Callable[[], object]:
         events = pipe.stream(prompt_embeds=embeds, **words, **images)
         if images:  # encoded before it is measured
-            pipe.encodings.of_reference(run, events.opened.references[0])
+            pipe.encodings.of_reference(run, events.plan.opened.references[0])
         return loaded("transformer", lambda: (isinstance(next(events), Step), events.close()))
 
     def estimated(phase: str, work: Work) -> int:

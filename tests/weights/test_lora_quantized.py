@@ -65,7 +65,7 @@ def test_quantised_plus_branch_is_expanded_plus_difference(
         place: Any = transformer
         for step in parent.split("."):
             place = place[int(step)] if isinstance(place, list) else place[step]
-        place[name] = applied._plain(path, layer, expanded(layer), changes[path])
+        place[name] = applied._plain(layer, expanded(layer), changes[path])
     assert difference(found, velocity(pipe)) < 2e-5
     assert difference(found, before) > 0.01
     pipe.unload_lora()
