@@ -30,6 +30,14 @@ def version(package: str = "klein-mlx") -> str:
         return "unknown"
 
 
+def exists(path: Path) -> bool:
+    """Whether it is there; a name that no file can have, too long or with a zero byte, is not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def folders_in(folder: Path | None) -> list[Path]:
     """The folders in a folder, by name, without hidden ones; none where it is missing or may not be read."""
     try:

@@ -21,10 +21,10 @@ from klein_mlx.formats.lora_metadata import lora_folder
 from klein_mlx.images.saving import read_metadata
 from klein_mlx.paths import own_models
 from klein_mlx.runtime.recipe import FORMAT, PIXELS
+from klein_mlx.weights.hub import HUB_ID
 from klein_mlx.weights.safetensors import digest_file
 
 PICTURES = {"image", "init_image", "mask_image"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _KEPT = ("template", "original", "enhanced_by")  # what a recipe says besides, and the next one says again
 
@@ -94,7 +94,7 @@ def _model(model: Mapping[str, Any], picture: str) -> dict[str, Any]:
     name, revision = model.get("id"), model.get("revision")
     if name is None:
         return {}
-    if name != "tiny" and not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
+    if name != "tiny" and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
         raise RequestError(f"{picture}: its recipe names the model {name!r:.60}; give one with --model")
     if revision is None:
         return {"model": name}

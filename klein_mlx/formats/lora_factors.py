@@ -14,7 +14,7 @@ import mlx.core as mx
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_keys import PIECES, Target
 from klein_mlx.formats.names import HALVES, THIRDS
-from klein_mlx.weights.lora import Change, Delta, Full, Kronecker, LowRank, Rows
+from klein_mlx.weights.lora import Change, Delta, Full, Kronecker, LowRank, Rows, take_rows
 from klein_mlx.weights.safetensors import FLOATS, Entry
 
 LOW_RANK = ("up", "down")
@@ -272,8 +272,8 @@ def make_changes(
         if taken is not None:
             own = Change(
                 None if delta is None else _cut(delta, target.layout, taken),
-                None if bias is None else _take(bias, taken),
-                magnitude if magnitude is None or magnitude.shape[0] == 1 else _take(magnitude, taken),
+                None if bias is None else take_rows(bias, taken),
+                magnitude if magnitude is None or magnitude.shape[0] == 1 else take_rows(magnitude, taken),
             )
         changes[target.path] = own
     if magnitude is not None and magnitude.shape[0] == 1 and len(changes) > 1:
@@ -324,10 +324,6 @@ def _rows(layout: str, rows: int) -> Rows | None:
         start = THIRDS.index(layout) * third
         return ((start, start + third),)
     return ((rows // 2, rows), (0, rows // 2)) if layout == HALVES else None
-
-
-def _take(array: mx.array, rows: Rows) -> mx.array:
-    return mx.concatenate([array[start:stop] for start, stop in rows])
 
 
 def _cut(delta: Delta, layout: str, rows: Rows) -> Delta:

@@ -11,8 +11,8 @@ from typing import Any
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_factors import Stated
 from klein_mlx.options import is_number
-from klein_mlx.paths import config_folder
-from klein_mlx.weights.hub import download, list_files
+from klein_mlx.paths import config_folder, exists
+from klein_mlx.weights.hub import HUB_FILE, download, list_files
 from klein_mlx.weights.safetensors import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its weights
@@ -182,7 +182,6 @@ def _json(text: str) -> Any:
 FOLDER_VARIABLE = "KLEIN_MLX_LORAS"
 _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _SUFFIX = ".safetensors"
-_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?", re.ASCII)
 
 
 def lora_folder(folder: str | Path | None = None) -> Path:
@@ -208,7 +207,7 @@ def find_lora(
     text, path = str(name), Path(os.path.expanduser(name))
     if not text or "\0" in text or len(text) > 4096:
         raise CheckpointError(f"LoRA is {text[:60]!r}; it must be a file, a name in the LoRA folder, or a Hub id")
-    is_path = _exists(path)
+    is_path = exists(path)
     if not is_path and (isinstance(name, Path) or text.startswith((".", "/", "~"))):
         raise CheckpointError(f"{path}: no such file")
     found = path if is_path else _named(text, lora_folder(folder))
@@ -216,17 +215,10 @@ def find_lora(
         raise CheckpointError(f"revision is {revision!r:.60}; {found} is on this disk: only LoRAs on the Hub have one")
     if found is not None:
         return _in_folder(found) if found.is_dir() else found
-    hub = _HUB.fullmatch(text)
+    hub = HUB_FILE.fullmatch(text)
     if hub is None:
         raise CheckpointError(_not_found(text, lora_folder(folder)))
     return _from_hub(hub[1], hub[2], revision, token, local_files_only)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 def _in_folder(folder: Path, where: str | None = None) -> Path:

@@ -1,6 +1,6 @@
-"""How everyone but diffusers names what we name: Black Forest Labs, LDM, mflux, llama.cpp; and how to tell them apart.
+"""How others name what we name: diffusers, Black Forest Labs, LDM, mflux, llama.cpp; and how to tell them apart.
 
-Tables as in `klein_mlx.formats.names`. Two more signs stand for an index: `+` counts from one, `^` from the other end.
+In the tables a `*` stands for an index; in foreign names also `+`, which counts from one, and `^`, from the other end.
 """
 
 import re
@@ -12,19 +12,13 @@ import mlx.core as mx
 from klein_mlx.config import ModelConfig
 
 SAME = "same"
-
-
 CONV = "conv"  # there (out, in, height, width), here (out, height, width, in)
-
-
 POINTWISE = "pointwise"  # there a 1 x 1 convolution (out, in, 1, 1), here a linear layer (out, in)
-
-
 HALVES = "halves"  # there (scale, shift) along the first axis, here (shift, scale)
 
 
 class Rule(NamedTuple):
-    """One row: our name's module path, diffusers', and the layout of its weight (a bias is always SAME)."""
+    """One row: our name's module path, theirs, and the layout of its weight (a bias is always SAME)."""
 
     ours: str
     theirs: str
@@ -85,15 +79,14 @@ TEXT_ENCODER = (
 )
 
 
-def _resnets(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _resnets(ours: str, theirs: str, shortcut: str = "conv_shortcut") -> tuple[Rule, ...]:
     """The rules of the VAE's resnets at one place; only those of a level change their width and have a shortcut."""
-    shortcut = Rule(f"{ours}.shortcut", f"{theirs}.conv_shortcut", POINTWISE)
     return (
         Rule(f"{ours}.norm1", f"{theirs}.norm1"),
         Rule(f"{ours}.conv1", f"{theirs}.conv1", CONV),
         Rule(f"{ours}.norm2", f"{theirs}.norm2"),
         Rule(f"{ours}.conv2", f"{theirs}.conv2", CONV),
-        *(() if ".mid." in ours else (shortcut,)),
+        *(() if ".mid." in ours else (Rule(f"{ours}.shortcut", f"{theirs}.{shortcut}", POINTWISE),)),
     )
 
 
@@ -132,22 +125,6 @@ TABLES = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
 WHOLE = {"latent_mean": "bn.running_mean", "latent_var": "bn.running_var"}
 
 
-def diffusers_name(part: str, ours: str) -> tuple[str, str]:
-    """diffusers' name of one of our weights, and its layout there. A KeyError for a name that no rule knows."""
-    if ours in WHOLE:
-        return WHOLE[ours], SAME
-    path, _, kind = ours.rpartition(".")
-    indices = re.findall(r"(?<=\.)\d+(?=\.|$)", path)
-    rule = _BY_OURS[part][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)]
-    theirs = rule.theirs
-    for index in indices:
-        theirs = theirs.replace("*", index, 1)
-    return f"{theirs}.{kind}", rule.layout if kind == "weight" else SAME
-
-
-_BY_OURS = {part: {rule.ours: rule for rule in table} for part, table in TABLES.items()}
-
-
 def is_left_out(part: str, theirs: str, config: ModelConfig) -> bool:
     """Whether a weight is one that diffusers' folders hold and a picture never needs.
 
@@ -162,14 +139,9 @@ def is_left_out(part: str, theirs: str, config: ModelConfig) -> bool:
 
 
 THIRDS = ("third 0", "third 1", "third 2")  # there the rows of q, k and v in one matrix
-
-
 MLX_POINTWISE = "mlx pointwise"  # there a 1 x 1 convolution of MLX's, (out, 1, 1, in)
 
-
 BFL, LDM, MFLUX, LLAMA_CPP, DIFFUSERS = "BFL", "LDM", "mflux", "llama.cpp", "diffusers"
-
-
 OURS = "klein_mlx"
 
 
@@ -205,21 +177,10 @@ BFL_TRANSFORMER = (
 )
 
 
-def _bfl_resnets(ours: str, theirs: str) -> tuple[Rule, ...]:
-    shortcut = Rule(f"{ours}.shortcut", f"{theirs}.nin_shortcut", POINTWISE)
-    return (
-        Rule(f"{ours}.norm1", f"{theirs}.norm1"),
-        Rule(f"{ours}.conv1", f"{theirs}.conv1", CONV),
-        Rule(f"{ours}.norm2", f"{theirs}.norm2"),
-        Rule(f"{ours}.conv2", f"{theirs}.conv2", CONV),
-        *(() if ".mid." in ours else (shortcut,)),
-    )
-
-
 def _bfl_half(half: str) -> tuple[Rule, ...]:
     return (
         Rule(f"{half}.conv_in", f"{half}.conv_in", CONV),
-        *_bfl_resnets(f"{half}.mid.resnets.*", f"{half}.mid.block_+"),
+        *_resnets(f"{half}.mid.resnets.*", f"{half}.mid.block_+", "nin_shortcut"),
         Rule(f"{half}.mid.attention.norm", f"{half}.mid.attn_1.norm"),
         Rule(f"{half}.mid.attention.to_q", f"{half}.mid.attn_1.q", POINTWISE),
         Rule(f"{half}.mid.attention.to_k", f"{half}.mid.attn_1.k", POINTWISE),
@@ -232,10 +193,10 @@ def _bfl_half(half: str) -> tuple[Rule, ...]:
 
 LDM_VAE = (
     *_bfl_half("encoder"),
-    *_bfl_resnets("encoder.down.*.resnets.*", "encoder.down.*.block.*"),
+    *_resnets("encoder.down.*.resnets.*", "encoder.down.*.block.*", "nin_shortcut"),
     Rule("encoder.down.*.downsample", "encoder.down.*.downsample.conv", CONV),
     *_bfl_half("decoder"),
-    *_bfl_resnets("decoder.up.*.resnets.*", "decoder.up.^.block.*"),
+    *_resnets("decoder.up.*.resnets.*", "decoder.up.^.block.*", "nin_shortcut"),
     Rule("decoder.up.*.upsample", "decoder.up.^.upsample.conv", CONV),
     Rule("quant_conv", "quant_conv", POINTWISE),
     Rule("post_quant_conv", "post_quant_conv", POINTWISE),
@@ -277,7 +238,7 @@ DIALECTS = {
 }
 
 
-_DIALECTS_BY_OURS = {key: {rule.ours: rule for rule in table} for key, table in DIALECTS.items()}
+_BY_OURS = {key: {rule.ours: rule for rule in table} for key, table in DIALECTS.items()}
 
 
 def their_name(part: str, dialect: str, ours: str, levels: int = 0) -> tuple[str, str]:
@@ -291,13 +252,18 @@ def their_name(part: str, dialect: str, ours: str, levels: int = 0) -> tuple[str
         return WHOLE[ours], SAME
     path, _, kind = ours.rpartition(".")
     indices = [int(index) for index in re.findall(r"(?<=\.)\d+(?=\.|$)", path)]
-    rule = _DIALECTS_BY_OURS[part, dialect][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)]
+    rule = _BY_OURS[part, dialect][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)]
     signs = re.findall(r"[*+^]", rule.theirs)
     theirs = rule.theirs
     for sign, index in zip(signs, indices, strict=True):
         number = {"*": index, "+": index + 1, "^": levels - 1 - index}[sign]
         theirs = theirs.replace(sign, str(number), 1)
     return f"{theirs}.{kind}", SAME if kind == "bias" else rule.layout
+
+
+def diffusers_name(part: str, ours: str) -> tuple[str, str]:
+    """As `their_name`, in diffusers' names."""
+    return their_name(part, DIFFUSERS, ours)
 
 
 def our_layer(part: str, dialect: str, theirs: str) -> str | None:

@@ -31,9 +31,19 @@ from klein_mlx.formats.diffusers import INDEX_FILE, SCHEDULER_FILE, STEMS, is_en
 from klein_mlx.formats.gguf import pieces_of
 from klein_mlx.formats.names import find_parts
 from klein_mlx.formats.part import PartFile, open_part, open_tensors
-from klein_mlx.paths import TINY_FOLDER
+from klein_mlx.paths import TINY_FOLDER, exists
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, ReadRows, Source, open_checkpoint
-from klein_mlx.weights.hub import NO_NETWORK, WEIGHTS, cache_folder, download, list_files, wanted, without_copies
+from klein_mlx.weights.hub import (
+    HUB_FILE,
+    HUB_ID,
+    NO_NETWORK,
+    WEIGHTS,
+    cache_folder,
+    download,
+    list_files,
+    wanted,
+    without_copies,
+)
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import Weight, read_json, require_file
 
@@ -42,15 +52,14 @@ TOKENIZER_FILES = ("tokenizer/tokenizer.json", "tokenizer.json")
 
 SMALL_DECODER = "black-forest-labs/FLUX.2-small-decoder"  # Apache-2.0: the full encoder, a decoder of fewer channels
 _FULL_DECODER = "full_encoder_small_decoder.safetensors"  # of its files the one that is a whole VAE
-_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?", re.ASCII)
 
 
 def hub_part(value: str | Path) -> tuple[str, str | None] | None:
     """(Hub id, name of a file in it) if this names a part of a model on the Hub; None: it is a path."""
     text = str(value)
-    if isinstance(value, Path) or _exists(Path(os.path.expanduser(text))) or text.startswith((".", "/", "~")):
+    if isinstance(value, Path) or exists(Path(os.path.expanduser(text))) or text.startswith((".", "/", "~")):
         return None
-    found = _HUB_FILE.fullmatch(resolve(text))
+    found = HUB_FILE.fullmatch(resolve(text))
     if found is None or found[1].endswith(WEIGHTS) or (found[2] and not found[2].endswith(WEIGHTS)):
         return None  # a file or folder that is not there
     return found[1], found[2]
@@ -115,7 +124,7 @@ def find_part(
     value: a path, "tiny", a Hub id, a short name of one, or a Hub id with a file behind it (owner/name/file.gguf).
     Raises CheckpointError if the Hub has no such repository or file, or the part is not in it.
     """
-    if str(value) == "tiny" and not _exists(Path(value)):
+    if str(value) == "tiny" and not exists(Path(value)):
         return TINY_FOLDER
     hub = hub_part(value)
     if hub is None:
@@ -127,9 +136,6 @@ def find_part(
         raise CheckpointError(f"{hub_id}: its {part} is incomplete in {cache_folder()}, and {NO_NETWORK}")
     files, opened = choose_part(part, list_files(hub_id, revision=revision, token=token), hub_id, file)
     return download(hub_id, revision=revision, token=token, patterns=[escape(name) for name in files]) / opened
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 _CHOICES = "'tiny', a folder, a Hub id such as black-forest-labs/FLUX.2-klein-4B, or a short name such as 4b"
@@ -182,7 +188,7 @@ def open_any(model: str | Path, **options: Any) -> Source | PartFile:
     if (file := single_file(model)) and len(held_parts(file)) > 1:
         source = _open_file(file, {}, lambda: tokenizer_beside(file))
         return with_variant(source, variant) if (variant := options.get("variant")) else source
-    if str(model) != "tiny" and _exists(path) and (path.is_file() or _is_part(path)):
+    if str(model) != "tiny" and exists(path) and (path.is_file() or _is_part(path)):
         return open_part(path)
     return open_model(model, **options)
 
@@ -190,7 +196,7 @@ def open_any(model: str | Path, **options: Any) -> Source | PartFile:
 def single_file(model: str | Path) -> Path | None:
     """The file that a model argument names: itself, or the only one of its folder if it holds more than one part."""
     path = Path(os.path.expanduser(model))
-    if str(model) == "tiny" or not _exists(path):
+    if str(model) == "tiny" or not exists(path):
         return None
     if not path.is_dir():
         return path
@@ -257,23 +263,16 @@ def _open_base(
             raise CheckpointError(f"{TINY_FOLDER}: the embedded checkpoint is not in this installation: reinstall it")
         return open_checkpoint(TINY_FOLDER)
     text, path = str(model), Path(os.path.expanduser(model))
-    if text and _exists(path):
+    if text and exists(path):
         return _open_folder(path)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"{path}: no such file or folder; use {_CHOICES}")
     if text.endswith((*WEIGHTS, ".png", ".jpg", ".jpeg", ".webp")):
         raise CheckpointError(f"{path}: no such file")
     text = resolve(text)
-    if not _HUB_ID.fullmatch(text):
+    if not HUB_ID.fullmatch(text):
         raise CheckpointError(f"unknown model {text[:200]!r}{suggestion(text)}; use {_CHOICES}")
     return _open_hub(text, revision, token, local_files_only, needed)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        return False
 
 
 def _open_folder(path: Path, name: str | None = None) -> Source:
@@ -304,16 +303,16 @@ def _open_folder(path: Path, name: str | None = None) -> Source:
 
 def check_revision(model: str | Path, revision: str | None) -> None:
     """Raises CheckpointError for a revision of a model that has none, as it is on this disk."""
-    if revision is not None and (resolve(str(model)) == "tiny" or _exists(Path(os.path.expanduser(model)))):
+    if revision is not None and (resolve(str(model)) == "tiny" or exists(Path(os.path.expanduser(model)))):
         raise CheckpointError(f"revision is {revision!r:.60}; {model} is on this disk: only models on the Hub have one")
 
 
 def hub_id_of(model: str) -> str | None:
     """The Hub id that `open_model` would take this for, or None: it is a folder, "tiny", or wrong."""
-    if model == "tiny" or not model or _exists(Path(os.path.expanduser(model))):
+    if model == "tiny" or not model or exists(Path(os.path.expanduser(model))):
         return None
     name = resolve(model)
-    return name if _HUB_ID.fullmatch(name) and not model.startswith(("/", "~", ".")) else None
+    return name if HUB_ID.fullmatch(name) and not model.startswith(("/", "~", ".")) else None
 
 
 def open_cached(

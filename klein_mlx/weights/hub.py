@@ -7,6 +7,7 @@ imported when it is first needed.
 import errno
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from klein_mlx.errors import CheckpointError, human_bytes, short
 from klein_mlx.paths import precision_of
 
 WEIGHTS = (".safetensors", ".gguf")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})(?:/(.+))?", re.ASCII)  # a file of a repository
 
 
 MARGIN = 256 << 20  # bytes that stay free on the disk: for the file system, and for what else is written meanwhile

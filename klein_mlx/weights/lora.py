@@ -22,6 +22,11 @@ Rows = tuple[tuple[int, int], ...]  # the rows that a piece takes of the whole, 
 MAX_SCALE = 100.0
 
 
+def take_rows(array: mx.array, rows: Rows) -> mx.array:
+    """Those rows, one below the other."""
+    return mx.concatenate([array[start:stop] for start, stop in rows])
+
+
 @dataclass(frozen=True)
 class LowRank:
     """factor * up @ down. up: (out, rank); down: (rank, in)."""
@@ -40,7 +45,7 @@ class LowRank:
 
     def cut(self, rows: Rows) -> "LowRank":
         """Only these output channels."""
-        return replace(self, up=mx.concatenate([self.up[start:stop] for start, stop in rows]))
+        return replace(self, up=take_rows(self.up, rows))
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Kronecker:
         """As `LowRank.dense`."""
         left, right = self.factor * self.left.astype(mx.float32), self.right.astype(mx.float32)
         whole = mx.kron(left, right)
-        return whole if self.rows is None else mx.concatenate([whole[start:stop] for start, stop in self.rows])
+        return whole if self.rows is None else take_rows(whole, self.rows)
 
     def cut(self, rows: Rows) -> "Kronecker":
         """As `LowRank.cut`; the factors themselves cannot be cut."""
@@ -75,7 +80,7 @@ class Full:
 
     def cut(self, rows: Rows) -> "Full":
         """As `LowRank.cut`."""
-        return Full(mx.concatenate([self.difference[start:stop] for start, stop in rows]))
+        return Full(take_rows(self.difference, rows))
 
 
 Delta = LowRank | Kronecker | Full
