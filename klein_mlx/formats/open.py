@@ -153,7 +153,7 @@ def open_model(
     """Open a model, reading its configs: no weight is read.
 
     model: "tiny" (the embedded checkpoint), a folder in our format, in diffusers' layout or saved by mflux, a file that
-    holds all parts, a Hub id or a short name of one (klein_mlx.weights.hub), a file of a repository (owner/name/file).
+    holds all parts, a Hub id or a short name of one (klein_mlx.config), a file of a repository (owner/name/file).
     A Hub id is looked up in the local cache first, and fetched only if something is missing there.
     revision, token, local_files_only: for Hub ids, as in huggingface_hub.
     parts: "transformer", "text_encoder" or "vae" -> what takes the place of the model's own: see `find_part`.
