@@ -164,8 +164,6 @@ def write_failure(target: Path, needed: int, error: OSError) -> str:
 
 
 CARD_FILE, LICENCE_FILE, NOTICE_FILE = "README.md", "LICENSE", "NOTICE"
-
-
 _APACHE = "Apache-2.0"
 
 

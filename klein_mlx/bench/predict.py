@@ -25,8 +25,6 @@ from klein_mlx.weights.quantize import Quantization, prepare
 # (huggingface.js, packages/tasks/src/hardware.ts). They are float32 rates: a core of these GPUs multiplies matrices in
 # half precision no faster (github.com/philipturner/metal-benchmarks, FP16/FP32 ratio 1).
 APPLE = "Apple"
-
-
 LISTED = "benchmark sites, by way of huggingface.js's hardware table"
 
 
@@ -114,17 +112,9 @@ EFFICIENCY |= {5: (0.55, 0.75, 0.85)}
 # On an M5 MLX's own convolutions do not use the matrix units (mlx's conv.cpp, pull request 4214): what one GPU core's
 # other units reach, of 15 TFLOPS on an M5 Max (ComfyUI-AppleSilicon-FP8, pull request 1). A matmul in their place does.
 CONVOLUTION_TFLOPS_PER_CORE = 15 / 40
-
-
 FLOAT16_GAIN = 1.34  # on M1 and M2: prefill in float16 over bfloat16, measured on an M2 Max (Rapid-MLX, issue 3154)
-
-
 QUANTIZED = {1: 0.87, 2: 0.87, 3: 0.93, 4: 0.93, 5: 0.93}  # of that: 52 s at 4 bits on the M2 Pro; 7 % on later ones
-
-
 REACHED_BANDWIDTH = 0.8  # of what Apple states
-
-
 LAUNCH_SECONDS = 5e-6
 
 

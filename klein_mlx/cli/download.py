@@ -17,21 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import ask, has_bar, note, printable
-from klein_mlx.config import ALIASES, PARTS, VARIANTS, resolve
+from klein_mlx.config import ALIASES, BASES, PARTS, VARIANTS, resolve
 from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
-from klein_mlx.weights.hub import Plan, cache_folder, download
+from klein_mlx.weights.hub import (
+    Plan,
+    cache_folder,
+    download,
+    endpoint,
+    is_offline,
+    plan_download,
+    wanted,
+    wanted_files,
+)
 
 if TYPE_CHECKING:
     from klein_mlx.weights.hub import Choice, Plan
 
 
 _INTERVAL = 0.1  # seconds between two reports of progress
-
-
 _PATIENCE = 2.0  # seconds for a child that was told to end
-
-
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from klein_mlx.cli.download import serve; serve()"
 
 
@@ -206,9 +211,7 @@ def bring_model(
     quiet: bool = False,
 ) -> None:
     """What `bring` does for a model's files, and for those of another repository that it is built on."""
-    from klein_mlx.config import BASES
     from klein_mlx.formats.open import open_cached
-    from klein_mlx.weights.hub import wanted, wanted_files
 
     if base := BASES.get(hub_id):
         others = [part for part in parts if part != "transformer"]
@@ -263,7 +266,6 @@ def bring(
 ) -> None:
     """Say what a download would bring, ask, and fetch it. short: what the user called the model; instead: what to do
     where it is not to be downloaded, if that is not to pull the model first."""
-    from klein_mlx.weights.hub import is_offline, plan_download
 
     if is_offline():
         raise CheckpointError(
@@ -354,6 +356,5 @@ def _agreed(question: str) -> bool:
 
 
 def _host() -> str:
-    from klein_mlx.weights.hub import endpoint
 
     return endpoint()

@@ -7,9 +7,9 @@ from typing import Any
 
 from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, typed_options
 from klein_mlx.cli.output import cleaned, say, say_json
-from klein_mlx.errors import RequestError, human_bytes
+from klein_mlx.errors import CheckpointError, RequestError, human_bytes
 from klein_mlx.options import MAX_REFERENCES, integer
-from klein_mlx.train.options import METHODS, TrainOptions
+from klein_mlx.train.options import METHODS, TrainOptions, make_options
 
 RANK = TrainOptions.rank
 
@@ -89,7 +89,6 @@ def _published(args: argparse.Namespace) -> Any:
     """A published model that is not on disk, by its dimensions alone; None for any other."""
     from klein_mlx.cli.bench import source_without_files
     from klein_mlx.config import published
-    from klein_mlx.errors import CheckpointError
     from klein_mlx.formats.open import open_cached
     from klein_mlx.paths import own_names
 
@@ -202,7 +201,6 @@ def _training(args: argparse.Namespace) -> int:
     from klein_mlx.model.layers import Gpu
     from klein_mlx.runtime.memory import compute_dtype
     from klein_mlx.train.memory import estimate_training, mac_for
-    from klein_mlx.train.options import make_options
     from klein_mlx.weights.bits import parse, settle
 
     source = source_without_files(args.model, args.variant)

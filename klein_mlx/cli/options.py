@@ -37,8 +37,6 @@ GENERATE_EXAMPLES = """examples:
 """
 
 MEGAPIXEL = 1024 * 1024
-
-
 _RIGHT = "it must be WIDTHxHEIGHT (1024x768), an aspect (16:9), megapixels (2mp), or both (16:9,2mp)"
 
 
@@ -292,8 +290,6 @@ class RunOptions(Options):
 TABLE: dict[str, Option] = {one.name: own for one in fields(RunOptions) if (own := option_of(one)) and own.flag}
 FLAGS = {name: own.flag for name, own in TABLE.items() if own.flag}
 KEYS = {key: name for name, own in TABLE.items() for key in (own.key, name)}  # in files: the flag's name, or Python's
-
-
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.options import in_options
+from klein_mlx.cli.options import asked_loras, call_arguments, in_options, parse_size, typed_options
 from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 
 if TYPE_CHECKING:
@@ -207,8 +207,6 @@ class Session:
         elif rest == "default":
             self._try(width=None, height=None)
         elif rest:
-            from klein_mlx.cli.options import parse_size
-
             config = self.pipe.config
             try:
                 width, height = parse_size(rest, config.pixels_per_token, config.default_size)
@@ -241,7 +239,6 @@ class Session:
         self.say(f"negative {self.settings['negative_prompt'] or 'none'}")
 
     def lora(self, rest: str) -> None:
-        from klein_mlx.cli.options import asked_loras
 
         if rest == "off":
             self.pipe.unload_lora()
@@ -302,7 +299,6 @@ def _whole(what: str, text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """A session with the options that were given, until Ctrl-D or !quit. Returns the exit code; raises KleinError."""
-    from klein_mlx.cli.options import typed_options
     from klein_mlx.cli.output import note, say
     from klein_mlx.cli.settings import complete
 
@@ -342,7 +338,6 @@ def run(args: argparse.Namespace) -> int:
 def _session(options: "RunOptions") -> Session:
     """What these options begin with."""
     from klein_mlx.cli.generate import open_pipeline
-    from klein_mlx.cli.options import call_arguments
     from klein_mlx.cli.output import say
     from klein_mlx.cli.prompts import expand, is_template
     from klein_mlx.cli.terminal import protocol

@@ -13,7 +13,7 @@ from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options
 from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import read_settings
 from klein_mlx.config import PARTS
-from klein_mlx.errors import RequestError
+from klein_mlx.errors import KleinError, RequestError
 
 EXTRA = "the server needs three packages: pip install starlette uvicorn python-multipart"
 _OBTAIN = (
@@ -130,7 +130,6 @@ def obtain_here(words: str) -> None:
     import json
 
     from klein_mlx.cli.download import obtain, obtain_part
-    from klein_mlx.errors import KleinError
     from klein_mlx.weights.bits import from_options
 
     told = json.loads(words)

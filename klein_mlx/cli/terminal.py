@@ -39,14 +39,8 @@ if TYPE_CHECKING:
     from klein_mlx.cli.options import RunOptions
 
 ESC = "\033"
-
-
 CHUNK = 4096  # characters of base64 that kitty takes at once
-
-
 CELL = (8, 16)  # pixels of a character, where the terminal cannot be asked
-
-
 _MOST = 768  # pixels of a side that are sent; the file has the rest
 
 
@@ -80,7 +74,7 @@ def _blocks(term: str, colours: str) -> str | None:
     return "blocks256" if "256color" in term else None
 
 
-def show(image: "Image.Image", stream: TextIO, columns: int = 48) -> bool:
+def show(image: Image.Image, stream: TextIO, columns: int = 48) -> bool:
     """Draw a picture on a terminal, at most so many columns wide; False, and nothing, where it cannot be shown."""
     kind = protocol(os.environ) if stream.isatty() else None
     if kind is None:
@@ -92,7 +86,7 @@ def show(image: "Image.Image", stream: TextIO, columns: int = 48) -> bool:
     return True
 
 
-def encode(image: "Image.Image", kind: str, columns: int) -> str:
+def encode(image: Image.Image, kind: str, columns: int) -> str:
     """What draws a picture, and moves below it.
 
     image: RGB. kind: as from `protocol`. columns: how wide; the height follows from the aspect.
@@ -106,7 +100,7 @@ def encode(image: "Image.Image", kind: str, columns: int) -> str:
     return half_blocks(image, columns, 256 if kind == "blocks256" else 1 << 24)
 
 
-def kitty(image: "Image.Image", columns: int) -> str:
+def kitty(image: Image.Image, columns: int) -> str:
     """kitty's graphics protocol: a PNG in chunks of base64; the terminal scales it, and is not to answer."""
     data = base64.standard_b64encode(_png(image)).decode()
     chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
@@ -117,16 +111,15 @@ def kitty(image: "Image.Image", columns: int) -> str:
     return "".join(written)
 
 
-def iterm(image: "Image.Image", columns: int) -> str:
+def iterm(image: Image.Image, columns: int) -> str:
     """iTerm2's inline images, which WezTerm knows too."""
     data = _png(image)
     keys = f"inline=1;size={len(data)};width={columns};preserveAspectRatio=1"
     return f"{ESC}]1337;File={keys}:{base64.standard_b64encode(data).decode()}\a"
 
 
-def sixel(image: "Image.Image") -> str:
+def sixel(image: Image.Image) -> str:
     """DEC's sixels: bands of six rows, a bit per row, one colour of the palette after another."""
-    from PIL import Image
 
     paletted = image.quantize(255, dither=Image.Dither.FLOYDSTEINBERG)
     width, height = paletted.size
@@ -149,7 +142,7 @@ def _repeated(line: str) -> str:
     return re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", line)
 
 
-def half_blocks(image: "Image.Image", columns: int, colours: int = 1 << 24) -> str:
+def half_blocks(image: Image.Image, columns: int, colours: int = 1 << 24) -> str:
     """Two pixels a cell, the upper as the colour of a half block, the lower as its background.
 
     colours: 256 for the usual palette's cube and greys, else 24 bits.
@@ -194,16 +187,15 @@ def _of_256(red: int, green: int, blue: int) -> int:
     return 16 + 36 * nearest[0] + 6 * nearest[1] + nearest[2]
 
 
-def _png(image: "Image.Image") -> bytes:
+def _png(image: Image.Image) -> bytes:
     stored = io.BytesIO()
     width = _MOST if image.width >= image.height else round(_MOST * image.width / image.height)
     _scaled(image, width).save(stored, "PNG")
     return stored.getvalue()
 
 
-def _scaled(image: "Image.Image", width: int, enlarge: bool = False) -> "Image.Image":
+def _scaled(image: Image.Image, width: int, enlarge: bool = False) -> Image.Image:
     """To so many pixels across, if it has more; or if it is to be enlarged too."""
-    from PIL import Image
 
     if image.width <= width and not enlarge:
         return image
@@ -245,7 +237,6 @@ def viewer(options: "RunOptions", pipe: KleinPipeline) -> View | None:
     or one without pictures and colours."""
     if not (options.show or options.show_steps) or options.quiet or options.json or str(options.output) == "-":
         return None
-    import os
 
     if not sys.stdout.isatty() or protocol(os.environ) is None:
         return None

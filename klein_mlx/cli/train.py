@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.output import note, say
+from klein_mlx.cli.output import has_bar, note, say
 from klein_mlx.errors import human_bytes
 from klein_mlx.train.options import TrainOptions, kind_of, make_options, read_toml, stored_values, table
 
@@ -137,8 +137,6 @@ class _Lines:
 
     def __init__(self, steps: int, quiet: bool):
         from tqdm import tqdm
-
-        from klein_mlx.cli.output import has_bar
 
         self._quiet, self._start = quiet, time.perf_counter()
         self._losses: deque[float] = deque(maxlen=_MEAN)

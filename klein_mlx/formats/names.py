@@ -301,11 +301,7 @@ _MARKS = (
 
 
 ONE_STEP_PREFIX = "model."  # of the transformer of klein's variant 4b-1step
-
-
 _ENCODER_PREFIXES = ("", "qwen3_4b.transformer.", "qwen3_8b.transformer.", "qwen3_4b.", "qwen3_8b.")
-
-
 _PREFIXES = {
     "transformer": ("", "model.diffusion_model.", "diffusion_model.", ONE_STEP_PREFIX),
     "text_encoder": tuple(

@@ -91,14 +91,8 @@ def _open_folder(folder: Path, stem: str | None) -> Tensors:
 
 
 _DECODERS = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
-
-
 _WANTED = "klein_mlx reads the parts of FLUX.2 [klein]"
-
-
 _DEV_HIDDEN = 6144
-
-
 _MAX_LEVELS = 16
 
 

@@ -79,11 +79,7 @@ class Tensors:
 
 
 SCALES = ("weight_scale", "scale_weight")
-
-
 BLOCK_SCALE = "weight_scale_inv"  # of DeepSeek's and Qwen's files: a factor as well, for blocks of a matrix
-
-
 _BLOCK = 128
 
 
@@ -131,11 +127,7 @@ def _decode_float8(bits: mx.array, scale: mx.array | None = None) -> mx.array:
 
 
 GROUP = 16
-
-
 _TILE_ROWS, _TILE_GROUPS = 128, 4
-
-
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; the highest bit is the sign
 
 
@@ -205,11 +197,7 @@ def _in_rows(blocked: mx.array) -> mx.array:
 
 
 _FLOAT8, _FLOAT4 = "float8_e4m3fn", "nvfp4"
-
-
 _SMALL = ("F8_", "F6_", "F4", "I8", "U8")  # how the dtypes begin that only codes have
-
-
 _ASIDE = (*SCALES, BLOCK_SCALE, "input_scale", "scale_input", "comfy_quant", "weight_scale_2", "pre_quant_scale")
 
 

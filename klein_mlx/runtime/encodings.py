@@ -48,8 +48,6 @@ def encode_reference(vae: VAE, image: Image.Image, dtype: mx.Dtype, done: Done |
 
 
 MAX_BYTES = 1 << 30  # of all entries; the ones that were used longest ago go first
-
-
 _SUFFIX = ".prompt.safetensors"
 
 # What other programs read out of a prompt -> what to do here.

@@ -23,11 +23,7 @@ from klein_mlx.paths import precision_of
 WEIGHTS = (".safetensors", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})(?:/(.+))?", re.ASCII)  # a file of a repository
-
-
 MARGIN = 256 << 20  # bytes that stay free on the disk: for the file system, and for what else is written meanwhile
-
-
 NO_NETWORK = (
     "the network is not to be used: drop --offline (or HF_HUB_OFFLINE), or copy it here from a machine that has it"
 )

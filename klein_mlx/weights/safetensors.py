@@ -60,8 +60,6 @@ def load_now(weight: Weight) -> mx.array:
 
 # A floating number is NaN or infinite where all bits of its exponent are set; looking at them is fastest.
 _EXPONENTS = {mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00), mx.float32: (mx.uint32, 0x7F800000)}
-
-
 ZEROS, SOUND, BROKEN = 0, 1, 3
 
 
