@@ -123,12 +123,13 @@ class Parts:
             merging = max(merging, merge_bytes(changes, shape, dtype, quantized))
         return added, merging
 
-    def make_room(self, work: Work) -> None:
-        """Unless the user chose what to keep, keep as much as leaves room for a request. Parts that are kept no longer
-        leave at once if no run has them."""
+    def make_room(self, work: Work) -> Estimate:
+        """Unless the user chose what to keep, keep as much as leaves room for a request, and return what it takes then.
+        Parts that are kept no longer leave at once if no run has them."""
         if self._chosen:
             self.keep = self._estimate(work, None).keep
             self._let_go(*self.loaded)
+        return self.estimate(work)
 
     def fits_twice(self, work: Work) -> bool:
         """Whether memory allows both branches of guidance in one pass."""
