@@ -101,7 +101,7 @@ class Mcp:
         """A notification gets no answer, whatever it says."""
         if method == "notifications/cancelled" and isinstance(params, dict):
             name = params.get("requestId")
-            if isinstance(name, str | int) and name in self._calls:
+            if isinstance(name, str | int) and not isinstance(name, bool) and name in self._calls:  # True is not 1
                 self._calls[name].cancel()
 
     def _answer(self, name: Any, method: str, params: Message) -> Message | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ def test_a_bad_line_is_answered_and_the_next_is_served(line: str | bytes, code: 
 )
 def test_a_notification_is_not_answered(line: str) -> None:
     assert answers(line) == []
+
+
+@pytest.mark.parametrize(("name", "cancels"), [("1", True), ("true", False), ("1.0", False), ('"1"', False)])
+def test_only_the_named_request_is_cancelled(name: str, cancels: bool) -> None:
+    """In Python a flag is a number, too."""
+    mcp, cancelled = Mcp(Settings("tiny"), print), []
+    mcp._calls[1] = SimpleNamespace(cancel=lambda: cancelled.append(1))  # type: ignore[assignment]
+    mcp._take(f'{{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {{"requestId": {name}}}}}'.encode())
+    assert bool(cancelled) == cancels
 
 
 @pytest.mark.parametrize(
