@@ -306,7 +306,7 @@ def test_the_command_fetches_that_file_and_a_tokenizer(monkeypatch: Any, tmp_pat
     monkeypatch.setattr("klein_mlx.cli.download.bring", bring)
     name = "owner/name/all.safetensors"
     told = refusal(lambda: open_model(obtain(name, offline=True), local_files_only=True))
-    assert told.startswith("owner/name: its model is incomplete in ")
+    assert told.startswith("owner/name: its model is not (fully) in ")
     assert obtain(name, tokenizer=False) == str(file)
     assert here == {"owner/name": ["checkpoints/all.safetensors"]}
     assert obtain(name) == str(file)

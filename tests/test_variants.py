@@ -264,7 +264,7 @@ def test_the_small_decoder_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, t
     assert find_part("vae", SMALL_DECODER) == tmp_path / files[2]
     assert asked == [files[:2], files[2:]]
     told = folders.refusal(lambda: find_part("vae", SMALL_DECODER, local_files_only=True))
-    assert f"{SMALL_DECODER}: its vae is incomplete in {cache_folder()}, and the network is not to be used" in told
+    assert f"{SMALL_DECODER}: its vae is not (fully) in {cache_folder()}, and the network is not to be used" in told
     mx.save_safetensors(str(tmp_path / files[2]), {"x": mx.zeros(1)})
     assert find_part("vae", SMALL_DECODER, local_files_only=True) == tmp_path / files[2]
     assert find_part("vae", "./black-forest-labs/x") == Path("black-forest-labs/x")

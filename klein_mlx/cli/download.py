@@ -269,7 +269,7 @@ def bring(
 
     if is_offline():
         raise CheckpointError(
-            f"{hub_id}: is incomplete on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
+            f"{hub_id}: is not (fully) on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
             "copy the model here from a machine that has it"
         )
     plan = plan_download(hub_id, revision=revision, choice=choice)

@@ -240,7 +240,7 @@ class Session:
 
     def lora(self, rest: str) -> None:
 
-        if rest == "off":
+        if rest in ("off", "none"):
             self.pipe.unload_lora()
         elif rest:
             ((path, scale),) = asked_loras([rest])

@@ -116,7 +116,8 @@ def obtained(args: argparse.Namespace) -> tuple[str, str]:
     import json
 
     consent = {"offline": args.offline, "yes": args.yes}
-    words = json.dumps({"model": name, "parts": parts, "bits": bits, "own": dict(config.models), "consent": consent})
+    own = {"variant": args.variant, "own": dict(config.models)}
+    words = json.dumps({"model": name, "parts": parts, "bits": bits, "consent": consent, **own})
     done = subprocess.run([sys.executable, "-P", "-c", _OBTAIN, words, *sys.path], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -130,6 +131,7 @@ def obtain_here(words: str) -> None:
     import json
 
     from klein_mlx.cli.download import obtain, obtain_part
+    from klein_mlx.formats.open import open_model
     from klein_mlx.weights.bits import from_options
 
     told = json.loads(words)
@@ -139,6 +141,7 @@ def obtain_here(words: str) -> None:
         options = {"own": told["own"], **told["consent"]}
         parts = {part: obtain_part(part, value, **options) for part, value in told["parts"].items()}
         model = obtain(told["model"], parts=[part for part in PARTS if part not in parts], **options)
+        open_model(model, parts=parts, variant=told["variant"], local_files_only=True)  # or every client would be told
         say_json([str(model), parts])
     except KleinError as error:
         note(f"error: {error}")

@@ -133,9 +133,12 @@ def find_part(
         return found
     hub_id, file = hub
     if local_files_only:
-        raise CheckpointError(f"{hub_id}: its {part} is incomplete in {cache_folder()}, and {NO_NETWORK}")
+        raise CheckpointError(f"{hub_id}: its {part} is not (fully) in {cache_folder()}, and {NO_NETWORK}")
     files, opened = choose_part(part, list_files(hub_id, revision=revision, token=token), hub_id, file)
     return download(hub_id, revision=revision, token=token, patterns=[escape(name) for name in files]) / opened
+
+
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
 
 
 _CHOICES = "'tiny', a folder, a Hub id such as black-forest-labs/FLUX.2-klein-4B, or a short name such as 4b"
@@ -265,6 +268,8 @@ def _open_base(
     text, path = str(model), Path(os.path.expanduser(model))
     if text and exists(path):
         return _open_folder(path)
+    if address := _ADDRESS.match(text):
+        raise CheckpointError(f"{text:.200} is an address; give its Hub id, {address[1]}")
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"{path}: no such file or folder; use {_CHOICES}")
     if text.endswith((*WEIGHTS, ".png", ".jpg", ".jpeg", ".webp")):

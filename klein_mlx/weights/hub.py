@@ -260,7 +260,7 @@ def reason(error: BaseException, revision: str | None = None) -> str:
     if status is not None:
         return _status_reason(status)
     if isinstance(error, errors.LocalEntryNotFoundError) and (cause is error or "Offline" in type(cause).__name__):
-        return f"is incomplete in {cache_folder()}, and {NO_NETWORK}"
+        return f"is not (fully) in {cache_folder()}, and {NO_NETWORK}"
     return _disk_reason(cause) or _network_reason(cause, text)
 
 

@@ -61,6 +61,7 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
         (["info", "tiny", "-m", "4b"], "a model is given twice, 'tiny' and with --model"),
         (["info", "tiny", "4b"], "unrecognized arguments: 4b (see klein-mlx info --help)"),
         (["info", "x.gguf"], "x.gguf: no such file"),
+        (["info", "https://huggingface.co/owner/name/tree/main"], "is an address; give its Hub id, owner/name"),
         (["info", "tiny", "-W", "64"], "use --size 1024x768"),
         (["serve", "--api-key", "x"], "use --token"),
         (["train", "x", "--lr", "1"], "use --learning-rate"),

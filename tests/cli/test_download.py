@@ -122,7 +122,7 @@ def test_a_part_from_the_hub(served: Hub, tmp_path: Path) -> None:
     assert "owner/name is not on this machine: 7.4 MB from http://127.0.0.1" in done.stderr
     done = klein(served, tmp_path, *command, "--offline", code=NO_SOCKETS)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: owner/name: its transformer is incomplete in ")
+    assert done.stderr.startswith("error: owner/name: its transformer is not (fully) in ")
     done = klein(served, tmp_path, *command, "--yes")
     assert done.returncode == 0, done.stderr
     assert "license  apache-2.0" in done.stderr
@@ -153,7 +153,7 @@ def test_nobody_to_ask(served: Hub, tmp_path: Path, command: tuple[str, ...]) ->
 def test_offline(served: Hub, tmp_path: Path, given: tuple[str, ...], environment: dict[str, str]) -> None:
     done = klein(served, tmp_path, *ASK, "--yes", *given, code=NO_SOCKETS, **environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: owner/name: is incomplete ")
+    assert done.stderr.startswith("error: owner/name: is not (fully) ")
     assert "copy" in done.stderr
     assert served.asked == []
 
