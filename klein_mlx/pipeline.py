@@ -15,7 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.errors import RequestError, of_device
+from klein_mlx.errors import DoesNotFit, RequestError, human_bytes, of_device
 from klein_mlx.images.masks import Canvas
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.sampler import (
@@ -445,6 +445,7 @@ class KleinPipeline(metaclass=Answering):
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:
         def preview() -> Image.Image:
+            self._check_preview(run)
             latents, own = clean.astype(self.parts.dtype_of("vae")), Run(run.request)  # the run may be closed by then
             try:
                 return decode(self.parts.get("vae", own), latents, "pil", canvas)
@@ -452,6 +453,17 @@ class KleinPipeline(metaclass=Answering):
                 self.parts.release(own, "vae")
 
         return preview
+
+    def _check_preview(self, run: Run) -> None:
+        """DoesNotFit where the VAE, which left for the steps, does not fit beside what is loaded now."""
+        if "vae" in self.parts.loaded:
+            return  # then decoding beside the transformer is in the estimate
+        needed, machine = mx.get_active_memory() + run.expected["decode"], machine_memory()
+        if needed > machine:
+            raise DoesNotFit(
+                f"a preview beside the transformer needs {human_bytes(needed)} of memory, and {human_bytes(machine)}"
+                " can be used; step.sketch() draws one without the VAE"
+            )
 
     def sketch(self, latents: mx.array) -> Image.Image | None:
         """What latents (1, h, w, C) without noise look like, roughly; see klein_mlx.runtime.pictures. `sketcher` draws

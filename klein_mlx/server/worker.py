@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ class Engine:
         wanted, count = job["previews"], job["preview_count"]
         image = None
         if wanted != "none" and (count is None or step.index in spread(count, step.of)):
-            image = step.preview() if wanted == "decoded" else step.sketch()
+            image = _preview(step, wanted)
         told = {"event": "step", "job": job["job"], "picture": step.picture, "index": step.index, "of": step.of}
         if image is not None:
             told |= {"width": image.width, "height": image.height}
@@ -210,6 +211,14 @@ def memory() -> dict[str, Any]:
 def spread(count: int, steps: int) -> set[int]:
     """Steps, of 1 to `steps`, after which `count` previews come: evenly, and before the last, which has the picture."""
     return {min(max(1, round(steps * k / (count + 1))), steps - 1) for k in range(1, count + 1)} - {0}
+
+
+def _preview(step: Any, wanted: str) -> "Image.Image | None":
+    """A decoded preview, or, where that does not fit in memory beside the transformer, the sketch."""
+    with suppress(DoesNotFit):
+        if wanted == "decoded":
+            return step.preview()
+    return step.sketch()
 
 
 def _encoded(image: "Image.Image", suffix: str) -> bytes:
