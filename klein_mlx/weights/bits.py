@@ -174,7 +174,7 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
     return found
 
 
-def _other(stored: Quantization, wanted: Settings, asked: Asked, part: str, paths: Iterable[str]) -> str:
+def _other(stored: Quantization, wanted: Quantization, asked: Asked, part: str, paths: Iterable[str]) -> str:
     """What of the bits that are wanted the stored ones are not; "" for nothing. Their groups count unless usual."""
     if (stored.bits, stored.mode) != (wanted.bits, wanted.mode):
         return f"{wanted.bits} bits"
