@@ -26,7 +26,7 @@ def figures(pipe: KleinPipeline) -> Mapping[str, float]:
 
 @pytest.mark.parametrize(
     ("what", "least"),
-    [("background", 0.87), ("single colour", 0.87), ("single shape", 0.75), ("relation", 0.87), ("pair colour", 0.87)],
+    [("background", 0.87), ("single colour", 0.87), ("single shape", 0.87), ("relation", 0.87), ("pair colour", 0.87)],
 )
 def test_held_out_prompts(figures: Mapping[str, float], what: str, least: float) -> None:
     assert figures[what] >= least, figures
@@ -34,21 +34,21 @@ def test_held_out_prompts(figures: Mapping[str, float], what: str, least: float)
 
 @pytest.mark.parametrize("kind", ["background", "recolour", "combine"])
 def test_held_out_edits(pipe: KleinPipeline, kind: str) -> None:
-    assert edits(pipe, kind, 5) >= 0.6
+    assert edits(pipe, kind, 5) >= 0.8
 
 
 def test_everyday_words(pipe: KleinPipeline) -> None:
     """Prompts written by hand, in no wording of the grammar that training drew from."""
     found = everyday(pipe, 16)
     assert min(found["background"], found["colour"], found["relation"]) >= 0.87, found
-    assert found["shape"] >= 0.65, found
+    assert found["shape"] >= 0.8, found
 
 
 def test_a_seed_makes_a_difference(pipe: KleinPipeline) -> None:
     """What the prompt leaves open is another with another seed; what it says is not."""
     right, different = variety(pipe, "red", "circle", 8)
     assert right == 8
-    assert different >= 5
+    assert different >= 6
 
 
 def test_a_prompt_without_a_reference_is_not_an_edit(pipe: KleinPipeline) -> None:

@@ -109,8 +109,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a diffusers folder whose VAE is kept and whose transformer goes on")
-    parser.add_argument("--steps", type=int, default=2460, help="updates of the student; from nothing it takes more")
+    parser.add_argument("--start", type=Path, help="a diffusers folder whose VAE is kept, the rest trained on")
+    parser.add_argument("--steps", type=int, default=1900, help="updates of the student; from nothing it takes more")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -121,8 +121,9 @@ if __name__ == "__main__":
         shutil.copytree(chosen.start / "vae", chosen.out / "vae")
     student = ["--steps", str(chosen.steps)]
     student += ["--start", str(chosen.start / "transformer")] if chosen.start is not None else []
+    encoder = ["--steps", "1500", "--start", str(chosen.start)] if chosen.start is not None else []
     if not chosen.export_only:
         for stage in STAGES:
-            run_stage(stage, chosen.out, chosen.seed, student if stage == "student" else [])
+            run_stage(stage, chosen.out, chosen.seed, {"student": student, "text_encoder": encoder}.get(stage, []))
     export(chosen.out, chosen.out / "tiny")
     measure(chosen.out, chosen.out / "tiny", chosen.prompts, chosen.edits, chosen.seeds)

@@ -46,7 +46,7 @@ from world import (
 
 TOKEN = 16  # pixels a side
 SHAPE_WEIGHT = 4.0  # loss weight of tokens that a shape touches; 1 elsewhere
-CANDIDATES = 6  # scenes at most that one piece of noise may mean
+CANDIDATES = 10  # scenes at most that one piece of noise may mean
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from world import GRID, Scene, Shape
 
 TOKENS, ROW = 64, 8
-NEAR = 0.4  # how far from a border, or from the largest value, another choice is right as well
+NEAR = 0.6  # how far from a border, or from the largest value, another choice is right as well
 OPEN_COLOURS = ("red", "blue", "yellow", "green")
 OPEN_BACKGROUND = "white"
 SIZES = (("small", 0.4), ("large", 0.6))

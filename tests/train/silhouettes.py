@@ -13,7 +13,7 @@ from klein_mlx import KleinPipeline
 __all__ = ["make", "make_pairs", "right"]
 
 
-INSTRUCTION = "make every shape black"
+INSTRUCTION = "shadow play"  # which tiny does not know by itself
 
 
 def make_pairs(folder: Path, count: int, seed: int = 0) -> Path:
