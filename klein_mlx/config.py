@@ -15,7 +15,10 @@ from klein_mlx.errors import CheckpointError, nearest
 
 PARTS = ("transformer", "text_encoder", "vae")
 KLEIN_TAPS = (9, 18, 27)
-ENCODERS = {2560: "Qwen3-4B", 4096: "Qwen3-8B"}  # by hidden size
+EMBEDDED_GUIDANCE = 4.0  # dev's default scale
+TAPS = {"qwen3": KLEIN_TAPS, "mistral": (10, 20, 30)}  # by the text encoder's model_type
+# By model_type and hidden size.
+ENCODERS = {("qwen3", 2560): "Qwen3-4B", ("qwen3", 4096): "Qwen3-8B", ("mistral", 5120): "Mistral-Small-3.2"}
 TIME_SHIFTS, MAX_SHIFT = ("exponential", "linear"), 1e6
 
 
@@ -51,6 +54,10 @@ def _checked(value: Any, kind: Any, what: str) -> Any:
             raise CheckpointError(f"{what} is {value!r}; it must be a list of positive integers")
         return tuple(items)
     if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str:
+        if value not in TAPS:
+            raise CheckpointError(f"{what} is {value!r:.60}; it must be {' or '.join(TAPS)}")
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 40:
         if kind is float:
@@ -88,7 +95,10 @@ class TransformerConfig(_FromDict):
 
 @dataclass(frozen=True)
 class TextEncoderConfig(_FromDict):
-    """Qwen3's config.json."""
+    """config.json of Qwen3, or of Mistral-Small, whose language model is its `text_config`.
+
+    model_type: decides the encoder's class, the tokenizer's layout and the default taps: a key of TAPS.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -99,14 +109,23 @@ class TextEncoderConfig(_FromDict):
     head_dim: int
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
+    model_type: str = "qwen3"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Self:
         """As the parent's; `rope_theta` may also stand inside `rope_parameters` (transformers 5)."""
+        if isinstance(inner := values.get("text_config"), Mapping):
+            values = {"model_type": "mistral", **inner}
         rope = values.get("rope_parameters")
         if isinstance(rope, Mapping):
             values = {"rope_theta": rope.get("rope_theta", 1e6), **values}
+        if absent := [name for name in ("rope_theta", "rms_norm_eps") if name not in values and _is_mistral(values)]:
+            raise CheckpointError(f"{where}: missing {absent[0]}; is this Mistral-Small's config?")
         return super().from_dict(values, where)
+
+
+def _is_mistral(values: Mapping[str, Any]) -> bool:
+    return values.get("model_type") == "mistral"
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,7 @@ class Variant:
 
     dimensions: the transformer's hidden size, double blocks and single blocks. caches_references: as ModelConfig's.
     text_length, size: text positions and pixels of a side by default. edits: whether pictures may be given to it.
+    embeds_guidance: the guidance scale is an input of the transformer, so a step is one pass.
     """
 
     name: str
@@ -150,13 +170,24 @@ class Variant:
     text_length: int = 512
     size: int = 1024
     edits: bool = True
+    embeds_guidance: bool = False
 
     @property
     def is_gated(self) -> bool:
         return self.licence == _NON_COMMERCIAL
 
+    @property
+    def passes(self) -> int:
+        """Of the transformer in a step, at the default guidance."""
+        return 2 if self.guidance > 1 and not self.embeds_guidance else 1
 
-_4B, _9B = (3072, 5, 20), (4096, 8, 24)
+    @property
+    def family(self) -> str:
+        """Which FLUX.2 it is, in BFL's words."""
+        return f"FLUX.2 [{'dev' if self.embeds_guidance else 'klein'}]"
+
+
+_4B, _9B, _DEV = (3072, 5, 20), (4096, 8, 24), (6144, 8, 48)
 _APACHE = "Apache-2.0"
 _NON_COMMERCIAL = "FLUX non-commercial (gated)"
 
@@ -166,11 +197,16 @@ VARIANTS = (
     Variant("9b", "black-forest-labs/FLUX.2-klein-9B", _9B, True, 4, 1.0, _NON_COMMERCIAL),
     Variant("base-9b", "black-forest-labs/FLUX.2-klein-base-9B", _9B, False, 50, 4.0, _NON_COMMERCIAL),
     Variant("9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", _9B, True, 4, 1.0, _NON_COMMERCIAL, True),
+    Variant(
+        "dev", "black-forest-labs/FLUX.2-dev", _DEV, False, 50, EMBEDDED_GUIDANCE, _NON_COMMERCIAL, embeds_guidance=True
+    ),
 )
 UNLISTED = {  # any other size: a toy, a test, a fine-tune with other dimensions
     True: Variant("distilled", None, (0, 0, 0), True, 4, 1.0, "not stated"),
     False: Variant("base", None, (0, 0, 0), False, 50, 4.0, "not stated"),
 }
+# The same of dev.
+EMBEDDED = Variant("embedded", None, (0, 0, 0), False, 50, EMBEDDED_GUIDANCE, "not stated", embeds_guidance=True)
 TINY = Variant("tiny", None, (0, 0, 0), True, 4, 1.0, _APACHE)
 # A transformer for the 4B's encoder and VAE, trained on text to image at 512 x 512.
 ONE_STEP = Variant(
@@ -206,16 +242,21 @@ class ModelConfig:
         _require(
             t.in_channels == 4 * v.latent_channels, "transformer in_channels", t.in_channels, 4 * v.latent_channels
         )
-        own, needed = (ENCODERS.get(size) for size in (e.hidden_size, t.joint_attention_dim // max(len(self.taps), 1)))
+        kind = "mistral" if t.guidance_embeds else "qwen3"
+        own = ENCODERS.get((e.model_type, e.hidden_size))
+        needed = ENCODERS.get((kind, t.joint_attention_dim // max(len(self.taps), 1)))
         if own and needed and own != needed:
             sizes = " and ".join(v.name for v in VARIANTS if v.dimensions[0] == t.hidden_size)
             raise CheckpointError(f"the text encoder is {own}; {sizes or 'this transformer'} needs {needed}")
+        if e.model_type != kind:
+            which = "[dev], which needs Mistral-Small" if t.guidance_embeds else "[klein], which needs Qwen3"
+            raise CheckpointError(f"the text encoder is a {e.model_type}; the transformer is FLUX.2 {which}")
         wanted = len(self.taps) * e.hidden_size
         _require(t.joint_attention_dim == wanted, "transformer joint_attention_dim", t.joint_attention_dim, wanted)
         _check_rope(t)
         _check_groups(v)
-        if t.guidance_embeds:
-            raise CheckpointError("guidance_embeds is true: this is FLUX.2 [dev]; klein_mlx runs FLUX.2 [klein]")
+        if t.guidance_embeds and self.is_distilled:
+            raise CheckpointError("both guidance_embeds (FLUX.2 [dev]) and is_distilled are true: one is wrong")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 < self.taps[0] <= self.taps[-1]:
             raise CheckpointError(f"the tapped layers are {self.taps}; they must be at least 1 and increasing")
         if self.taps[-1] > e.num_hidden_layers:
@@ -227,9 +268,10 @@ class ModelConfig:
         if self.variant_name in NAMED:
             return NAMED[self.variant_name]
         t = self.transformer
-        mine = ((t.hidden_size, t.num_layers, t.num_single_layers), self.is_distilled, self.caches_references)
-        rows = [v for v in VARIANTS if (v.dimensions, v.is_distilled, v.caches_references) == mine]
-        return rows[0] if rows else UNLISTED[self.is_distilled]
+        sizes = t.hidden_size, t.num_layers, t.num_single_layers
+        mine = sizes, self.is_distilled, self.caches_references, t.guidance_embeds
+        own = [v for v in VARIANTS if (v.dimensions, v.is_distilled, v.caches_references, v.embeds_guidance) == mine]
+        return own[0] if own else EMBEDDED if t.guidance_embeds else UNLISTED[self.is_distilled]
 
     @cached_property
     def pixels_per_token(self) -> int:
@@ -249,7 +291,8 @@ def settle_variant(config: ModelConfig, name: str) -> ModelConfig:
     fitting = [
         row.name for row in rows.values() if row.dimensions == (t.hidden_size, t.num_layers, t.num_single_layers)
     ]
-    if fitting and name not in fitting:
+    if (fitting and name not in fitting) or variant.embeds_guidance != t.guidance_embeds:
+        fitting = fitting or [EMBEDDED.name if t.guidance_embeds else "klein"]
         raise CheckpointError(f"variant is {name!r}, and the transformer has the sizes of {' or '.join(fitting)}")
     own = {"variant_name": name, "max_sequence_length": variant.text_length, "default_size": variant.size}
     others = {"variant_name": None}
@@ -305,7 +348,7 @@ def resolve(model: str, own: Mapping[str, str] | None = None) -> str:
     theirs in any case.
     """
     model = (own or {}).get(model, model)
-    plain = re.sub(r"^(flux\.?2-)?klein-", "", model.lower())
+    plain = re.sub(r"^(flux\.?2-)?klein-|^flux\.?2-(?=dev$)", "", model.lower())
     same = (name for name, alias in ALIASES.items() if alias.hub_id.lower() == plain)
     known = plain if plain in ALIASES or plain == "tiny" else next(same, None)
     if known is None or (known != model and os.path.exists(model)):
@@ -336,14 +379,14 @@ def gated_notice(hub_id: str) -> str | None:
     return None
 
 
-def default_taps(num_hidden_layers: int) -> tuple[int, ...]:
-    """The tapped layers of an encoder whose files state none: klein's, whatever is left out above the last of them.
+def default_taps(num_hidden_layers: int, model_type: str = "qwen3") -> tuple[int, ...]:
+    """The tapped layers of an encoder whose files state none: its kind's, whatever is left out above the last of them.
 
-    They are a default argument of diffusers' pipeline. Encoders with fewer layers, which klein's taps do not fit, are
+    They are a default argument of diffusers' pipeline. Encoders with fewer layers, which these do not fit, are
     tapped at the same fractions of their depth.
     """
-    if num_hidden_layers >= KLEIN_TAPS[-1]:
-        return KLEIN_TAPS
+    if num_hidden_layers >= TAPS[model_type][-1]:
+        return TAPS[model_type]
     return tuple(num_hidden_layers * k // 4 for k in (1, 2, 3))
 
 

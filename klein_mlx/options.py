@@ -200,7 +200,7 @@ class Options:
         common=True,
     )
     guidance_scale: float | None = option(
-        "guidance scale; above 1 with base variants only",
+        "guidance scale; above 1 with base variants and dev only",
         "--guidance",
         kind=float,
         low=1,

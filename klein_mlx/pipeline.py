@@ -259,9 +259,8 @@ class KleinPipeline(metaclass=Answering):
     def sent(self, run: Run) -> int:
         """Bytes of keys and values that a step sends from the first process to each of those that share the picture."""
         (h, w), work = run.plan.grid, run.plan.work
-        passes = 2 if run.request.guidance > 1 else 1
         tokens = work.length + h * w + work.tokens
-        return passes * self.peers.sent(tokens, self.config.transformer, self.dtype.size)
+        return run.request.passes * self.peers.sent(tokens, self.config.transformer, self.dtype.size)
 
     def _work(self, request: Request, opened: Opened) -> Work:
         """What of the request decides its memory."""
@@ -275,10 +274,10 @@ class KleinPipeline(metaclass=Answering):
             tokens=tokens,
             length=request.max_sequence_length,
             encodes=not self.encodings.knows(request),
-            memories=(1 + (request.guidance > 1)) * (request.reuse_references or self.config.caches_references),
+            memories=request.passes * (request.reuse_references or self.config.caches_references),
         )
-        batched = request.guidance > 1 and request.batch_guidance
-        if request.guidance > 1 and request.batch_guidance is None and self.peers.size == 1:  # else all must agree
+        batched = request.passes == 2 and request.batch_guidance
+        if request.passes == 2 and request.batch_guidance is None and self.peers.size == 1:  # else all must agree
             batched = self.parts.fits_twice(work)
         return replace(work, rows=2) if batched else work
 
@@ -414,7 +413,8 @@ class KleinPipeline(metaclass=Answering):
         transformer = self.parts.get("transformer", run)
         with run.timed("steps"):
             still = self.config.caches_references and references is not None
-            return Tables(transformer, references, run.plan.grid, run.plan.sigmas[:-1], self.dtype, still)
+            plan, guidance = run.plan, run.request.guidance
+            return Tables(transformer, references, plan.grid, plan.sigmas[:-1], self.dtype, still, guidance)
 
     def _predict(self, run: Run, prompt: int, conditions: Conditions, tables: Tables) -> Predict:
         """The velocity as a function of latents and sigma, with guidance where asked for."""

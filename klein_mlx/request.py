@@ -78,6 +78,7 @@ class Request(Options):
     edit: Edit | None = None
     steps: int = 0
     guidance: float = 1.0
+    passes: int = 1  # of the transformer in a step: 2 where guidance is classifier-free
     sigmas: tuple[float, ...] | None = None
     negative_prompt: str = ""
     max_sequence_length: int = 0
@@ -106,6 +107,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
             asked[name] = own.check(name, asked[name])
     steps, sigmas = _steps(config, options.num_inference_steps, options.sigmas)
     guidance, notes = _guidance(config, options.guidance_scale, options.negative_prompt)
+    passes = 2 if guidance > 1 and not config.transformer.guidance_embeds else 1
     _check_size(config, options.height, options.width)
     length = options.max_sequence_length or config.max_sequence_length
     edit = check_edit(sigmas=sigmas, **{name: asked[name] for name in EDITS})
@@ -113,7 +115,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         "negative_prompt": _text("negative_prompt", options.negative_prompt or ""),
         "num_inference_steps": steps,
         "guidance_scale": guidance,
-        "batch_guidance": _batch_guidance(options.batch_guidance, guidance, options.prompt_embeds, length),
+        "batch_guidance": _batch_guidance(options.batch_guidance, guidance, passes, options.prompt_embeds, length),
         "sigmas": sigmas,
         "max_sequence_length": length,
         "rng": options.rng or ("mlx" if options.generator is None else "torch"),
@@ -141,6 +143,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
         edit=edit,
         steps=steps,
         guidance=guidance,
+        passes=passes,
         notes=notes,
     )
     _latents(config, request)
@@ -189,16 +192,22 @@ def _guidance(
         name = variant.name
         notes = (f"guidance {guidance:g} is ignored: {name} is distilled, guidance is built into its weights",)
         guidance = 1.0
+    if negative_prompt and config.transformer.guidance_embeds:
+        raise RequestError("negative_prompt", rule=f"has no use with {variant.name}: its guidance is embedded; drop it")
     if negative_prompt and guidance <= 1:
         hint = "; a distilled model has none: use a base variant" if config.is_distilled else ""
         raise RequestError("negative_prompt", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}{hint}")
     return float(guidance), notes
 
 
-def _batch_guidance(value: bool | None, guidance: float, prompt_embeds: Any, length: int) -> bool | None:
+def _batch_guidance(value: bool | None, guidance: float, passes: int, prompt_embeds: Any, length: int) -> bool | None:
     """False where the two branches differ in length; None: as memory allows."""
-    if value is not None and guidance <= 1:
-        raise RequestError("batch_guidance", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}")
+    if value is not None and passes == 1:
+        rule = f"needs a {{guidance_scale}} over 1, and it is {guidance:g}"
+        raise RequestError(
+            "batch_guidance",
+            rule=rule if guidance <= 1 else "needs two passes; embedded guidance takes one",
+        )
     if prompt_embeds is None or prompt_embeds.shape[1] == length:
         return value
     if value:

@@ -36,12 +36,14 @@ def normal(*shape: int, seed: int) -> mx.array:
 
 
 def test_the_table() -> None:
-    assert [v.name for v in VARIANTS] == ["4b", "base-4b", "9b", "base-9b", "9b-kv"]
-    assert {v.name for v in VARIANTS if v.is_gated} == {"9b", "base-9b", "9b-kv"}
+    assert [v.name for v in VARIANTS] == ["4b", "base-4b", "9b", "base-9b", "9b-kv", "dev"]
+    assert {v.name for v in VARIANTS if v.is_gated} == {"9b", "base-9b", "9b-kv", "dev"}
     assert {v.name: (v.steps, v.guidance) for v in VARIANTS if not v.is_distilled} == {
         "base-4b": (50, 4.0),
         "base-9b": (50, 4.0),
+        "dev": (50, 4.0),
     }
+    assert [v.name for v in VARIANTS if v.embeds_guidance] == ["dev"]
 
 
 def test_the_pipeline_class_tells_that_references_are_kept(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def calibrate(
     if source.quantization:
         stored = " and ".join(source.quantization)
         raise CheckpointError(f"{source.path}: its {stored} is quantized already; calibration starts from the original")
-    tokenizer = read_tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+    config = source.config.text_encoder
+    tokenizer = read_tokenizer(source.tokenizer_file, config.vocab_size, config.model_type)
     tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]
     whole = {part: _load_whole(part, source) for part in ("text_encoder", "transformer")}
     encoder: Any = whole["text_encoder"]

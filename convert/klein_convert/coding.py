@@ -100,7 +100,9 @@ def transformer_stages(config: ModelConfig, sigmas: list[float]) -> list[Stage]:
         return {**sample.state, "txt": module.embed_text(look.embeds), "img": img}
 
     t = config.transformer
-    time = ((("time_in.linear_1",),), (("time_in.linear_2",),), (("mod_img", "mod_txt", "mod_single", "final_mod"),))
+    inputs = ("time_in", "guidance_in") if t.guidance_embeds else ("time_in",)
+    first, second = (tuple((f"{name}.linear_{number}",) for name in inputs) for number in (1, 2))
+    time = (first, second, (("mod_img", "mod_txt", "mod_single", "final_mod"),))
     stages = [Stage(time, modulate), Stage(((("img_in",), ("txt_in",)),), enter)]
     for index in range(t.num_layers):
         both = [f"double_blocks.{index}.{stream}" for stream in ("txt", "img")]

@@ -52,6 +52,8 @@ def export_diffusers(
     an encoder's last layer, and the tapped one must stay as it is. Returns the destination.
     Raises CheckpointError, and leaves nothing behind, if anything is wrong.
     """
+    if source.config.transformer.guidance_embeds:  # transformers' class of its encoder has a vision tower, never read
+        raise CheckpointError(f"{source.path}: FLUX.2 [dev] is written in klein_mlx's own format only")
     target = checked_destination(Path(destination), source.path, force, INDEX_FILE)
     parts = {part: _their_weights(source, part) for part in PARTS}
     total = sum(array.nbytes for weights in parts.values() for array in weights.values())

@@ -14,11 +14,13 @@ from mlx.utils import tree_map
 from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
 from klein_mlx.errors import RequestError
+from klein_mlx.formats.lora import BASES
+from klein_mlx.formats.part import MISTRAL
 from klein_mlx.model.layers import Gpu, gpu, place, wide
 from klein_mlx.model.sampler import image_ids, text_ids
-from klein_mlx.model.text_encoder import TextEncoder
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer, rope_tables
 from klein_mlx.model.vae import VAE
+from klein_mlx.weights.checkpoint import ENCODER_CLASSES
 from klein_mlx.weights.quantize import Quantization, prepare
 
 # M1 and M2: Apple's own figures. M3, M4: Apple states none; benchmark sites', as the Hugging Face Hub lists them
@@ -119,7 +121,7 @@ LAUNCH_SECONDS = 5e-6
 
 
 def klein(size: str) -> ModelConfig:
-    """The published architecture of "4b" or "9b"; no file is needed."""
+    """The published architecture of "4b", "9b" or "dev"; no file is needed."""
     transformer = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
     encoder = TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128)
     if size == "9b":
@@ -127,8 +129,11 @@ def klein(size: str) -> ModelConfig:
             transformer, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
         )
         encoder = replace(encoder, hidden_size=4096, intermediate_size=12288)
+    if is_dev := size == "dev":
+        transformer, encoder = BASES["FLUX.2 [dev]"], MISTRAL
     vae = VAEConfig((128, 256, 512, 512), 2, 32)
-    return ModelConfig(transformer, encoder, vae, is_distilled=True, taps=default_taps(36))
+    taps = default_taps(encoder.num_hidden_layers, encoder.model_type)
+    return ModelConfig(transformer, encoder, vae, is_distilled=not is_dev, taps=taps)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def picture_cost(
 
 
 def _encode(config: ModelConfig, length: int, dtype: mx.Dtype, quantization: Quantization | None, device: Gpu) -> Cost:
-    encoder = TextEncoder(config.text_encoder, config.taps)
+    encoder = ENCODER_CLASSES[config.text_encoder.model_type](config.text_encoder, config.taps)
     if quantization:
         prepare(encoder, "text_encoder", quantization)
     encoder.set_dtype(dtype)

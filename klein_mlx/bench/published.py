@@ -68,7 +68,7 @@ def _hub_digest(path: Path) -> str | None:
 def _architecture(source: Source, setting: Setting) -> Iterator[Row]:
     """The configs against the published ones, field by field."""
     name = source.config.variant.name
-    size = next((size for size in ("4b", "9b") if size in name), None)
+    size = next((size for size in ("4b", "9b", "dev") if size in name), None)
     if size is None:
         yield Row("architecture", f"{name}: nothing is published of its configs")
         return

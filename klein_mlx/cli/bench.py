@@ -145,8 +145,7 @@ def _report(
     seconds = {phase: _spread([r.seconds.get(phase, 0.0) for r in runs]) for phase in phases}
     totals = [sum(r.seconds.values()) for r in runs]
     quantization = {**pipe.source.quantization, **pipe.parts.quantization}
-    passes = 2 if config.variant.guidance > 1 else 1
-    cost = picture_cost(config, *size, steps, pipe.dtype, quantization, passes)
+    cost = picture_cost(config, *size, steps, pipe.dtype, quantization, config.variant.passes)
     flops = {"encode": cost.encode.flops, "step": cost.step.flops, "decode": cost.decode.flops}
     step = statistics.median(t for r in runs for name, t in r.seconds.items() if name.startswith("step "))
     times = {"step": step, **{name: seconds[name]["median"] for name in ("encode", "decode") if name in seconds}}
@@ -290,7 +289,8 @@ def source_without_files(model: str, variant: str | None) -> Any:
         from klein_mlx.formats.open import open_model
 
         return open_model(obtain(model, offline=True), local_files_only=True, variant=variant)
-    config = settle_variant(klein("9b" if "9b" in found.name else "4b"), variant or found.name)
+    size = next(size for size in ("dev", "9b", "4b") if size in found.name)
+    config = settle_variant(klein(size), variant or found.name)
     return SimpleNamespace(path=found.name, config=config, quantization={})
 
 
@@ -306,12 +306,11 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], Callable
     dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
     source = source_without_files(args.model or DEFAULT_MODEL, args.variant)
     config, variant = source.config, source.config.variant
-    steps, guidance, name = variant.steps, variant.guidance, variant.name
+    steps, passes, name = variant.steps, variant.passes, variant.name
     quantization = {**source.quantization, **settle(asked_bits(args), source)}
     width, height = _size(args, config)
     steps = args.num_inference_steps or steps
     request = check(config, prompt="", width=width, height=height, num_inference_steps=steps, seed=0)
-    passes = 2 if guidance > 1 else 1
 
     @cache
     def traced(device: "Gpu") -> "PictureCost":

@@ -154,7 +154,7 @@ def obtain(
     Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
     """
     from klein_mlx.formats.open import (
-        TOKENIZER_REPOSITORY,
+        TOKENIZERS,
         check_revision,
         held_parts,
         hub_id_of,
@@ -162,6 +162,7 @@ def obtain(
         open_cached,
         single_file,
         tokenizer_beside,
+        tokenizer_kind,
     )
 
     name = model
@@ -176,9 +177,10 @@ def obtain(
     hub_id = hub_id_of(name)
     file = single_file(name) if tokenizer and not offline else None
     if file and set(parts) <= set(held_parts(file)) and tokenizer_beside(file) is None:
-        told = f"put Qwen3's tokenizer.json beside {file}"
+        who, repository = TOKENIZERS[tokenizer_kind(file)]
+        told = f"put {who}'s tokenizer.json beside {file}"
         try:
-            bring(TOKENIZER_REPOSITORY, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
+            bring(repository, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: has no tokenizer; {told} ({error})") from None
     if hub_id is None or offline:

@@ -73,17 +73,19 @@ def find_language_model(source: Any, model: str | None, offline: bool) -> tuple[
             f"{source.path}: its text encoder lacks the layers that --enhance needs; name a language model with "
             "--enhance-model, such as Qwen/Qwen3-4B"
         )
-    _check_config(encoder)
+    if _check_config(encoder).get("model_type") == "mistral3":
+        raise CheckpointError(f"{source.path}: has no Qwen3; name one with --enhance-model, such as Qwen/Qwen3-4B")
     return encoder, tokenizer, "the checkpoint's Qwen3"
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({type(error).__name__})") from None
     if not isinstance(config, dict) or "model_file" in config or "auto_map" in config:
         raise CheckpointError(f"{folder / 'config.json'}: needs custom code to be run; klein_mlx runs none")
+    return config
 
 
 class LanguageModel:

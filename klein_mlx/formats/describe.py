@@ -68,6 +68,7 @@ def _describe_part(file: PartFile) -> dict[str, Any]:
         "path": str(file.path),
         "part": file.part,
         "format": file.format,
+        "fits": file.fits,
         "variants": file.variants,
         "parameters": parameters,
         "bytes": sum(sources.values()),
@@ -81,7 +82,7 @@ def _describe_part(file: PartFile) -> dict[str, Any]:
 
 def _format_part(d: dict[str, Any]) -> str:
     option = d["part"].replace("_", "-")
-    fits = f", of FLUX.2 [klein] {' or '.join(d['variants'])}" if d["variants"] else ""
+    fits = f", of {d['fits']}" if d["variants"] else ""
     lines = [
         f"{d['part']} alone{fits}",
         f"  path     {d['path']} ({d['format']})",
@@ -115,7 +116,8 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
 def heading(name: str, is_distilled: bool, steps: int, guidance: float) -> str:
     """The first line of a model's description."""
     kind = "" if name == "distilled" else f" ({'distilled' if is_distilled else 'not distilled'})"
-    return f"FLUX.2 [klein], variant {name}{kind}: {steps} steps, guidance {guidance:g}"
+    family = "FLUX.2 [dev]" if name == "dev" else "FLUX.2 [klein]"
+    return f"{family}, variant {name}{kind}: {steps} steps, guidance {guidance:g}"
 
 
 def memory_line(m: Mapping[str, Any]) -> str:

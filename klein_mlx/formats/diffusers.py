@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from klein_mlx.config import MAX_SHIFT, PARTS, TIME_SHIFTS, ModelConfig, default_taps
 from klein_mlx.errors import CheckpointError
-from klein_mlx.formats.names import SAME, diffusers_name, is_left_out, their_shape, to_ours
+from klein_mlx.formats.names import DIFFUSERS, SAME, Found, find_parts, their_name, their_shape, to_ours
+from klein_mlx.formats.part import is_left_over
 from klein_mlx.weights.checkpoint import CONFIG_CLASSES, ReadRows, expected, file_rows, model_config
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import WeightFiles, open_weights, read_json, require_file
@@ -33,10 +34,12 @@ _KINDS = {
     "text_encoder": ("model_type", "qwen3"),
     "vae": ("_class_name", "AutoencoderKLFlux2"),
 }
+_MISTRAL = "mistral3"  # the same of dev: a language model with a vision tower beside it
 # Settings that klein always has, and that are computed so whatever a file says: another value would be another model.
 _FIXED: dict[str, dict[str, Any]] = {
     "transformer": {"patch_size": 1},
     "text_encoder": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
+    _MISTRAL: {"model_type": "mistral", "hidden_act": "silu", "sliding_window": None},
     "vae": {"act_fn": "silu", "patch_size": [2, 2]},
 }
 # Of the scheduler: what is followed, with diffusers' defaults, and what every schedule of klein's has.
@@ -76,7 +79,7 @@ class DiffusersFolder:
         return {ours: to_ours(layout, arrays[theirs]) for ours, (theirs, layout, _) in renames.items()}
 
     def rows(self, part: str, name: str) -> ReadRows | None:
-        theirs, layout = diffusers_name(part, name)
+        theirs, layout, _ = self._renames(part)[name]
         return file_rows(self._open(part), theirs) if layout == SAME else None
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
@@ -87,13 +90,24 @@ class DiffusersFolder:
 
     def _renames(self, part: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         """Our name -> diffusers' name, its layout there, and its shape here."""
-        return {ours: (*diffusers_name(part, ours), shape) for ours, shape in expected(part, self.config).items()}
+        found, shapes = self._found(part), expected(part, self.config)
+        places = {ours: their_name(part, found.dialect, ours) for ours in shapes}
+        return {ours: (found.prefix + theirs, layout, shapes[ours]) for ours, (theirs, layout) in places.items()}
+
+    def _found(self, part: str) -> Found:
+        """In whose names a part is. Mistral's language model is behind another prefix by transformers' age."""
+        usual = Found(part, DIFFUSERS, "")
+        if part != "text_encoder" or self.config.text_encoder.model_type != "mistral":
+            return usual
+        shards = open_weights(self.path / part, STEMS[part]).shards.values()
+        found = find_parts({name for entries in shards for name in entries})
+        return next((one for one in found if one.part == part), usual)
 
     def _open(self, part: str) -> WeightFiles:
         """The part's files, checked: what must be in them is, as it must be, and nothing else is."""
-        files = open_weights(self.path / part, STEMS[part])
+        files, found = open_weights(self.path / part, STEMS[part]), self._found(part)
         shapes = {theirs: their_shape(layout, shape) for theirs, layout, shape in self._renames(part).values()}
-        files.check(shapes, left_out=lambda name: is_left_out(part, name, self.config))
+        files.check(shapes, left_out=lambda name: is_left_over(found, name.removeprefix(found.prefix), self.config))
         return files
 
 
@@ -112,7 +126,7 @@ def open_diffusers(folder: Path, name: str | None = None, revision: str | None =
     cached = values.get("_class_name") == KV_PIPELINE  # whose own default is a distilled model
     defaults = {
         "caches_references": cached,
-        "taps": default_taps(depth),
+        "taps": default_taps(depth, parts["text_encoder"].model_type),
         "max_sequence_length": 512,
         "default_size": 1024,
         "is_distilled": cached,
@@ -187,9 +201,14 @@ def _read_config(path: Path, part: str) -> Any:
     """A part's config.json as a dataclass, once it has said that it is klein's kind of part."""
     values = read_json(path)
     name, right = _KINDS[part]
-    if values.get(name) != right:
+    if part == "transformer":
+        values = {"guidance_embeds": True, **values}  # as diffusers: the first releases, dev's, had no choice
+    fixed, inner = _FIXED[part], values.get("text_config")
+    if part == "text_encoder" and values.get(name) == _MISTRAL and isinstance(inner, Mapping):
+        fixed, values = _FIXED[_MISTRAL], {"model_type": "mistral", **inner}
+    elif values.get(name) != right:
         raise CheckpointError(f"{path}: {name} is {values.get(name)!r}; FLUX.2 [klein] has {right!r}")
-    for name, right in _FIXED[part].items():
+    for name, right in fixed.items():
         if values.get(name, right) != right:
             raise CheckpointError(f"{path}: {name} is {values[name]!r}; FLUX.2 [klein] has {right!r}")
     rope = values.get("rope_parameters")

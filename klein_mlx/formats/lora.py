@@ -28,22 +28,27 @@ from klein_mlx.formats.lora_factors import (
 from klein_mlx.formats.lora_keys import PIECES, Place, find_module, read_key, refused_kind
 from klein_mlx.formats.lora_metadata import Strengths, read_strengths
 from klein_mlx.formats.names import BFL, THIRDS, find_parts
-from klein_mlx.formats.part import KLEIN
+from klein_mlx.formats.part import KLEIN, MISTRAL
 from klein_mlx.weights.checkpoint import expected
 from klein_mlx.weights.lora import Change, Lora
 from klein_mlx.weights.safetensors import Entry, WeightFiles, digest_file, is_finite, read_header, read_metadata
 
 _KLEIN_4B: TransformerConfig = KLEIN["transformer"]
-_BASES = {
+BASES = {
     "FLUX.2 [klein] 4B": _KLEIN_4B,
     "FLUX.2 [klein] 9B": replace(
         _KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
     ),
     "FLUX.2 [dev]": replace(
-        _KLEIN_4B, num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360
+        _KLEIN_4B,
+        num_layers=8,
+        num_single_layers=48,
+        num_attention_heads=48,
+        joint_attention_dim=15360,
+        guidance_embeds=True,
     ),
 }
-_HIDDEN = {config.hidden_size: name for name, config in _BASES.items()}
+_HIDDEN = {config.hidden_size: name for name, config in BASES.items()}
 _ENCODERS = {
     1024: "Qwen3-0.6B (the encoder of Anima)",
     2560: "Qwen3-4B",
@@ -68,7 +73,6 @@ _FAMILIES = (
         r"|single_transformer_blocks_\d+_(attn_to_[qkv]\b|proj_|norm)|vector_in|time_text_embed",
         _FLUX1,
     ),
-    (r"guidance_in_|time_guidance_embed_guidance", _DEV),
     (r"transformer_blocks_\d+_(img|txt)_(mod|mlp)_", _QWEN),
     (r"blocks_\d+_(cross|self)_attn_(q|k|v|output)_proj|adaln_modulation_(self|cross)_attn|llm_adapter", _ANIMA),
     (r"blocks_\d+_(cross|self)_attn_(q|k|v|o|k_img|v_img)\b|blocks_\d+_ffn_(\d\b|net_)", "Wan"),
@@ -132,9 +136,10 @@ def shapes_of(config: ModelConfig, part: str) -> Mapping[str, tuple[int, ...]]:
 
 @cache
 def _base_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
-    config = _BASES[name]
-    encoder = replace(KLEIN["text_encoder"], hidden_size=config.joint_attention_dim // 3)
-    return shapes_of(ModelConfig(config, encoder, KLEIN["vae"], True, (9, 18, 27)), "transformer")
+    config = BASES[name]
+    encoder = MISTRAL if config.guidance_embeds else KLEIN["text_encoder"]
+    encoder = replace(encoder, hidden_size=config.joint_attention_dim // 3)
+    return shapes_of(ModelConfig(config, encoder, KLEIN["vae"], not config.guidance_embeds, (9, 18, 27)), "transformer")
 
 
 def foreign_base(unknown: Collection[str]) -> str | None:
@@ -167,7 +172,7 @@ def tell_base(shapes: Mapping[str, tuple[int, ...]]) -> Base:
     other = _lookalike(shapes) if hidden == _KLEIN_4B.hidden_size else None
     if other:
         return Base(other, hidden)
-    fitting = [name for name in _BASES if all(_base_shapes(name).get(path) == s for path, s in shapes.items())]
+    fitting = [name for name in BASES if all(_base_shapes(name).get(path) == s for path, s in shapes.items())]
     if fitting and shapes:
         return Base(fitting[0], hidden)
     return Base(_HIDDEN.get(hidden or 0), hidden)
@@ -450,8 +455,9 @@ def _fit(file: LoraFile, config: ModelConfig) -> tuple[list[str], list[str]]:
 
 
 def _other_model(file: LoraFile, what: str, config: ModelConfig) -> CheckpointError:
-    variant, hidden = config.variant.name, config.transformer.hidden_size
-    return CheckpointError(f"{file.path}: is a LoRA for {what}; this model is klein {variant} (hidden size {hidden})")
+    variant, hidden = config.variant, config.transformer.hidden_size
+    name = variant.family if variant.embeds_guidance else f"klein {variant.name}"
+    return CheckpointError(f"{file.path}: is a LoRA for {what}; this model is {name} (hidden size {hidden})")
 
 
 def _homeless_role(roles: Mapping[str, str], place: Place, shape: tuple[int, ...]) -> str | None:

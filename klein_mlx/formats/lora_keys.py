@@ -61,6 +61,8 @@ _PREFIXES = (
     "transformer_",
     "text_encoders_qwen3_4b_",
     "text_encoders_qwen3_8b_",
+    "text_encoders_mistral3_24b_",
+    "language_model_",
     "text_encoder_",
     "te_",
     "te1_",

@@ -30,6 +30,8 @@ TRANSFORMER = (
     Rule("txt_in", "context_embedder"),
     Rule("time_in.linear_1", "time_guidance_embed.timestep_embedder.linear_1"),
     Rule("time_in.linear_2", "time_guidance_embed.timestep_embedder.linear_2"),
+    Rule("guidance_in.linear_1", "time_guidance_embed.guidance_embedder.linear_1"),
+    Rule("guidance_in.linear_2", "time_guidance_embed.guidance_embedder.linear_2"),
     Rule("mod_img", "double_stream_modulation_img.linear"),
     Rule("mod_txt", "double_stream_modulation_txt.linear"),
     Rule("mod_single", "single_stream_modulation.linear"),
@@ -125,12 +127,18 @@ TABLES = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
 WHOLE = {"latent_mean": "bn.running_mean", "latent_var": "bn.running_var"}
 
 
+_BESIDE_MISTRAL = re.compile(r"(model\.)*(vision_tower|multi_modal_projector|lm_head)\b")
+
+
 def is_left_out(part: str, theirs: str, config: ModelConfig) -> bool:
     """Whether a weight is one that diffusers' folders hold and a picture never needs.
 
-    The encoder's layers above the last tap, its final norm and language head; the BatchNorm's training counter.
+    The encoder's layers above the last tap, its final norm and language head, Mistral's vision; the BatchNorm's
+    training counter.
     """
     if part == "text_encoder":
+        if config.text_encoder.model_type == "mistral" and _BESIDE_MISTRAL.match(theirs):
+            return True
         layer = re.match(r"model\.layers\.(\d{1,4})\.", theirs)
         if layer:
             return config.taps[-1] <= int(layer[1]) < config.text_encoder.num_hidden_layers
@@ -163,6 +171,8 @@ BFL_TRANSFORMER = (
     Rule("txt_in", "txt_in"),
     Rule("time_in.linear_1", "time_in.in_layer"),
     Rule("time_in.linear_2", "time_in.out_layer"),
+    Rule("guidance_in.linear_1", "guidance_in.in_layer"),
+    Rule("guidance_in.linear_2", "guidance_in.out_layer"),
     Rule("mod_img", "double_stream_modulation_img.lin"),
     Rule("mod_txt", "double_stream_modulation_txt.lin"),
     Rule("mod_single", "single_stream_modulation.lin"),
@@ -292,6 +302,10 @@ _MARKS = (
     ("text_encoder", DIFFUSERS, "model.layers.0.self_attn.q_norm.weight"),
     ("text_encoder", MFLUX, "layers.0.self_attn.q_norm.weight"),
     ("text_encoder", LLAMA_CPP, "blk.0.attn_q_norm.weight"),
+    # Mistral-Small's, which has no norms there, or another model's: their sizes tell.
+    ("text_encoder", DIFFUSERS, "model.layers.0.self_attn.q_proj.weight"),
+    ("text_encoder", MFLUX, "layers.0.self_attn.q_proj.weight"),
+    ("text_encoder", LLAMA_CPP, "blk.0.attn_q.weight"),
     ("vae", LDM, "encoder.down.0.block.0.norm1.weight"),
     ("transformer", OURS, "mod_img.weight"),
     ("vae", OURS, "latent_mean"),
@@ -301,7 +315,11 @@ _MARKS = (
 
 
 ONE_STEP_PREFIX = "model."  # of the transformer of klein's variant 4b-1step
-_ENCODER_PREFIXES = ("", "qwen3_4b.transformer.", "qwen3_8b.transformer.", "qwen3_4b.", "qwen3_8b.")
+# Mistral3ForConditionalGeneration's language model is behind one of the last two, by transformers' age.
+_ENCODER_PREFIXES = (
+    *("", "qwen3_4b.transformer.", "qwen3_8b.transformer.", "qwen3_4b.", "qwen3_8b.", "mistral3_24b.transformer."),
+    *("mistral3_24b.", "language_model.", "model.language_model."),
+)
 _PREFIXES = {
     "transformer": ("", "model.diffusion_model.", "diffusion_model.", ONE_STEP_PREFIX),
     "text_encoder": tuple(
@@ -327,10 +345,12 @@ def canonical(name: str) -> str:
     return re.sub(r"^(?:encoder|decoder)\.((?:post_)?quant_conv\.)", r"\1", name)
 
 
+OTHER_LANGUAGE_MODEL = "a language model other than Qwen3 and Mistral-Small"
+
+
 # What a stranger is, by a pattern that one of its names has. The first match counts.
 _STRANGERS = (
     (r"lora_|\.lora\.|lokr_|hada_|dora_scale", "a LoRA: give it as --lora, beside a model"),
-    (r"guidance_in\.|time_guidance_embed\.guidance_embedder", "FLUX.2 [dev]"),
     (r"distilled_guidance_layer", "Chroma"),
     (r"double_blocks\.\d+\.img_mod\.lin|^transformer_blocks\.\d+\.norm1_context\.linear", "FLUX.1"),
     (r"transformer_blocks\.\d+\.img_mod\.1", "Qwen-Image"),
@@ -342,7 +362,7 @@ _STRANGERS = (
     (r"SelfAttention\.relative_attention_bias|enc\.blk\.0\.attn_rel_b", "a T5 encoder"),
     (r"text_model\.encoder\.layers|transformer\.resblocks", "a CLIP encoder"),
     (r"visual\.(blocks|patch_embed)|vision_tower", "a vision-language model"),
-    (r"model\.layers\.\d+\.self_attn|blk\.\d+\.attn_q\.weight", "a language model other than Qwen3"),
+    (r"model\.layers\.\d+\.self_attn|blk\.\d+\.attn_q\.weight", OTHER_LANGUAGE_MODEL),
 )
 
 
@@ -356,7 +376,12 @@ def stranger(names: Collection[str]) -> str | None:
 
 # ---- layouts ----
 
-BY_ROWS = (SAME, HALVES, *THIRDS)  # they move whole rows, so quantized weights move as well
+INTERLEAVED = "interleaved "  # and a head's size: there its rows of both halves in turn, as rotary pairs
+
+
+def by_rows(layout: str) -> bool:
+    """Whether a layout moves whole rows, so that quantized weights move as well."""
+    return layout in (SAME, HALVES, *THIRDS) or layout.startswith(INTERLEAVED)
 
 
 def their_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -381,6 +406,9 @@ def to_ours(layout: str, array: mx.array) -> mx.array:
         return array.reshape(array.shape[0], array.shape[3])
     if layout in THIRDS:
         return mx.split(array, 3, axis=0)[THIRDS.index(layout)]
+    if layout.startswith(INTERLEAVED):
+        heads = mx.unflatten(array, 0, (-1, int(layout.removeprefix(INTERLEAVED)) // 2, 2))
+        return heads.swapaxes(1, 2).flatten(0, 2)
     return _swap_halves(array) if layout == HALVES else array
 
 

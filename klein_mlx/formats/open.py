@@ -230,13 +230,24 @@ def _open_file(path: Path, given: Mapping[str, str | Path], tokenizer: Callable[
 
 
 TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.2-klein-4B"  # Qwen3's, of all sizes; its license asks for nothing
+TOKENIZERS = {  # by the text encoder's kind; dev's repository is gated
+    "qwen3": ("Qwen3", TOKENIZER_REPOSITORY),
+    "mistral": ("Mistral-Small", "black-forest-labs/FLUX.2-dev"),
+}
+
+
+def tokenizer_kind(file: Path) -> str:
+    """Which of TOKENIZERS a model needs whose transformer, or all of it, is this file."""
+    is_dev = any(re.search(r"guidance_in\.|guidance_embedder\.", name) for name in open_tensors(file).entries)
+    return "mistral" if is_dev else "qwen3"
 
 
 def tokenizer_beside(file: Path) -> Path | None:
     """The tokenizer of a model that is one file: beside it, or, from a repository that has it, in the local cache."""
     folders = [file.parent]
     with suppress(CheckpointError):
-        folders.append(download(TOKENIZER_REPOSITORY, local_files_only=True, patterns=TOKENIZER_FILES[:1]))
+        repository = TOKENIZERS[tokenizer_kind(file)][1]
+        folders.append(download(repository, local_files_only=True, patterns=TOKENIZER_FILES[:1]))
     return next((path for folder in folders for name in TOKENIZER_FILES if (path := folder / name).is_file()), None)
 
 
@@ -244,12 +255,11 @@ def find_tokenizer(file: Path, token: str | None = None, local_files_only: bool 
     """As `tokenizer_beside`, fetched if need be. Raises CheckpointError if it cannot be had."""
     if found := tokenizer_beside(file):
         return found
+    who, repository = TOKENIZERS[tokenizer_kind(file)]
     try:
-        folder = download(
-            TOKENIZER_REPOSITORY, token=token, local_files_only=local_files_only, patterns=TOKENIZER_FILES[:1]
-        )
+        folder = download(repository, token=token, local_files_only=local_files_only, patterns=TOKENIZER_FILES[:1])
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: has no tokenizer; put Qwen3's tokenizer.json beside it ({error})") from None
+        raise CheckpointError(f"{file}: has no tokenizer; put {who}'s tokenizer.json beside it ({error})") from None
     return folder / TOKENIZER_FILES[0]
 
 
@@ -437,10 +447,11 @@ def assemble(
     """
     parts = {part: open_part(paths[part], part) for part in PARTS}
     configs = {part: file.config for part, file in parts.items()}
-    taps = default_taps(configs["text_encoder"].num_hidden_layers)
+    encoder, distilled = configs["text_encoder"], not configs["transformer"].guidance_embeds
+    taps = default_taps(encoder.num_hidden_layers, encoder.model_type)
     shift = read_time_shift(path / SCHEDULER_FILE) if path.is_dir() else TIME_SHIFTS[0]
     try:
-        config = ModelConfig(**configs, is_distilled=True, taps=taps, time_shift=shift)
+        config = ModelConfig(**configs, is_distilled=distilled, taps=taps, time_shift=shift)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     notes: list[str] = []
@@ -493,6 +504,9 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
         if not os.path.lexists(path):
             raise CheckpointError(f"no file or folder {str(path)!r} to take the {part} from; name one that is there")
     parts = {part: open_part(path, part, getattr(base.config, part)) for part, path in chosen.items()}
+    own = parts["text_encoder"].config.model_type if "text_encoder" in parts else base.config.text_encoder.model_type
+    if own != base.config.text_encoder.model_type:  # so are the transformer, taps and the tokenizer
+        raise CheckpointError(f"{chosen['text_encoder']}: is a {own}, the encoder of another model than {base.path}")
     try:
         config = replace(base.config, **{part: file.config for part, file in parts.items()})
     except CheckpointError as error:
@@ -545,4 +559,4 @@ def _doubts(transformer: PartFile | None, config: ModelConfig) -> list[str]:
 
 
 def _known(file: PartFile) -> str:
-    return f" (of FLUX.2 [klein] {' or '.join(file.variants)})" if file.variants else ""
+    return f" (of {file.fits})" if file.variants else ""

@@ -8,19 +8,31 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.config import VARIANTS, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, named_variant
+from klein_mlx.config import (
+    ENCODERS,
+    TAPS,
+    VARIANTS,
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    named_variant,
+)
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.gguf import open_gguf
 from klein_mlx.formats.names import (
     BFL,
-    BY_ROWS,
     DIFFUSERS,
+    INTERLEAVED,
+    LLAMA_CPP,
     MFLUX,
     ONE_STEP_PREFIX,
+    OTHER_LANGUAGE_MODEL,
     OURS,
     POINTWISE,
     SAME,
     Found,
+    by_rows,
     canonical,
     find_parts,
     is_left_out,
@@ -91,8 +103,7 @@ def _open_folder(folder: Path, stem: str | None) -> Tensors:
 
 
 _DECODERS = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
-_WANTED = "klein_mlx reads the parts of FLUX.2 [klein]"
-_DEV_HIDDEN = 6144
+_WANTED = "klein_mlx reads the parts of FLUX.2 [klein] and [dev]"
 _MAX_LEVELS = 16
 
 
@@ -124,6 +135,11 @@ class PartFile:
             return []
         c = self.config
         return [v.name for v in VARIANTS if v.dimensions == (c.hidden_size, c.num_layers, c.num_single_layers)]
+
+    @property
+    def fits(self) -> str:
+        """`variants` in words; empty where there are none."""
+        return "FLUX.2 [dev]" if self.variants == ["dev"] else f"FLUX.2 [klein] {' or '.join(self.variants)}".rstrip()
 
     @property
     def names_one_step(self) -> bool:
@@ -164,7 +180,7 @@ class PartFile:
             if found is None:
                 continue
             settings = find_settings(shape[-1], *found)
-            if settings is None or layout not in BY_ROWS:
+            if settings is None or not by_rows(layout):
                 raise CheckpointError(f"{self.path}: {theirs} is quantized in a way that klein_mlx does not read")
             layers[ours.removesuffix(".weight")] = settings
         return Quantization.of_layers(layers) if layers else None
@@ -189,7 +205,11 @@ class PartFile:
         return self.tensors.rows(theirs) if layout == SAME else None
 
     def _place(self, config: ModelConfig, ours: str) -> tuple[str, str]:
-        return _place(self.tensors, self.found, len(config.vae.block_out_channels), ours)
+        theirs, layout = _place(self.tensors, self.found, len(config.vae.block_out_channels), ours)
+        if self.found.dialect == LLAMA_CPP and ours.endswith(("q_proj.weight", "k_proj.weight")):
+            if self.config.model_type == "mistral":  # llama.cpp's architectures "llama" and "mistral3", not "qwen3"
+                layout = f"{INTERLEAVED}{self.config.head_dim}"
+        return theirs, layout
 
 
 def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile:
@@ -209,10 +229,13 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
     known = path / "config.json"
     if path.is_dir() and known.exists() and found.dialect != MFLUX:
         stated = {**KLEIN[found.part].to_dict(), **read_json(known)}  # what it does not state is klein's
+        if stated.get("model_type") not in TAPS:
+            stated.pop("model_type", None)
         like = CONFIG_CLASSES[found.part].from_dict(stated, str(known))
     mine = {canonical(n.removeprefix(found.prefix)): n for n in tensors.entries if n.startswith(found.prefix)}
     if found.prefix == "":  # what stands behind another part's prefix is that part's
         mine = {new: old for new, old in mine.items() if new != old or not _is_prefixed(old)}
+    mine.pop("tekken_model", None)  # the tokenizer that ComfyUI's file of Mistral has inside
     tensors = decode(tensors.renamed(mine))
     marks = ("encoder.down.{}.block.0.norm1.weight", "encoder.down_blocks.{}.resnets.0.norm1.weight")
     levels = sum(mark.format(i) in tensors.entries for i in range(_MAX_LEVELS) for mark in marks)
@@ -226,7 +249,9 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
 
 
 def _is_prefixed(name: str) -> bool:
-    return name.startswith(("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoder", "qwen3_"))
+    return name.startswith(
+        ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoder", "qwen3_", "mistral3_")
+    )
 
 
 def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
@@ -234,7 +259,7 @@ def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
     mine = [f for f in found if part in (None, f.part)]
     names = tensors.entries
     what = stranger(names)
-    if what and (not found or what.startswith(("FLUX.2 [dev]", "a LoRA"))):
+    if what and (not found or what.startswith("a LoRA")):
         raise CheckpointError(f"{tensors.path}: is {what}; {_WANTED}")
     if len(mine) > 1:
         parts = ", ".join(f.part for f in mine)
@@ -251,9 +276,6 @@ def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
         held = next(iter(names), "no tensor")[:80]
         raise CheckpointError(f"{tensors.path}: is not a model that klein_mlx knows (it holds {held} ...); {_WANTED}")
     chosen = mine[0]
-    wide = names.get(chosen.prefix + "img_in.weight") or names.get("x_embedder.weight")
-    if chosen.part == "transformer" and wide and wide.shape[:1] == (_DEV_HIDDEN,):
-        raise CheckpointError(f"{tensors.path}: is FLUX.2 [dev] (hidden size {_DEV_HIDDEN}); {_WANTED}")
     if chosen.part == "vae" and chosen.dialect != OURS and chosen.prefix + "bn.running_mean" not in names:
         raise CheckpointError(
             f"{tensors.path}: is a VAE without the latent statistics of FLUX.2's (is it FLUX.1's?); "
@@ -364,13 +386,16 @@ KLEIN = {
     "text_encoder": TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128),
     "vae": VAEConfig((128, 256, 512, 512), 2, 32),
 }
+MISTRAL = TextEncoderConfig(131072, 5120, 32768, 40, 32, 8, 128, 1e9, 1e-5, "mistral")
 _MAX_COUNT = 1024
 
 
 def infer_config(part: str, shape: Shape, like: Any = None) -> Any:
     """The config of a part with these shapes. Raises CheckpointError if a weight that is needed is not there."""
     config = _INFER[part](shape, like or KLEIN[part])
-    if part == "text_encoder" and like:  # a file may lack the layers that are never used
+    if (
+        part == "text_encoder" and like and like.model_type == config.model_type
+    ):  # a file may lack the layers that are never used
         return replace(config, num_hidden_layers=max(config.num_hidden_layers, like.num_hidden_layers))
     return config
 
@@ -390,11 +415,17 @@ def _transformer(shape: Shape, like: TransformerConfig) -> TransformerConfig:
         mlp_ratio=_axis(shape, "double_blocks.0.img.mlp_in.weight", 0) / 2 / max(hidden, 1),
         axes_dims_rope=axes,
         timestep_guidance_channels=_axis(shape, "time_in.linear_1.weight", 1),
+        guidance_embeds=shape("guidance_in.linear_1.weight") is not None,
     )
 
 
 def _text_encoder(shape: Shape, like: TextEncoderConfig) -> TextEncoderConfig:
-    head = max(_axis(shape, "layers.0.self_attn.q_norm.weight", 0), 1)
+    kind = "mistral" if (norm := shape("layers.0.self_attn.q_norm.weight")) is None else "qwen3"
+    if kind != like.model_type:
+        like = MISTRAL if kind == "mistral" else KLEIN["text_encoder"]
+        if norm is None and ("mistral", _axis(shape, "layers.0.self_attn.q_proj.weight", 1)) not in ENCODERS:
+            raise CheckpointError(f"is {OTHER_LANGUAGE_MODEL}; {_WANTED}")
+    head = max(like.head_dim if norm is None else _axis(shape, "layers.0.self_attn.q_norm.weight", 0), 1)
     return replace(
         like,
         vocab_size=_axis(shape, "embed_tokens.weight", 0),

@@ -72,10 +72,12 @@ class MLP(Placed):
 class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
+    attention = Attention
+
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = self.attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -91,11 +93,13 @@ class TextEncoder(Placed):
     embed_tokens: an nn.Embedding, or whatever else gives the rows of token ids.
     """
 
+    layer = Layer
+
     def __init__(self, config: TextEncoderConfig, taps: tuple[int, ...]):
         super().__init__()
         self.taps = taps
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config) for _ in range(taps[-1])]
+        self.layers = [self.layer(config) for _ in range(taps[-1])]
 
     def arrange(self) -> None:
         """Bring the weights from the checkpoint's layout into one of fewer and larger matmuls, lazily."""
@@ -105,9 +109,10 @@ class TextEncoder(Placed):
     def __call__(self, input_ids: mx.array, attention_mask: mx.array, done: Done | None = None) -> mx.array:
         """What the transformer attends to.
 
-        input_ids: (B, L) integers, padded on the right. attention_mask: (B, L) bool, False on padding.
+        input_ids: (B, L) integers, padded on one side. attention_mask: (B, L) bool, False on padding.
         Returns prompt_embeds (B, L, taps * hidden), the tapped states of each token one after the other; padding
-        positions have values too (they see the prompt), and the transformer reads them. done: called after each layer.
+        positions have values too (on the right they see the prompt), and the transformer reads them. done: called after
+        each layer.
         """
         length = input_ids.shape[1]
         causal = mx.tri(length, dtype=mx.bool_)

@@ -1,13 +1,13 @@
-"""Prompt -> token ids, as Qwen3's chat template writes them.
+"""Prompt -> token ids, as the chat template of Qwen3, or of Mistral-Small, writes them.
 
-The template is fixed (one user message, thinking switched off), so no template engine is needed and tokenizer.json is
-all that is read. Such a file is a program: its regular expressions can backtrack for ever, its normalizers grow a text
-without bound, and the library aborts on some. So only its tokens are taken, into Qwen2's byte-level BPE, and a file
-that describes anything else is refused.
+The template is fixed (one user message; Qwen3's thinking switched off, Mistral's behind one system message), so no
+template engine is needed and tokenizer.json is all that is read. Such a file is a program: its regular expressions can
+backtrack for ever, its normalizers grow a text without bound, and the library aborts on some. So only its tokens are
+taken, into a byte-level BPE of a known layout, and a file that describes anything else is refused.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,20 +24,77 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
     r"|\s+"
 )
-_SPLIT = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+# Mistral's own, of tekken.json; and the one with which transformers wrote most of its tokenizer.json files (numbers in
+# threes, no words by case). diffusers takes what the file has.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONVERTED = _WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-# What a BPE may have and Qwen2's has not: absent, null, false, 0 or "".
-_UNUSED = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+# What a BPE may have and these have not: absent, null, false, 0 or "".
+_UNUSED = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_MOST_ADDED = 10_000  # Qwen3 has 26
+_MOST_ADDED = 10_000  # Qwen3 has 26, Mistral-Small 1000
 _LONGEST_TOKEN = 1000  # characters; Qwen3's longest has 256
+
+
+# Source: diffusers, pipelines/flux2/system_messages.py: with its line break, which the encoder reads.
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object"
+    " relationships, object\nattribution and actions without speculation."
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kind of text encoder expects around a prompt and of its tokenizer.json.
+
+    name, split: for errors. head, user, tail: the template's text before the prompt, up to its last special token and
+    behind that, and after the prompt. special: tokens that must be there. words: the regular expressions that may split
+    a text, of which the file has one. normalizer: the file's. bare: what a prompt loses before all else. pads_left: on
+    which side the padding is. merges: whether words that are tokens may skip the merges (`ignore_merges`), and special
+    tokens may be put before a text, which the template has itself.
+    """
+
+    name: str
+    split: str
+    head: str
+    user: str
+    tail: str
+    pad: str
+    special: tuple[str, ...]
+    words: tuple[str, ...]
+    normalizer: Any = None
+    bare: str | None = None
+    pads_left: bool = False
+    merges: bool = False
+
+
+QWEN = Layout("Qwen3", "Qwen2", HEAD, USER, TAIL, PAD, SPECIAL, (_WORDS,), {"type": "NFC"})
+_MISTRAL_HEAD = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]"
+MISTRAL = Layout(
+    "Mistral-Small-3.2",
+    "Tekken",
+    _MISTRAL_HEAD,
+    "",
+    "[/INST]",
+    "<pad>",
+    ("<pad>", "<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+    (_TEKKEN, _CONVERTED, _WORDS),
+    bare="[IMG]",
+    pads_left=True,
+    merges=True,
+)
+LAYOUTS = {"qwen3": QWEN, "mistral": MISTRAL}
 
 
 @dataclass(frozen=True)
 class Tokens:
     """What the text encoder reads.
 
-    input_ids: (B, L) int32, padded on the right. attention_mask: (B, L) bool, False on padding.
+    input_ids: (B, L) int32, padded on the layout's side. attention_mask: (B, L) bool, False on padding.
     cut: how many tokens each prompt lost to the length limit (0 for most).
     """
 
@@ -47,20 +104,23 @@ class Tokens:
 
 
 class Tokenizer:
-    """Qwen's byte-level BPE with the chat template around the prompt."""
+    """A byte-level BPE with the chat template around the prompt."""
 
-    def __init__(self, values: dict[str, Any], vocab_size: int, path: str = "tokenizer.json"):
+    def __init__(self, values: dict[str, Any], vocab_size: int, path: str = "tokenizer.json", layout: Layout = QWEN):
         """values: of a tokenizer.json. vocab_size: rows of the text encoder's embedding. path: for errors.
 
-        Raises CheckpointError if it is not Qwen2's BPE, lacks one of Qwen3's special tokens, or has ids beyond the
+        Raises CheckpointError if it is not the layout's BPE, lacks one of its special tokens, or has ids beyond the
         embedding, which MLX would read from whatever lies behind it.
         """
-        _check_kind(values, path)
-        self._backend = _built(*_checked_tokens(values, vocab_size, path), path)
-        for token in SPECIAL:
+        self._layout = layout
+        words = _check_kind(values, path, layout)
+        self._backend = _built(
+            *_checked_tokens(values, vocab_size, path), path, words, layout, bool(values["model"].get("ignore_merges"))
+        )
+        for token in layout.special:
             if len(self._backend.encode(token).ids) != 1 or self._backend.token_to_id(token) is None:
-                raise CheckpointError(f"{path}: {token} is not a single token; klein needs Qwen3's tokenizer.json")
-        self.pad_id: int = self._backend.encode(PAD).ids[0]
+                raise _refusal(path, f"{token} is not a single token", layout)
+        self.pad_id: int = self._backend.encode(layout.pad).ids[0]
 
     def __call__(self, prompts: list[str], max_length: int, literal: bool = False) -> Tokens:
         """Tokenize, cut and pad to exactly `max_length` positions.
@@ -71,8 +131,9 @@ class Tokenizer:
         """
         rows = [self._literally(p) if literal and self.special_in(p) else self._ids(p) for p in prompts]
         kept = [row[:max_length] for row in rows]
-        ids = [row + [self.pad_id] * (max_length - len(row)) for row in kept]
-        mask = [[True] * len(row) + [False] * (max_length - len(row)) for row in kept]
+        free, order = [max_length - len(row) for row in kept], -1 if self._layout.pads_left else 1
+        ids = [sum((row, [self.pad_id] * n)[::order], []) for row, n in zip(kept, free, strict=True)]
+        mask = [sum(([True] * (max_length - n), [False] * n)[::order], []) for n in free]
         cut = [len(row) - len(short) for row, short in zip(rows, kept, strict=True)]
         return Tokens(mx.array(ids, dtype=mx.int32), mx.array(mask), cut)
 
@@ -82,12 +143,15 @@ class Tokenizer:
         return [places[place] for place in sorted(places) if place >= 0]
 
     def _ids(self, prompt: str) -> list[int]:
-        return self._backend.encode(TEMPLATE.replace("{prompt}", prompt)).ids
+        own = self._layout
+        prompt = prompt.replace(own.bare, "") if own.bare else prompt
+        return self._backend.encode(f"{own.head}{own.user}{prompt}{own.tail}").ids
 
     def _literally(self, prompt: str) -> list[int]:
         """What is between two special tokens is tokenized by itself anyway, so the ends stay as they are."""
-        own = self._plain.encode(USER + prompt).ids
-        return [*self._backend.encode(HEAD).ids, *own, *self._backend.encode(TAIL).ids]
+        own = self._layout
+        inner = self._plain.encode(own.user + prompt).ids
+        return [*self._backend.encode(own.head).ids, *inner, *self._backend.encode(own.tail).ids]
 
     @cached_property
     def _added(self) -> list[str]:
@@ -99,19 +163,30 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         plain = Backend(self._backend.model)
-        plain.normalizer, plain.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
+        plain.pre_tokenizer = self._backend.pre_tokenizer
+        if self._backend.normalizer:
+            plain.normalizer = self._backend.normalizer
         return plain
 
 
-def _built(vocab: dict[str, int], merges: list[Any], added: list[dict[str, Any]], path: str) -> Any:
-    """Qwen2's byte-level BPE with a file's tokens."""
+def _built(
+    vocab: dict[str, int],
+    merges: list[Any],
+    added: list[dict[str, Any]],
+    path: str,
+    words: str,
+    layout: Layout,
+    ignore_merges: bool,
+) -> Any:
+    """A byte-level BPE with a file's tokens. words: the regular expression that splits a text."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     try:
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        backend = Backend(models.BPE(vocab, pairs))  # type: ignore[arg-type]
-        backend.normalizer = normalizers.NFC()
+        backend = Backend(models.BPE(vocab, pairs, ignore_merges=ignore_merges))  # type: ignore[arg-type]
+        if layout.normalizer:
+            backend.normalizer = normalizers.NFC()
         backend.add_tokens([AddedToken(token["content"], **_flags(token)) for token in added])
     except BaseException as error:  # bare Exception for wrong merges; a panic derives from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -123,9 +198,9 @@ def _built(vocab: dict[str, int], merges: list[Any], added: list[dict[str, Any]]
                 f"{path}: {short(token['content'])} has the id {token['id']}, but it would be {number}: the tokens"
                 " before it are incomplete"
             )
-    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(words), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -134,27 +209,33 @@ def _flags(token: dict[str, Any]) -> dict[str, bool]:
     return {flag: token.get(flag, False) for flag in _FLAGS}
 
 
-def _check_kind(values: dict[str, Any], path: str) -> None:
-    """CheckpointError unless a tokenizer.json describes Qwen2's byte-level BPE."""
+def _refusal(path: str, what: str, layout: Layout) -> CheckpointError:
+    who = "dev" if layout is MISTRAL else "klein"
+    return CheckpointError(f"{path}: {what}; {who} needs {layout.name}'s tokenizer.json")
 
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {what}; klein needs Qwen3's tokenizer.json")
 
+def _check_kind(values: dict[str, Any], path: str, layout: Layout) -> str:
+    """The regular expression that splits a text; CheckpointError unless the file describes the layout's BPE."""
+    refuse = partial(_refusal, path, layout=layout)
     model = values.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{path}: not a tokenizer.json (it has no model)")
     if model.get("type", "BPE") != "BPE":
         raise refuse(f"its model is {short(model['type'])}, not BPE")
-    if other := [key for key in _UNUSED if model.get(key)]:
+    if other := [key for key in (*_UNUSED, *(() if layout.merges else ("ignore_merges",))) if model.get(key)]:
         raise refuse(f"its model's {other[0]} is {short(model[other[0]])}")
-    if values.get("normalizer") != {"type": "NFC"}:
-        raise refuse(f"its normalizer is {_kind(values.get('normalizer'))}, not NFC")
+    if values.get("normalizer") != layout.normalizer:
+        raise refuse(f"its normalizer is {_kind(values.get('normalizer'))}, not {'NFC' if layout.normalizer else None}")
     before = values.get("pre_tokenizer")
     steps = before.get("pretokenizers") if isinstance(before, dict) and before.get("type") == "Sequence" else None
-    if not isinstance(steps, list) or len(steps) != 2 or steps[0] != _SPLIT or not _contains(steps[1], _BYTES):
-        raise refuse("its pre_tokenizer is not Qwen2's split into words and bytes")
-    if not _keeps(values.get("post_processor")):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    is_known = isinstance(steps, list) and len(steps) == 2 and _contains(steps[1], _BYTES)
+    words = [w for w in layout.words if is_known and steps[0] == {**split, "pattern": {"Regex": w}}]  # type: ignore
+    if not words:
+        raise refuse(f"its pre_tokenizer is not {layout.split}'s split into words and bytes")
+    if not layout.merges and not _keeps(values.get("post_processor")):
         raise refuse(f"its post_processor, {_kind(values['post_processor'])}, adds tokens")
+    return words[0]
 
 
 def _checked_tokens(values: dict[str, Any], vocab_size: int, path: str) -> tuple[dict[str, int], list[Any], list[Any]]:

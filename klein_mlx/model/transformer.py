@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from klein_mlx.config import TransformerConfig
+from klein_mlx.config import EMBEDDED_GUIDANCE, TransformerConfig
 from klein_mlx.model.compile import Chain, CompiledBlocks
 from klein_mlx.model.layers import Device, Linear, Placed, add_branch, cut, join, modulated, separate, wide
 
@@ -189,8 +189,9 @@ def timestep_embedding(timestep: mx.array, channels: int) -> mx.array:
     import numpy as np
 
     half = channels // 2
-    # numpy's exp: MLX's is some ulp off in float32, which a timestep near 1000 magnifies.
-    frequencies = mx.array(np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0)) / half))
+    # exp rounded once: in float32 MLX's is some ulp off, and numpy's one, which a guidance of 4000 magnifies.
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0)) / half
+    frequencies = mx.array(np.exp(exponents.astype(np.float64)).astype(np.float32))
     angle = timestep.astype(mx.float32)[:, None] * frequencies
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(timestep.dtype)
 
@@ -449,7 +450,7 @@ def in_parts(blocks: CompiledBlocks, part_done: Callable[..., None]) -> RunBlock
 
 
 class Transformer(Placed):
-    """FLUX.2 [klein]'s velocity model. Token order everywhere: text, image, references."""
+    """FLUX.2's velocity model. Token order everywhere: text, image, references."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -458,6 +459,8 @@ class Transformer(Placed):
         self.img_in = Linear(config.in_channels, hidden)
         self.txt_in = Linear(config.joint_attention_dim, hidden)
         self.time_in = TimeEmbedding(config.timestep_guidance_channels, hidden)
+        if config.guidance_embeds:
+            self.guidance_in = TimeEmbedding(config.timestep_guidance_channels, hidden)
         self.mod_img = Linear(hidden, 6 * hidden)
         self.mod_txt = Linear(hidden, 6 * hidden)
         self.mod_single = Linear(hidden, 3 * hidden)
@@ -472,19 +475,25 @@ class Transformer(Placed):
         for block in (*self.double_blocks, *self.single_blocks):
             block.arrange()
 
-    def modulations(self, sigma: float, dtype: mx.Dtype) -> Modulations:
+    def modulations(self, sigma: float, dtype: mx.Dtype, guidance: float = EMBEDDED_GUIDANCE) -> Modulations:
         """What noise level `sigma` (0..1) asks of every block, in the compute dtype."""
-        return self.all_modulations([sigma], dtype)[0]
+        return self.all_modulations([sigma], dtype, guidance)[0]
 
-    def all_modulations(self, sigmas: Sequence[float], dtype: mx.Dtype) -> list[Modulations]:
-        """The modulations of several noise levels, by one matmul per projection. dtype: that of the layers.
+    def all_modulations(
+        self, sigmas: Sequence[float], dtype: mx.Dtype, guidance: float = EMBEDDED_GUIDANCE
+    ) -> list[Modulations]:
+        """The modulations of several noise levels, by one matmul per projection. dtype: that of the layers. guidance:
+        the scale, where it is embedded.
 
         The reference rounds the timestep to the compute dtype, divides by 1000 and multiplies again: in bfloat16 that
         moves it by up to 4 near 1000, and the model was trained so. In float32 it is exact, and so it is kept beside
         float16 layers.
         """
         timesteps = mx.array([1000.0 * sigma for sigma in sigmas]).astype(wide(dtype)) / 1000 * 1000
-        vec = _silu(self.time_in(timesteps))
+        vec = self.time_in(timesteps)
+        if self.config.guidance_embeds:
+            vec = vec + self.guidance_in(mx.array([guidance]).astype(timesteps.dtype) * 1000)
+        vec = _silu(vec)
         projections = (self.mod_txt, self.mod_img, self.mod_single, self.final_mod)
         return [_modulations(*rows) for rows in zip(*(list(layer(vec)) for layer in projections), strict=True)]
 

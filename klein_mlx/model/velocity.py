@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from klein_mlx.config import TransformerConfig
+from klein_mlx.config import EMBEDDED_GUIDANCE, TransformerConfig
 from klein_mlx.model.layers import wide
 from klein_mlx.model.sampler import Predict, References, all_ids, guide, latents_to_tokens, tokens_to_latents, with_cfg
 from klein_mlx.model.transformer import (
@@ -89,7 +89,8 @@ class Tables:
     """What all steps, and all pictures of one size, share: rotary tables and the modulations of every noise level.
 
     grid: rows and columns of the picture's tokens. sigmas: the noise levels that will be asked for. still: with those
-    of sigma 0, which references alone have. Evaluated at once: the transformer's weights are not held.
+    of sigma 0, which references alone have. guidance: the scale, where the transformer embeds it. Evaluated at once:
+    the transformer's weights are not held.
     """
 
     def __init__(
@@ -100,12 +101,13 @@ class Tables:
         sigmas: Sequence[float],
         dtype: mx.Dtype,
         still: bool = False,
+        guidance: float = EMBEDDED_GUIDANCE,
     ):
         self.references, self.grid, self.dtype = references, grid, dtype
         self._config = transformer.config
         self._ropes: dict[int, Rope] = {}
         levels = [*sigmas, 0.0] if still else [*sigmas]
-        self._modulations = dict(zip(levels, transformer.all_modulations(levels, dtype), strict=True))
+        self._modulations = dict(zip(levels, transformer.all_modulations(levels, dtype, guidance), strict=True))
         mx.eval(list(self._modulations.values()))
 
     def rope(self, length: int) -> Rope:

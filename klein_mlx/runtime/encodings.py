@@ -156,16 +156,17 @@ class Encodings:
         """The checkpoint's tokenizer, read when first needed."""
         if self._tokenizer is None:
             source = self.parts.source
-            tokenizer = read_tokenizer(source.tokenizer_file, source.config.text_encoder.vocab_size)
+            encoder = source.config.text_encoder
+            tokenizer = read_tokenizer(source.tokenizer_file, encoder.vocab_size, encoder.model_type)
             self.parts.pinned.check()
             self._tokenizer = tokenizer
         return self._tokenizer
 
     def knows(self, request: Request) -> bool:
         """Whether no prompt of the request has to be encoded."""
-        if request.prompt_embeds is not None and request.guidance <= 1:
+        if request.prompt_embeds is not None and request.passes == 1:
             return True
-        prompts = [*request.prompts, *([request.negative_prompt] if request.guidance > 1 else [])]
+        prompts = [*request.prompts, *([request.negative_prompt] if request.passes == 2 else [])]
         keys, cache = [self._key(request, prompt) for prompt in prompts], self._usable()
         return all(
             key in self.prompts or (cache is not None and not key[2] and os.path.exists(cache.path(*key[:2])))
@@ -186,7 +187,7 @@ class Encodings:
         else:
             with run.timed("encode"):
                 embeds = [self.of_prompt(run, prompt) for prompt in request.prompts]
-        if request.guidance <= 1:
+        if request.passes == 1:
             return embeds, None
         with run.timed("encode"):
             return embeds, self.of_prompt(run, request.negative_prompt)

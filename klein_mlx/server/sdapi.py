@@ -86,7 +86,7 @@ def sd_arguments(web: WebRequest) -> tuple[dict[str, Any], list[list[Any]]]:
     most = MOST_STEPS * own if distilled else MAX_STEPS
     guidance = web.number("cfg_scale", None, 1, 1 if distilled else 100, facts["guidance"], float)
     negative = values.get("negative_prompt")
-    if negative and (guidance or facts["guidance"]) <= 1:
+    if negative and ((guidance or facts["guidance"]) <= 1 or facts.get("embedded")):
         web.notes.append("negative_prompt has no effect with this model")
         negative = None
     count = web.number("batch_size", 1, 1, 10**6, 1) * web.number("n_iter", 1, 1, 10**6, 1)

@@ -254,6 +254,7 @@ def model_facts(pipe: "KleinPipeline") -> dict[str, Any]:
         "steps": config.variant.steps,
         "guidance": config.variant.guidance,
         "distilled": config.is_distilled,
+        "embedded": config.variant.embeds_guidance,
         "length": config.max_sequence_length,
         "machine": machine_memory(),
         "predicted": predicted(pipe),

@@ -25,6 +25,7 @@ PRESETS: dict[str, tuple[tuple[str, str], ...]] = {
         ("txt_in", "8"),
         ("img_in", "8"),
         ("time_in.*", "8"),
+        ("guidance_in.*", "8"),
         ("final_out", "8"),
         ("embed_tokens", "6"),
     ),

@@ -32,8 +32,9 @@ from klein_mlx.config import (
     VAEConfig,
 )
 from klein_mlx.errors import CheckpointError
+from klein_mlx.model.mistral import MistralEncoder
 from klein_mlx.model.text_encoder import TextEncoder
-from klein_mlx.model.tokenizer import Tokenizer
+from klein_mlx.model.tokenizer import LAYOUTS, Tokenizer
 from klein_mlx.model.transformer import Transformer
 from klein_mlx.model.vae import VAE
 from klein_mlx.weights.quantize import (
@@ -170,6 +171,7 @@ def token_rows(source: HasRows, quantize: Quantization | None, dtype: mx.Dtype) 
 FORMAT_VERSION = 1
 CONFIG_FILE = "klein.json"
 TOKENIZER_FILE = "tokenizer.json"
+ENCODER_CLASSES = {"qwen3": TextEncoder, "mistral": MistralEncoder}
 CONFIG_CLASSES = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
 
 _ALWAYS_FLOAT32 = {"latent_mean", "latent_var"}
@@ -345,7 +347,7 @@ def build(part: str, config: ModelConfig) -> nn.Module:
             if part == "transformer":
                 return Transformer(t)
             if part == "text_encoder":
-                return TextEncoder(e, config.taps)
+                return ENCODER_CLASSES[e.model_type](e, config.taps)
             return VAE(config.vae)
     except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
@@ -453,9 +455,9 @@ def _groups(arrays: Sequence[tuple[str, mx.array]]) -> list[Sequence[tuple[str, 
 UNFINISHED = ".converting"  # the hidden folder's ending
 
 
-def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """A tokenizer.json, for a text encoder whose embedding has `vocab_size` rows.
+def read_tokenizer(path: str | Path, vocab_size: int, model_type: str = "qwen3") -> Tokenizer:
+    """A tokenizer.json, for a text encoder of this kind whose embedding has `vocab_size` rows.
 
     Raises CheckpointError if it cannot be read or is another model's.
     """
-    return Tokenizer(read_json(Path(path)), vocab_size, str(path))
+    return Tokenizer(read_json(Path(path)), vocab_size, str(path), LAYOUTS[model_type])

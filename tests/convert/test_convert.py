@@ -67,7 +67,8 @@ def test_no_row_of_a_table_is_unused(part: str) -> None:
         re.sub(r"(?<=\.)\d+(?=\.)", "*", name.rpartition(".")[0] + ".")
         for name in expected(part, open_model(GOLDEN).config)
     }
-    assert {f"{rule.ours}." for rule in TABLES[part]} - paths == set()
+    rules = {f"{rule.ours}." for rule in TABLES[part] if not rule.ours.startswith("guidance_in.")}  # dev's
+    assert rules - paths == set()
 
 
 @pytest.mark.parametrize(

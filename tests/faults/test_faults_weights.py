@@ -289,21 +289,26 @@ def test_a_9b_transformer_given_to_a_4b_model(tmp_path: Path) -> None:
     refused("generate", "a star", "--model", "tiny", *options, folder=here, words=words, **big)
 
 
+def test_dev_is_told_from_its_header(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    path, here = _sparse(tmp_path / "x.safetensors", {**_bfl(6144, 8, 48, 15360), **_GUIDANCE}), tmp_path / "here"
+    accepted("info", path, folder=here, words="transformer alone, of FLUX.2 [dev]", memory=256 << 30)
+    words = ["x.safetensors (of FLUX.2 [dev])", "these parts do not fit together"]
+    options = ("--transformer", path, *TINY[2:], "-o", "x.png")
+    refused("generate", "a star", "--model", "tiny", *options, folder=here, words=words, memory=256 << 30)
+
+
+_GUIDANCE = {"guidance_in.in_layer.weight": (6144, 256), "guidance_in.out_layer.weight": (6144, 6144)}
 STRANGERS = {
     "FLUX.1": ({"double_blocks.0.img_mod.lin.weight": (8, 8), "img_in.weight": (3072, 64)}, "is FLUX.1; "),
-    "FLUX.2 [dev]": (
-        {"double_stream_modulation_img.lin.weight": (8, 8), "img_in.weight": (6144, 128)},
-        "is FLUX.2 [dev] (hidden size 6144)",
-    ),
-    "FLUX.2 [dev], by its guidance": (
-        {**_bfl(64, 1, 1, 64), "guidance_in.in_layer.weight": (64, 256)},
-        "is FLUX.2 [dev]; ",
-    ),
     "Qwen-Image": ({"transformer_blocks.0.img_mod.1.weight": (8, 8)}, "is Qwen-Image; "),
     "Wan": ({"blocks.0.cross_attn.q.weight": (8, 8)}, "is Wan; "),
     "Stable Diffusion 3": ({"joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "is Stable Diffusion 3; "),
     "T5": ({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (8, 8)}, "is a T5 encoder; "),
-    "a language model": ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "is a language model other than Qwen3; "),
+    "a language model": (
+        {"model.layers.0.self_attn.q_proj.weight": (8, 8)},
+        "is a language model other than Qwen3 and Mistral-Small; ",
+    ),
     "FLUX.1's VAE": ({"encoder.down.0.block.0.norm1.weight": (128,)}, "without the latent statistics of FLUX.2's"),
     "none that is known": ({"a.b.c": (8,)}, "is not a model that klein_mlx knows (it holds a.b.c ...)"),
 }

@@ -64,15 +64,15 @@ def position_ids(grid: tuple[int, int], references: tuple[tuple[int, int], ...] 
     return mx.concatenate(ids)
 
 
-def transformer(port: Port, inputs: Tensors, num_img: int) -> Tensors:
+def transformer(port: Port, inputs: Tensors, num_img: int, guidance: float = 1.0) -> Tensors:
     """Every block's outputs and the velocity of the picture's tokens.
 
-    inputs: tokens, prompt_embeds, txt_ids, img_ids, sigma, as the reference had them.
+    inputs: tokens, prompt_embeds, txt_ids, img_ids, sigma, as the reference had them. guidance: where it is embedded.
     """
     model = port.part("transformer")
     tokens, embeds = (mx.array(inputs[key]).astype(port.dtype) for key in ("tokens", "prompt_embeds"))
     rope = rope_of(port, inputs["txt_ids"], inputs["img_ids"])
-    mods = model.modulations(float(inputs["sigma"][0]), port.dtype)
+    mods = model.modulations(float(inputs["sigma"][0]), port.dtype, guidance)
     out: dict[str, mx.array] = {}
     txt, img = model.txt_in(embeds), model.img_in(tokens)
     for i, block in enumerate(model.double_blocks):

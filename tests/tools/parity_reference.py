@@ -80,6 +80,7 @@ def _run_transformer(
     img_ids: torch.Tensor,
     embeds: torch.Tensor,
     sigma: float,
+    guidance: float | None = None,
 ) -> Tensors:
     model = pipe.transformer
     tokens, embeds = tokens.to(model.dtype), embeds.to(model.dtype)
@@ -94,6 +95,7 @@ def _run_transformer(
         hidden_states=tokens,
         encoder_hidden_states=embeds,
         timestep=timestep / 1000,
+        guidance=None if guidance is None else torch.full((len(tokens),), guidance),
         img_ids=img_ids,
         txt_ids=txt_ids,
         return_dict=False,

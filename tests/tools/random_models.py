@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.mistral3.configuration_mistral3 import Mistral3Config
+from transformers.models.mistral3.modeling_mistral3 import Mistral3ForConditionalGeneration
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,6 +34,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% set text = message['content'][0]['text'] %}"
+    "{% if message['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' + text + '[/SYSTEM_PROMPT]' }}"
+    "{% else %}{{ '[INST]' + text + '[/INST]' }}{% endif %}{% endfor %}"
+)
+# Of Mistral's tekken.json, and as transformers writes it into most tokenizer.json files.
+TEKKEN_REGEX = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
+    r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONVERTED_REGEX = PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 CORPUS = (
     "a red fox in the snow, a blue square left of a red circle on a green background",
     "the small picture of a house by the sea at night, with a cat and a dog in front of it",
@@ -63,7 +79,7 @@ MEDIUM = Size(8, 128, 2, 4, 512, 1536, 8, 8, 128, (64, 128, 128, 128), 2, 32, 32
 # (name, gain): a weight is normal with standard deviation gain / sqrt(inputs). The first match counts; 1 without one.
 TRANSFORMER_GAINS = (
     (r"^x_embedder|^context_embedder", 0.05),  # the residual stream starts small: LayerNorm's eps shows
-    (r"timestep_embedder", 2.0),
+    (r"timestep_embedder|guidance_embedder", 2.0),
     (r"modulation", 1.0),
     (r"^transformer_blocks\.0\.attn\.(to_q|to_k|add_q_proj|add_k_proj)", 0.003),  # q and k so small that eps shows
     (r"norm_out", 1.5),
@@ -75,6 +91,68 @@ ENCODER_GAINS = (
     (r"mlp\.down_proj", 2.0),
 )
 VAE_GAINS = ((r"\.conv_in", 0.05), (r"attentions.*to_[qk]", 2.0), (r"decoder\.conv_out", 0.5))
+
+
+def make_dev(folder: Path, size: Size, seed: int = 0, regex: str = TEKKEN_REGEX) -> None:
+    """As `make`, of FLUX.2 [dev]. Its tokenizer stands where the pipeline has a processor, which adds pictures only."""
+    rng = np.random.default_rng(seed)
+    parts: list[Any] = [_transformer(size, guidance_embeds=True), _mistral(size), _vae(size)]
+    for part, gains in zip(parts, (TRANSFORMER_GAINS, ENCODER_GAINS, VAE_GAINS), strict=True):
+        _fill(part, rng, gains)
+    _shrink_single_queries(parts[0])
+    for part in parts:
+        part.to(torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    transformer, encoder, vae = parts
+    Flux2Pipeline(scheduler, vae, encoder, mistral_tokenizer(regex), transformer).save_pretrained(str(folder))
+
+
+def _mistral(size: Size) -> Mistral3ForConditionalGeneration:
+    text = {
+        "model_type": "mistral",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": size.encoder_hidden,
+        "intermediate_size": size.encoder_mlp,
+        "num_hidden_layers": size.encoder_layers,
+        "num_attention_heads": size.encoder_heads,
+        "num_key_value_heads": size.encoder_heads // 2,
+        "head_dim": size.encoder_head_dim,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e9,
+        "sliding_window": None,
+        "max_position_embeddings": 2048,
+    }
+    sees = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "pixtral", "head_dim": 16, "image_size": 28, "patch_size": 14, **sees}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=5))
+
+
+def mistral_tokenizer(regex: str = TEKKEN_REGEX) -> TokenizersBackend:
+    """A byte-level BPE laid out as Mistral's: the special tokens are the first of the vocabulary."""
+    trained = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(pattern=Regex(regex), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, letters])  # type: ignore[attr-defined]
+    trainer = trainers.BpeTrainer(
+        vocab_size=460,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(MISTRAL_TOKENS),
+    )
+    trained.train_from_iterator(CORPUS, trainer)
+    trained.decoder = decoders.ByteLevel()  # type: ignore[attr-defined]
+    bos = ("<s>", MISTRAL_TOKENS.index("<s>"))
+    trained.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])  # type: ignore
+    return TokenizersBackend(
+        tokenizer_object=trained,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+        chat_template=MISTRAL_TEMPLATE,
+        model_max_length=4096,
+    )
 
 
 def make(folder: Path, size: Size, seed: int = 0, is_distilled: bool = True) -> None:
@@ -95,7 +173,7 @@ def make(folder: Path, size: Size, seed: int = 0, is_distilled: bool = True) -> 
     pipe.save_pretrained(str(folder))
 
 
-def _transformer(size: Size) -> Flux2Transformer2DModel:
+def _transformer(size: Size, guidance_embeds: bool = False) -> Flux2Transformer2DModel:
     return Flux2Transformer2DModel(
         in_channels=4 * size.latent_channels,
         num_layers=size.double_blocks,
@@ -104,7 +182,7 @@ def _transformer(size: Size) -> Flux2Transformer2DModel:
         num_attention_heads=size.heads,
         joint_attention_dim=3 * size.encoder_hidden,
         axes_dims_rope=(size.head_dim // 4,) * 4,
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
 
 
