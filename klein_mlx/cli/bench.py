@@ -339,13 +339,13 @@ def _row(row: "Prediction") -> dict[str, Any]:
 
 def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
     bits = _bits(report["bits"])
+    model = "FLUX.2 [dev]" if report["model"] == "dev" else f"FLUX.2 [klein] {report['model']}"
     lines = [
-        f"FLUX.2 [klein] {report['model']} ({bits}), {report['width']} x {report['height']}, {report['steps']} steps, "
-        f"{report['dtype']}",
+        f"{model} ({bits}), {report['width']} x {report['height']}, {report['steps']} steps, {report['dtype']}",
         NOTE,
         "",
         f"{'chip':<10}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}{'encode s':>10}{'step s':>8}{'decode s':>10}"
-        f"{'picture s':>11}{'range s':>15}{'at the peak':>13}{'a minute':>10}",
+        f"{'picture s':>11}{'range s':>17}{'at the peak':>13}{'a minute':>10}",
     ]
     for row in rows:
         chip = row.chip
@@ -353,6 +353,6 @@ def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
         tflops = f"{chip.tflops:.1f}{'*' if chip.is_estimated else ' '}"
         lines.append(
             f"{chip.name:<10}{chip.cores:>6}{tflops:>8}{chip.bandwidth:>6.0f}{row.encode:>10.2f}{row.step:>8.2f}"
-            f"{row.decode:>10.2f}{row.picture:>11.1f}{span:>15}{row.floor:>13.1f}{60 / row.picture:>10.2f}"
+            f"{row.decode:>10.2f}{row.picture:>11.1f}{span:>17}{row.floor:>13.1f}{60 / row.picture:>10.2f}"
         )
     return "\n".join(lines)
