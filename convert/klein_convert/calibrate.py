@@ -44,8 +44,8 @@ from klein_mlx.model.tokenizer import Tokens
 from klein_mlx.model.transformer import Transformer, rope_tables
 from klein_mlx.runtime.encodings import encode_prompt
 from klein_mlx.weights.bits import Quantize, parse, settle
-from klein_mlx.weights.checkpoint import ReadRows, Source, build, load_part, read_tokenizer
-from klein_mlx.weights.quantize import Quantization, named
+from klein_mlx.weights.checkpoint import ReadRows, Source, build, expected, load_part, read_tokenizer
+from klein_mlx.weights.quantize import Quantization, check_shapes, named
 from klein_mlx.weights.safetensors import Deferred, Weight
 
 LEVELS = (3, 4, 5, 6, 8)
@@ -205,6 +205,8 @@ def calibrate(
     if source.quantization:
         stored = " and ".join(source.quantization)
         raise CheckpointError(f"{source.path}: its {stored} is quantized already; calibration starts from the original")
+    for part, own in settled.items():
+        check_shapes(part, expected(part, source.config), own)
     config = source.config.text_encoder
     tokenizer = read_tokenizer(source.tokenizer_file, config.vocab_size, config.model_type)
     tokens = [tokenizer([prompt], source.config.max_sequence_length) for prompt in prompts]

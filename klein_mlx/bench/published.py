@@ -144,9 +144,14 @@ def _bits(source: Source, setting: Setting) -> Iterator[Row]:
     name = str(setting.dtype).removeprefix("mlx.core.")
     yield Row("bits", f"{name}, {side} x {side}: {seconds:.1f} s", None, "", {"bits": name, "seconds": seconds})
     for bits in BITS:
-        image, seconds = _picture(source, setting, bits, side)
+        words = f"{bits}{' bits' if isinstance(bits, int) else ''}"
+        try:
+            image, seconds = _picture(source, setting, bits, side)
+        except CheckpointError as error:  # layers of a width that cannot be quantized so
+            yield Row("bits", f"{words}: {error}")
+            continue
         decibels = psnr(image, exact)
-        text = f"{bits}{' bits' if isinstance(bits, int) else ''}: {decibels:.1f} dB to {name}, {seconds:.1f} s"
+        text = f"{words}: {decibels:.1f} dB to {name}, {seconds:.1f} s"
         figures = {"bits": bits, "psnr": round(decibels, 2), "seconds": round(seconds, 2)}
         remedy = "see the quantized checks above; take more bits"
         yield Row("bits", text, decibels >= LEAST_PSNR[bits], remedy, figures)

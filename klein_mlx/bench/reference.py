@@ -43,8 +43,8 @@ KINDS = (
 # layers the encoder and the VAE take bfloat16, so what they make has its bounds. Float32 in TF32 (M5) keeps a factor's
 # bits like float16: it gets float16's.
 _FLOAT32: dict[str, float] = dict.fromkeys(STAGES, 1e-4)
-_BFLOAT16: dict[str, float] = dict(zip(STAGES, (0.0, 2.5e-2, 9e-2, 4e-2, 3e-2, 6e-2, 8e-2, 1e-1), strict=True))
-_FLOAT16 = _BFLOAT16 | {"velocity": 5e-3, "latents": 5e-3, "edit": 1.8e-2, "guidance": 1.2e-2}
+_BFLOAT16: dict[str, float] = dict(zip(STAGES, (0.0, 2.5e-2, 9e-2, 6e-2, 3e-2, 6e-2, 8e-2, 1e-1), strict=True))
+_FLOAT16 = _BFLOAT16 | {"velocity": 5e-3, "latents": 8e-3, "edit": 1.8e-2, "guidance": 3e-2}
 BOUNDS: dict[mx.Dtype, dict[str, float]] = {mx.float32: _FLOAT32, mx.bfloat16: _BFLOAT16, mx.float16: _FLOAT16}
 # A number in the middle between two 4-bit codes may get the other one elsewhere: a fifteenth of its group's range.
 FLIPPED = 1e-2

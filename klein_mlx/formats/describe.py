@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.config import PARTS
+from klein_mlx.config import EMBEDDED, PARTS
 from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.formats.lora import LoraFile, open_lora, tell_encoder
 from klein_mlx.formats.lora_factors import stated_alpha
@@ -116,7 +116,7 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
 def heading(name: str, is_distilled: bool, steps: int, guidance: float) -> str:
     """The first line of a model's description."""
     kind = "" if name == "distilled" else f" ({'distilled' if is_distilled else 'not distilled'})"
-    family = "FLUX.2 [dev]" if name == "dev" else "FLUX.2 [klein]"
+    family = "FLUX.2 [dev]" if name in ("dev", EMBEDDED.name) else "FLUX.2 [klein]"
     return f"{family}, variant {name}{kind}: {steps} steps, guidance {guidance:g}"
 
 

@@ -124,7 +124,7 @@ def _bits(options: TrainOptions) -> Asked | None:
 def check_variant(config: ModelConfig, options: TrainOptions) -> None:
     """Distilled models lose their few steps when they are trained plainly; tiny was made to be."""
     variant = config.variant
-    if config.transformer.guidance_embeds:
+    if variant.embeds_guidance:
         raise RequestError(f"model is {options.model!r}, which is {variant.family}; FLUX.2 [klein] can be trained")
     if not config.is_distilled or variant is TINY or variant.hub_id is None or options.anyway:
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from folders import GOLDEN
 
 from klein_mlx.bench import published
 from klein_mlx.bench.checks import Row, Setting
@@ -132,6 +133,14 @@ def test_bits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decibels[0] > decibels[1] > 10
     monkeypatch.setattr(published, "psnr", lambda image, other: 8.0)
     assert [row.holds for row in published._bits(open_model("tiny"), SETTING)][1:] == [False] * 3
+
+
+def test_bits_that_a_model_cannot_have_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = published._picture
+    monkeypatch.setattr(published, "_picture", lambda *args: picture(*args[:3], 64))
+    _, *found = published._bits(open_model(GOLDEN), SETTING)
+    assert [row.holds for row in found] == [None] * 3
+    assert "has 160 inputs; 4-bit weights need a multiple of 64" in found[1].text
 
 
 def test_the_command_takes_a_model(capsys: pytest.CaptureFixture[str]) -> None:

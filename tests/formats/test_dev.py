@@ -19,7 +19,7 @@ from klein_mlx.bench.predict import klein
 from klein_mlx.config import resolve
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats import part
-from klein_mlx.formats.describe import describe
+from klein_mlx.formats.describe import describe, format_description
 from klein_mlx.formats.lora import BASES, read_lora
 from klein_mlx.formats.open import open_model
 from klein_mlx.model.tokenizer import MISTRAL, SYSTEM_MESSAGE, Tokenizer
@@ -130,7 +130,8 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     assert {resolve(name) for name in ("dev", "FLUX.2-dev", "flux2-dev", "black-forest-labs/flux.2-DEV")} == {DEV}
     asked: list[str] = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **_: asked.append(hub_id) or "x")
-    download(DEV)
+    with caplog.at_level("WARNING", "klein_mlx"):
+        download(DEV)
     assert "license FLUX non-commercial (gated). Accept it once on huggingface.co" in caplog.text
     assert asked == [DEV]
 
@@ -224,4 +225,6 @@ def test_the_published_sizes() -> None:
 
 
 def test_describe(dev: Path) -> None:
-    assert (describe(open_model(dev))["steps"], describe(open_model(dev))["guidance"]) == (50, 4.0)
+    found = describe(open_model(dev))
+    assert (found["steps"], found["guidance"]) == (50, 4.0)
+    assert format_description(found).startswith("FLUX.2 [dev], ")
