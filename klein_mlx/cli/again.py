@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     if not new_prompt:
         typed["no_wildcards"] = True
     options = complete(typed, asked)
-    model, fingerprint = recipe["model"], recipe["model"].get("fingerprint")
+    model = recipe["model"]
     if "model" not in typed and "id" not in model:
         options = replace(options, model=_local_model(model.get("name"), options), revision=typed.get("revision"))
     extra = {name: recipe[name] for name in _KEPT if isinstance(recipe.get(name), str) and not new_prompt}
-    return make(options, extra, fingerprint if isinstance(fingerprint, str) else None)
+    return make(options, extra, model)
 
 
 def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +68,12 @@ def _options(recipe: Mapping[str, Any], picture: str, typed: Mapping[str, Any]) 
         raise RequestError(f"{picture}: its recipe names no model")
     parts = model.get("parts")
     if isinstance(parts, Mapping) and not any(typed.get(part) for part in PARTS):
-        names = ", ".join(f"--{str(part).replace('_', '-')} {name}" for part, name in parts.items())
+        words = {**parts, **({"variant": model["opened_as"]} if model.get("opened_as") else {})}
+        names = ", ".join(f"--{str(part).replace('_', '-')} {name}" for part, name in words.items())
         raise RequestError(f"{picture} was made with parts from files of their own; give them: {names}")
     options: dict[str, Any] = {} if "model" in typed else _model(model, picture)
+    if isinstance(variant := model.get("opened_as"), str) and not {"model", "transformer", "variant"} & typed.keys():
+        options["variant"] = variant
     for key, value in recipe.items():
         name = KEYS[key] if key in PIXELS else None
         if name is None or value is None or value == [] or name in typed:

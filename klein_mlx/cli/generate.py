@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     return make(complete(typed_options(args)))
 
 
-def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: str | None = None) -> int:
+def make(options: RunOptions, extra: dict[str, Any] | None = None, model: Mapping[str, Any] | None = None) -> int:
     """The same with options that are complete (`settings.complete`).
 
-    extra: what recipes say besides. fingerprint: of the expected model; the user is told if it is another.
+    extra: what recipes say besides. model: what a recipe says of its model; the user is told if this is another.
     """
     if options.prompt is None and options.prompt_file is None:
         if options.grid and not options.grid.lower().endswith(IMAGES):
@@ -48,7 +48,7 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
         options = replace(options, quiet=True, json=False, output=None, grid=None, open=False)
     grid = _check_outputs(options)
     with _together(group):
-        jobs, pipe = _opened(options, extra, fingerprint)
+        jobs, pipe = _opened(options, extra, model or {})
     batch = _batch(options, jobs, pipe, group)
     with _together(group):
         if options.grid and grid in [name.path for one in batch.planned for name in one.names]:
@@ -74,7 +74,7 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, fingerprint: 
 
 
 def _opened(
-    options: RunOptions, extra: dict[str, Any] | None, fingerprint: str | None
+    options: RunOptions, extra: dict[str, Any] | None, model: Mapping[str, Any]
 ) -> "tuple[list[Job | Failure], KleinPipeline]":
     """What is asked for, and the model."""
     from klein_mlx.cli.prompts import Job, read_jobs
@@ -84,11 +84,20 @@ def _opened(
         if isinstance(job, Job):
             job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(options)
-    if fingerprint not in (None, pipe.recorder.fingerprint) and not options.quiet:
-        note("the model is not the one that made the picture: its fingerprint differs")
+    if model and not options.quiet:
+        _compare(model, pipe)
     if options.enhance:
         _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
     return jobs, pipe
+
+
+def _compare(model: Mapping[str, Any], pipe: "KleinPipeline") -> None:
+    """Tell where the model is not the one of a recipe, or opened as another variant."""
+    own, fingerprint, variant = pipe.recorder.model, model.get("fingerprint"), model.get("opened_as")
+    if isinstance(fingerprint, str) and fingerprint != own["fingerprint"]:
+        note("the model is not the one that made the picture: its fingerprint differs")
+    elif isinstance(variant, str) and variant != own.get("opened_as"):
+        note(f"the picture was made with --variant {variant}")
 
 
 # ---- several machines ----

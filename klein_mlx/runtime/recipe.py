@@ -84,6 +84,8 @@ class Recorder:
         """The model: the id by which it is found again, or its folder's name; the fingerprint of its files."""
         source = self.source
         told = {"variant": source.config.variant.name, **_identity(source.path), "fingerprint": self.fingerprint}
+        if opened_as := source.info.get("opened_as"):
+            told["opened_as"] = opened_as
         if any(is_sampled(path) for path in source.files()):
             told["sampled"] = True
         quantized = {part: {"bits": q.bits, "group_size": q.group_size, "mode": q.mode} for part, q in self._quantized}

@@ -120,6 +120,22 @@ def test_another_model_is_told(folder: Path) -> None:
     assert done.stderr.splitlines()[0] == "the model is not the one that made the picture: its fingerprint differs"
 
 
+def test_the_variant_is_kept(folder: Path) -> None:
+    """One that the files do not tell: with another, the same recipe is another picture, or none."""
+    negative = ("--variant", "base-4b", "--negative", "blue")
+    assert klein(*TINY, PROMPT, *STEP, *negative, "-o", "a.png", cwd=folder).returncode == 0
+    again = klein("again", "a.png", "-o", "b.png", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    model = klein("again", "a.png", "-m", "tiny", "--negative", "", "-o", "c.png", cwd=folder)
+    assert model.stderr.splitlines()[0] == "the picture was made with --variant base-4b"
+    part = (*TINY, PROMPT, *STEP, *negative, "--vae", "tiny/vae.safetensors")
+    shutil.copytree(Path(klein_mlx.__file__).parent / "tiny", folder / "tiny")
+    assert klein(*part, "-o", "d.png", cwd=folder).returncode == 0
+    lost = klein("again", "d.png", "-o", "e.png", cwd=folder)
+    assert "give them: --vae vae.safetensors, --variant base-4b" in lost.stderr
+
+
 def test_no_metadata(folder: Path) -> None:
     assert klein(*TINY, "a star", *STEP, "--no-metadata", "-o", "a.png", cwd=folder).returncode == 0
     with Image.open(folder / "a.png") as image:
