@@ -12,7 +12,7 @@ from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_factors import Stated
 from klein_mlx.options import is_number
 from klein_mlx.paths import config_folder, exists
-from klein_mlx.weights.hub import HUB_FILE, download, list_files
+from klein_mlx.weights.hub import HUB_FILE, download, list_files, refuse_address
 from klein_mlx.weights.safetensors import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its weights
@@ -215,6 +215,7 @@ def find_lora(
         raise CheckpointError(f"revision is {revision!r:.60}; {found} is on this disk: only LoRAs on the Hub have one")
     if found is not None:
         return _in_folder(found) if found.is_dir() else found
+    refuse_address(text)
     hub = HUB_FILE.fullmatch(text)
     if hub is None:
         raise CheckpointError(_not_found(text, lora_folder(folder)))

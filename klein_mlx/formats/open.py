@@ -41,6 +41,7 @@ from klein_mlx.weights.hub import (
     cache_folder,
     download,
     list_files,
+    refuse_address,
     wanted,
     without_copies,
 )
@@ -55,10 +56,14 @@ _FULL_DECODER = "full_encoder_small_decoder.safetensors"  # of its files the one
 
 
 def hub_part(value: str | Path) -> tuple[str, str | None] | None:
-    """(Hub id, name of a file in it) if this names a part of a model on the Hub; None: it is a path."""
+    """(Hub id, name of a file in it) if this names a part of a model on the Hub; None: it is a path.
+
+    Raises CheckpointError for a web address.
+    """
     text = str(value)
     if isinstance(value, Path) or exists(Path(os.path.expanduser(text))) or text.startswith((".", "/", "~")):
         return None
+    refuse_address(text)
     found = HUB_FILE.fullmatch(resolve(text))
     if found is None or found[1].endswith(WEIGHTS) or (found[2] and not found[2].endswith(WEIGHTS)):
         return None  # a file or folder that is not there
@@ -138,9 +143,6 @@ def find_part(
     return download(hub_id, revision=revision, token=token, patterns=[escape(name) for name in files]) / opened
 
 
-_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
-
-
 _CHOICES = "'tiny', a folder, a Hub id such as black-forest-labs/FLUX.2-klein-4B, or a short name such as 4b"
 
 
@@ -182,7 +184,7 @@ def open_model(
     else:
         base = _open_base(model, revision, token, local_files_only, {part for part in PARTS if part not in given})
         source = mix(base, given)
-    return with_variant(source, variant) if variant else source
+    return with_variant(source, variant, record=True) if variant else source
 
 
 def open_any(model: str | Path, **options: Any) -> Source | PartFile:
@@ -278,8 +280,6 @@ def _open_base(
     text, path = str(model), Path(os.path.expanduser(model))
     if text and exists(path):
         return _open_folder(path)
-    if address := _ADDRESS.match(text):
-        raise CheckpointError(f"{text:.200} is an address; give its Hub id, {address[1]}")
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"{path}: no such file or folder; use {_CHOICES}")
     if text.endswith((*WEIGHTS, ".png", ".jpg", ".jpeg", ".webp")):
@@ -534,11 +534,15 @@ def _quantization(parts: Mapping[str, PartFile], config: ModelConfig) -> dict[st
     return {part: q for part, file in parts.items() if (q := file.quantization(config))}
 
 
-def with_variant(source: Source, name: str) -> Source:
-    """The same model as a variant that its files do not tell. Raises CheckpointError if it has other sizes."""
+def with_variant(source: Source, name: str, record: bool = False) -> Source:
+    """The same model as a variant that its files do not tell. Raises CheckpointError if it has other sizes.
+
+    record: whether the user's choice goes into recipes, as "opened_as": the files alone open as another variant.
+    """
     config = settle_variant(source.config, name)
     info = {key: value for key, value in source.info.items() if key != "notes"}
-    return replace(source, config=config, info={**info, "licence": config.variant.licence})  # type: ignore[type-var]
+    info |= {"licence": config.variant.licence, **({"opened_as": name} if record else {})}
+    return replace(source, config=config, info=info)  # type: ignore[type-var]
 
 
 def _doubts(transformer: PartFile | None, config: ModelConfig) -> list[str]:

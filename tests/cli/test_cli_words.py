@@ -63,6 +63,18 @@ def test_the_subcommand(given: list[str], name: str, words: list[str]) -> None:
         (["info", "x.gguf"], "x.gguf: no such file"),
         (["info", "https://huggingface.co/owner/name/tree/main"], "is an address; give its Hub id, owner/name"),
         (["info", "tiny", "-W", "64"], "use --size 1024x768"),
+        (["info", "https://hf.co/owner/name/blob/main/a/x.gguf?x=1"], "give its Hub id, owner/name/a/x.gguf"),
+        (["info", "https://huggingface.co/datasets/owner/name"], "no such file or folder"),
+        (["x", "-m", "https://huggingface.co/owner/name", "--offline"], "give its Hub id, owner/name"),
+        (["x", "-m", "tiny", "--vae", "huggingface.co/owner/name/tree/main"], "give its Hub id, owner/name"),
+        (
+            ["x", "-m", "tiny", "--vae", "hf.co/owner/name/resolve/main/x.safetensors"],
+            "Hub id, owner/name/x.safetensors",
+        ),
+        (
+            ["x", "-m", "tiny", "--lora", "hf.co/owner/name/resolve/main/x.safetensors"],
+            "give its Hub id, owner/name/x.safetensors",
+        ),
         (["serve", "--api-key", "x"], "use --token"),
         (["train", "x", "--lr", "1"], "use --learning-rate"),
         (["train", "x", "--low-ram"], "--low-ram; use --bits 4 (see"),
