@@ -28,6 +28,7 @@ from klein_mlx.errors import KleinError, RequestError, nearest
 from klein_mlx.options import MAX_IMAGES, MAX_PROMPT, MAX_SEED
 
 MAX_LINE = 4 * MAX_PROMPT + 100_000  # bytes
+NO_LINES = (".toml", ".yaml", ".yml", ".csv", ".tsv")  # their lines would be taken for prompts
 MAX_BYTES = 1 << 28  # of a whole prompt file
 
 
@@ -74,6 +75,8 @@ def read_jobs(options: RunOptions) -> list[Job | Failure]:
 def _lines(name: str) -> Iterator[tuple[str, str | RequestError]]:
     """(file:line, text) of every line that is neither empty nor a comment; an error in place of one that is no text."""
     shown = "stdin" if name == "-" else name
+    if name.lower().endswith(NO_LINES):
+        raise RequestError(f"--prompt-file {name} is not read; it must have one prompt per line, or be JSONL")
     try:
         if name != "-" and (stat.S_ISCHR(mode := os.stat(name).st_mode) or stat.S_ISBLK(mode)):
             raise RequestError(f"--prompt-file {name} is a device; it must be a file, or - for stdin")
@@ -98,6 +101,8 @@ def _lines(name: str) -> Iterator[tuple[str, str | RequestError]]:
             except UnicodeDecodeError as error:
                 yield where, RequestError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
                 continue
+            if _ARRAY.match(line):
+                raise RequestError(f"{where}: a JSON array is not read; write one object per line, without brackets")
             if line and not line.startswith("#"):
                 yield where, line
 
@@ -173,6 +178,8 @@ def _seeds(options: RunOptions) -> list[int]:
 
 MAX_DEPTH, MAX_FILE, MAX_EXPANDED = 20, 16 * 1024 * 1024, 100_000  # levels; bytes; characters
 _NAME = re.compile(r"__(?=\S)((?:(?!__)\S)+)__")
+_ARRAY = re.compile(r'\[\s*(?:$|\{\s*")')  # a line that begins one of JSON
+_SEVERAL = re.compile(r"\s*\d+(?:-\d*)?\$\$")  # dynamic prompts' "that many of these"
 _WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)::")
 _ESCAPED = re.compile(r"\\([{}|_\\])")
 _PRIVATE = {char: chr(0xF8F0 + number) for number, char in enumerate("{}|_\\")}  # stands for an escaped one meanwhile
@@ -209,6 +216,9 @@ def _expand(text: str, draw: Callable[[], float], lines: Callable[[str], list[st
             position = name.end()
         elif bars := choices.get(position):
             options = [text[start + 1 : end] for start, end in pairwise([position, *bars])]
+            if several := _SEVERAL.match(options[0]):
+                rule = "a choice takes one of its options; write it once for each, or give --no-wildcards"
+                raise RequestError(f"the prompt has a choice of several, {{{several[0]}...}}; {rule}")
             done.append(_expand(_pick(options, draw), draw, lines, depth + 1))
             position = bars[-1] + 1
         else:

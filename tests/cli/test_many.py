@@ -16,6 +16,9 @@ from PIL import Image
 from test_cli import TINY, klein, size_of
 
 from klein_mlx import KleinPipeline
+from klein_mlx.cli.prompts import read_jobs
+from klein_mlx.cli.settings import complete
+from klein_mlx.errors import RequestError
 from klein_mlx.images.saving import read_metadata
 from klein_mlx.runtime.run import Picture
 
@@ -199,6 +202,13 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("text", ['[\n {"prompt": "a"}\n]', '# c\n[{"prompt": "a"}]', '[ { "prompt": "a" },'])
+def test_an_array_is_no_prompts(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(RequestError, match=r"p.json:[12]: a JSON array is not read; write one object per line"):
+        read_jobs(complete({"prompt_file": str(tmp_path / "p.json")}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -214,6 +224,10 @@ def test_a_picture_on_stdout(tmp_path: Path) -> None:
         (("a star", "--prompt-file", "p.txt"), "a prompt and --prompt-file are given"),
         (("--prompt-file", "none.txt"), "--prompt-file none.txt cannot be read: No such file"),
         (("--prompt-file", os.devnull), "is a device; it must be a file, or - for stdin"),
+        (
+            ("--prompt-file", "p.TOML"),
+            "--prompt-file p.TOML is not read; it must have one prompt per line, or be JSONL",
+        ),
         (("a star", "--preset", "fast"), "--preset fast is not in the config; there are none"),
         (("a star", "--grid", "x.gif"), "output x.gif ends in .gif"),
         (("a star", "-o", "x.png", "--grid", "x.png", "--force"), "--grid x.png is the name of a picture too"),

@@ -57,6 +57,8 @@ def test_escapes() -> None:
     [
         ("a {b|c", "opens at column 3 ('{b|c') has no closing brace"),
         (r"\{ a {b|{c}", "opens at column 6"),
+        ("a {2$$b|c}", "a choice of several, {2$$...}; a choice takes one of its options"),
+        ("a { 1-2$$ and $$b|c}", "a choice of several, { 1-2$$...}"),
         ("__../../etc/passwd__", "__../../etc/passwd__ is not a valid name; it must be letters, digits, - and _"),
         ("__a/b__", "__a/b__ is not a valid name"),
         ("__none__", "has no file none.txt in "),
