@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         log_prompts=args.log_prompts,
         loras=lora_folder(args),
     )
-    _log_to_stderr(args.quiet)
+    log_to_stderr(args.quiet)
 
     def ready(url: str) -> None:
         say(url)
@@ -200,10 +200,10 @@ def _token(args: argparse.Namespace) -> str | None:
     return secrets.token_urlsafe(18) if args.token == "" else args.token
 
 
-def _log_to_stderr(quiet: bool) -> None:
+def log_to_stderr(quiet: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("klein_mlx")
-    log.addHandler(handler)
+    log.handlers = [handler]  # instead of the one that prints notes
     log.setLevel(logging.ERROR if quiet else logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

@@ -1,7 +1,9 @@
 """The process model: no MLX in the server, a worker that may die, a bounded queue, sessions, clients that leave."""
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import pytest
 from PIL import Image
 from serving_tools import SMALL, client, data_uri, held, lines, opened, picture_bytes, resident, running, until
 
+from klein_mlx.cli.output import log_as_notes
+from klein_mlx.cli.serve import log_to_stderr
 from klein_mlx.server.serving import Background
 
 
@@ -70,6 +74,16 @@ def test_the_command_serves_without_mlx_and_ends_at_once(tmp_path) -> None:
     if sys.platform == "linux":  # 45; macOS counts what processes share
         assert taken < 60
     assert served.returncode == 128 + signal.SIGTERM, errors
+
+
+def test_a_line_of_the_log_is_written_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("klein_mlx")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    log_as_notes()
+    log_to_stderr(quiet=False)
+    log.info("a picture")
+    assert re.fullmatch(r"[\d:]{8} a picture\n", capsys.readouterr().err)
 
 
 @contextmanager
