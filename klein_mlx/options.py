@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from functools import cached_property, wraps
+from numbers import Real
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from klein_mlx.errors import RequestError, named
@@ -37,8 +38,11 @@ def integer(what: str, value: Any, low: int, high: int) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    """Whether `value` is a finite int or float, or numpy's."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < 1e300
+    except OverflowError:
+        return False
 
 
 def flag(what: str, value: Any) -> bool:
@@ -105,7 +109,7 @@ class Option:
         if self.kind is bool:
             return flag(name, value)
         if self.choices:
-            if value not in self.choices:
+            if not isinstance(value, str) or value not in self.choices:
                 raise RequestError(name, value, f"it must be {self.range}")
         elif self.kind is int and self.low is not None and self.high is not None:
             return integer(name, value, int(self.low), int(self.high))

@@ -5,7 +5,7 @@ picture; the call, the command line and whatever else is built sit on it. The en
 embeddings are evaluated, the transformer before the pictures are decoded, unless `keep` says otherwise.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from klein_mlx.config import PARTS, ModelConfig
-from klein_mlx.errors import DoesNotFit, RequestError, human_bytes, of_device
+from klein_mlx.errors import DoesNotFit, RequestError, human_bytes, of_device, short
 from klein_mlx.images.masks import Canvas
 from klein_mlx.model.compile import CompiledBlocks
 from klein_mlx.model.sampler import (
@@ -404,7 +404,10 @@ class KleinPipeline(metaclass=Answering):
         if request.callback_on_step_end is None:
             return None
         tokens = latents.reshape(1, -1, latents.shape[-1])
-        told = request.callback_on_step_end(self, step, sigma * 1000, {"latents": tokens}) or {}
+        told = request.callback_on_step_end(self, step, sigma * 1000, {"latents": tokens})
+        told = {} if told is None else told
+        if not isinstance(told, Mapping):
+            raise RequestError("callback_on_step_end", rule=f"returned {short(told)}; it must return a dict or None")
         changed = told.get("latents", tokens)
         return None if changed is tokens else to_array("latents", changed).reshape(latents.shape).astype(latents.dtype)
 

@@ -91,6 +91,8 @@ def test_the_callback_sees_and_changes_latents(pipe: KleinPipeline) -> None:
     assert [step for step, _ in told] == [0, 1]
     assert told[0][1] == 1000
     assert not same(pipe("a star", seed=1, callback_on_step_end=clear, **SMALL).images, plain)
+    with pytest.raises(RequestError, match="callback_on_step_end returned 0; it must return a dict or None"):
+        pipe("a star", seed=1, callback_on_step_end=lambda *_: 0, **SMALL)
 
 
 def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.LogCaptureFixture) -> None:

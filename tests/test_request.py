@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
@@ -13,6 +14,7 @@ from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.options import Options
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.request import check
+from klein_mlx.weights.lora import checked_scale
 
 
 def config(is_distilled: bool = True, **changes: Any) -> ModelConfig:
@@ -33,6 +35,17 @@ def test_defaults_come_from_the_variant() -> None:
     assert request.pictures == [(0, 7)]
     base = check(config(is_distilled=False), prompt="a fox")
     assert (base.steps, base.guidance) == (50, 4.0)
+
+
+def test_numbers_may_be_numpys() -> None:
+    request = check(config(False), prompt="a", guidance_scale=np.float32(2.5), width=np.int32(64), seed=np.uint64(3))
+    assert (request.guidance, type(request.guidance), request.width, request.seeds) == (2.5, float, 64, (3,))
+    assert checked_scale(np.float16(0.5)) == 0.5
+    for wrong in (np.float32("nan"), np.bool_(True), np.ones(2), 10**400, "2"):
+        with pytest.raises(RequestError, match="guidance_scale is .* it must be a number from 1 to 100"):
+            check(config(False), prompt="a", guidance_scale=wrong)
+    with pytest.raises(RequestError, match="rng is .* it must be one of mlx, torch"):
+        check(config(), prompt="a", rng=np.array(["mlx", "torch"]))
 
 
 def test_variant_is_told_from_dimensions() -> None:

@@ -11,6 +11,7 @@ the layer's expanded weight instead, for as long as it is there.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -200,7 +201,7 @@ class LoadedLora:
 
 def checked_scale(scale: float) -> float:
     """A scale, -100..100; RequestError for anything else."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
     if not number or not -MAX_SCALE <= scale <= MAX_SCALE:
         raise RequestError(f"scale is {scale!r:.60}; it must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
     return float(scale)
