@@ -69,6 +69,8 @@ def test_another_version_encodes_anew(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_another_process_finds_it(tmp_path: Path) -> None:
     made(tmp_path, dtype="float32")
     code = (
+        "import mlx.core as mx\n"
+        "mx.set_default_device(mx.cpu)\n"  # as here: another device's embeddings are other entries
         "from klein_mlx import KleinPipeline\n"
         f"pipe = KleinPipeline.from_pretrained('tiny', keep='all', dtype='float32', prompt_cache={str(tmp_path)!r})\n"
         f"pipe({PROMPT!r}, seed=7, num_inference_steps=1, width=64, height=64)\n"
