@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class RunFolder:
     def save(self, step: int, state: Mapping[str, Any], arrays: Weights, write: Any) -> Path:
         """Write a checkpoint. write(folder): puts the LoRA, or the transformer, into it."""
         path = self.checkpoint(step)
-        beside = path.with_name(f".{secrets.token_hex(8)}.part")
+        beside = _unfinished(path)
         with _refusals(path):
             try:
                 beside.mkdir(parents=True)
@@ -111,7 +112,7 @@ class RunFolder:
                 for file in beside.iterdir():
                     flush(file)
                 if path.exists():
-                    shutil.rmtree(path)
+                    path.rename(_unfinished(path))
                 beside.rename(path)
                 flush(path.parent)
             finally:
@@ -119,11 +120,12 @@ class RunFolder:
         return path
 
     def thin_out(self, keep: int, best: int | None) -> None:
-        """Remove all but the newest few, and the best."""
+        """Remove all but the newest few, and the best: under another name, as a kill would leave a part of one."""
         for path in self.checkpoints[:-keep]:
             if path != (None if best is None else self.checkpoint(best)):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in (self.folder / "checkpoints").glob(".*.part"):  # of a process that was killed
+                with suppress(OSError):
+                    path.rename(_unfinished(path))
+        for path in (self.folder / "checkpoints").glob(".*.part"):  # these, and those of a process that was killed
             shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> tuple[dict[str, Any], Weights, Path] | None:
@@ -133,6 +135,11 @@ class RunFolder:
         path = self.checkpoints[-1]
         read_header(path / ARRAYS)
         return read_json(path / STATE), mx.load(str(path / ARRAYS)), path  # type: ignore[return-value]
+
+
+def _unfinished(path: Path) -> Path:
+    """A hidden name beside, for what is not whole."""
+    return path.with_name(f".{secrets.token_hex(8)}.part")
 
 
 class _refusals:
@@ -152,7 +159,7 @@ class _refusals:
 
 def write_text(path: Path, text: str) -> None:
     """Beside, flushed, renamed."""
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
+    beside = _unfinished(path)
     try:
         beside.write_text(text)
         flush(beside)

@@ -88,7 +88,7 @@ def test_mixed_4_keeps_the_velocity(tiny: Reference) -> None:
     plain = tiny.errors(tiny.source, PLAIN_4)["velocity"]
     assert tiny.errors(tiny.source, "mixed-4")["velocity"] < 0.55 * plain
     calibrated = calibrate(tiny.source, "mixed-4", prompts=captions(4), steps=2)
-    assert tiny.errors(calibrated, None)["velocity"] < 0.33 * plain
+    assert tiny.errors(calibrated, None)["velocity"] < 0.45 * plain
     assert stored_bytes(calibrated, None) <= 1.06 * stored_bytes(tiny.source, PLAIN_4)
     errors = calibrated.info["calibration"]["velocity_errors"]
     assert list(errors.values()) == sorted(errors.values(), reverse=True)

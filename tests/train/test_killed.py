@@ -57,3 +57,22 @@ def test_a_killed_run_leaves_whole_files(tmp_path: Path) -> None:
             seen = max(seen, step)
         assert not output.exists()
     assert seen > 0
+
+
+def test_a_checkpoint_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far its removal comes: no step's folder lacks a file."""
+    folder = RunFolder(tmp_path / "x.run")
+    for step in (1, 2, 3):
+        folder.save(step, {"step": step}, {"a": mx.zeros(1)}, lambda beside: None)
+
+    def killed(path: Path, **options: object) -> None:
+        (Path(path) / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.thin_out(1, None)
+    assert [path.name for path in folder.checkpoints] == ["step-00000003"]
+    monkeypatch.undo()
+    folder.thin_out(1, None)
+    assert len([*(tmp_path / "x.run" / "checkpoints").iterdir()]) == 1
