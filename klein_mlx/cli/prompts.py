@@ -122,7 +122,7 @@ def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:
     if not line.startswith("{"):
         return replace(options, prompt=line)
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         if '"' not in line.partition(":")[0]:  # a prompt that begins with a choice: {red|blue} ...
             return replace(options, prompt=line)
@@ -135,6 +135,15 @@ def _line_options(options: RunOptions, line: str | RequestError) -> RunOptions:
     return join_line(options, _line_values(values))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = [key for key, _ in pairs]
+        twice = next(key for key in values if seen.count(key) > 1)
+        raise RequestError(f"the line gives {twice[:60]!r} twice; give it once")
+    return values
+
+
 def _line_values(values: Mapping[str, Any]) -> dict[str, Any]:
     read = {}
     for key, value in values.items():
@@ -144,6 +153,8 @@ def _line_values(values: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(f"{key[:60]} is unknown" + (f"; did you mean {near}?" if near else ""))
         if TABLE[name].per_run:
             raise RequestError(f"{key} applies to the whole run; give it on the command line")
+        if name in read:
+            raise RequestError(f"{key} is {TABLE[name].key}, which the line gives already; give it once")
         if value is not None:
             read[name] = option_value(TABLE[name], value)
     output = read.get("output")

@@ -40,6 +40,8 @@ def test_a_prompt_file(tmp_path: Path) -> None:
         '{"prompt": ',
         '{"seed": 3}',
         "a {red|red} circle",
+        '{"prompt": "a ring", "steps": 1, "num_inference_steps": 2}',
+        '{"prompt": "a ring", "seed": 1, "seed": 2}',
     ]
     (tmp_path / "p.txt").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
     done = klein(*TINY, *FAST, "--prompt-file", "p.txt", "--seed", "7", "--json", "--grid", cwd=tmp_path)
@@ -51,7 +53,7 @@ def test_a_prompt_file(tmp_path: Path) -> None:
     assert size_of(tmp_path / "mine.webp") == (64, 96)
     told = {entry["where"]: entry["error"] for entry in report["failed"]}
     assert list(map(str, sorted(int(where.removeprefix("p.txt:")) for where in told))) == [
-        *("5", "6", "7", "8", "9", "10", "11", "12", "14")
+        *("5", "6", "7", "8", "9", "10", "11", "12", "14", "15", "16")
     ]
     for line, words in (
         (5, "stesp is unknown; did you mean steps?"),
@@ -62,12 +64,14 @@ def test_a_prompt_file(tmp_path: Path) -> None:
         (10, "image none.png does not exist"),
         (11, "the line is not a JSON object"),
         (12, "the line has no prompt"),
-        (14, "is not UTF-8"),
+        (14, "num_inference_steps is steps, which the line gives already"),
+        (15, "the line gives 'seed' twice"),
+        (16, "is not UTF-8"),
     ):
         assert words in told[f"p.txt:{line}"]
         assert f"error: p.txt:{line}: " in done.stderr
     assert done.stderr.splitlines()[-1].startswith("3 of 4 pictures in ")
-    assert done.stderr.splitlines()[-1].endswith("; 9 failed")
+    assert done.stderr.splitlines()[-1].endswith("; 11 failed")
     recipe = read_metadata(tmp_path / "a-red-circle-7.png").recipe
     assert recipe
     assert (recipe["prompt"], recipe["template"]) == ("a red circle", "a {red|red} circle")
