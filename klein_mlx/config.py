@@ -19,6 +19,11 @@ EMBEDDED_GUIDANCE = 4.0  # dev's default scale
 TAPS = {"qwen3": KLEIN_TAPS, "mistral": (10, 20, 30)}  # by the text encoder's model_type
 # By model_type and hidden size.
 ENCODERS = {("qwen3", 2560): "Qwen3-4B", ("qwen3", 4096): "Qwen3-8B", ("mistral", 5120): "Mistral-Small-3.2"}
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)"
+    r"(?:/(?:blob|resolve)/[^/]+/(.+\.(?:safetensors|gguf)))?",
+    re.ASCII,
+)
 TIME_SHIFTS, MAX_SHIFT = ("exponential", "linear"), 1e6
 
 
@@ -366,6 +371,13 @@ def suggestion(model: str, own: Mapping[str, str] | None = None) -> str:
     """ " (did you mean ...?)" for a word that is nearly an alias, else nothing."""
     near = nearest(model, ["tiny", *ALIASES, *(own or {})])
     return f" (did you mean {near}?)" if near else ""
+
+
+def refuse_address(text: str) -> None:
+    """Raise CheckpointError for the address of a repository's page, or of a file in it: a Hub id names it."""
+    if found := _ADDRESS.match(text):
+        hub_id = "/".join(filter(None, found.groups()))
+        raise CheckpointError(f"{text:.200} is an address; give its Hub id, {hub_id}")
 
 
 def gated_notice(hub_id: str) -> str | None:

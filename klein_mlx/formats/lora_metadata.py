@@ -8,11 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from klein_mlx.config import refuse_address
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_factors import Stated
 from klein_mlx.options import is_number
 from klein_mlx.paths import config_folder, exists
-from klein_mlx.weights.hub import HUB_FILE, download, list_files, refuse_address
+from klein_mlx.weights.hub import HUB_FILE, download, list_files
 from klein_mlx.weights.safetensors import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its weights

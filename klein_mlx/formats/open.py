@@ -22,6 +22,7 @@ from klein_mlx.config import (
     ModelConfig,
     default_taps,
     named_variant,
+    refuse_address,
     resolve,
     settle_variant,
     suggestion,
@@ -41,7 +42,6 @@ from klein_mlx.weights.hub import (
     cache_folder,
     download,
     list_files,
-    refuse_address,
     wanted,
     without_copies,
 )

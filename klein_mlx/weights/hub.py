@@ -23,11 +23,6 @@ from klein_mlx.paths import precision_of
 WEIGHTS = (".safetensors", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})(?:/(.+))?", re.ASCII)  # a file of a repository
-_ADDRESS = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)"
-    r"(?:/(?:blob|resolve)/[^/]+/(.+\.(?:safetensors|gguf)))?",
-    re.ASCII,
-)
 MARGIN = 256 << 20  # bytes that stay free on the disk: for the file system, and for what else is written meanwhile
 NO_NETWORK = (
     "the network is not to be used: drop --offline (or HF_HUB_OFFLINE), or copy it here from a machine that has it"
@@ -292,13 +287,6 @@ def _disk_reason(cause: BaseException) -> str | None:
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"{cache_folder()} is not writable for you; set HF_HOME to a folder of your own"
     return None
-
-
-def refuse_address(text: str) -> None:
-    """Raise CheckpointError for the address of a repository's page, or of a file in it: a Hub id names it."""
-    if found := _ADDRESS.match(text):
-        hub_id = "/".join(filter(None, found.groups()))
-        raise CheckpointError(f"{text:.200} is an address; give its Hub id, {hub_id}")
 
 
 def endpoint() -> str:
