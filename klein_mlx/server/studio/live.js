@@ -10,18 +10,19 @@ export class Live {
     this.session = crypto.getRandomValues(new Uint32Array(4)).join("-");
     this.newest = 0;
     this.asked = 0;
-    this.busy = this.dirty = this.rested = false;
+    this.busy = this.seen = this.dirty = this.rested = false;
     this.made = "";
   }
 
-  /** Something was typed: a draft now if nothing runs, else soon; the full size after a rest. */
+  /** Something was typed: a draft now if nothing runs, or what runs is seen and has steps to go (one in its last part
+      may end first); else soon; the full size after a rest. */
   changed() {
     this.dirty = true;
     this.rested = false;
     clearTimeout(this.timer);
     clearTimeout(this.rest);
     this.rest = setTimeout(() => this.full(), REST_MS);
-    if (this.busy) this.timer = setTimeout(() => this.draft(), KEY_MS);
+    if (this.busy && !this.seen) this.timer = setTimeout(() => this.draft(), KEY_MS);
     else this.draft();
   }
 
@@ -72,6 +73,7 @@ export class Live {
     this.controller?.abort();
     const controller = (this.controller = new AbortController());
     this.busy = true;
+    this.seen = false;
     this.on.start(kind, body);
     let end = { type: "error", code: "unreachable", message: "The server cannot be reached. Is it still running?" };
     try {
@@ -87,6 +89,7 @@ export class Live {
           if (own !== this.newest) return;
           if (FINAL.includes(event.type)) end = event;
           else this.on.event(event, kind, body);
+          this.seen = event.type === "step" && event.index < event.of;
         }
       }
     } catch {
