@@ -6,16 +6,15 @@ peak is reached is taken from published times of mflux, whose matmuls are the sa
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
 from klein_mlx.bench.cost import MATH, Cost, Kernel, trace
-from klein_mlx.config import ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig, default_taps
+from klein_mlx.config import ModelConfig
 from klein_mlx.errors import RequestError
-from klein_mlx.formats.lora import BASES
-from klein_mlx.formats.part import MISTRAL
+from klein_mlx.formats.part import ARCHITECTURES
 from klein_mlx.model.layers import Gpu, gpu, place, wide
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.transformer import Modulation, Modulations, Transformer, rope_tables
@@ -122,18 +121,7 @@ LAUNCH_SECONDS = 5e-6
 
 def klein(size: str) -> ModelConfig:
     """The published architecture of "4b", "9b" or "dev"; no file is needed."""
-    transformer = TransformerConfig(128, 5, 20, 128, 24, 7680, 3.0, (32, 32, 32, 32))
-    encoder = TextEncoderConfig(151936, 2560, 9728, 36, 32, 8, 128)
-    if size == "9b":
-        transformer = replace(
-            transformer, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
-        )
-        encoder = replace(encoder, hidden_size=4096, intermediate_size=12288)
-    if is_dev := size == "dev":
-        transformer, encoder = BASES["FLUX.2 [dev]"], MISTRAL
-    vae = VAEConfig((128, 256, 512, 512), 2, 32)
-    taps = default_taps(encoder.num_hidden_layers, encoder.model_type)
-    return ModelConfig(transformer, encoder, vae, is_distilled=not is_dev, taps=taps)
+    return ARCHITECTURES["FLUX.2 [dev]" if size == "dev" else f"FLUX.2 [klein] {size.upper()}"]
 
 
 @dataclass(frozen=True)

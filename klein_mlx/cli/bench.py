@@ -320,7 +320,7 @@ def _predicted_cost(args: argparse.Namespace) -> "tuple[dict[str, Any], Callable
         return traced(device if quantization else replace(device, dense_from=None))  # which would change nothing
 
     bits = {part: own.bits for part, own in quantization.items()}
-    asked = {"model": name, "bits": bits, "width": width, "height": height}
+    asked = {"model": name, "family": variant.family, "bits": bits, "width": width, "height": height}
     return asked, cost, dtype
 
 
@@ -338,10 +338,9 @@ def _row(row: "Prediction") -> dict[str, Any]:
 
 
 def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
-    bits = _bits(report["bits"])
-    model = "FLUX.2 [dev]" if report["model"] == "dev" else f"FLUX.2 [klein] {report['model']}"
+    bits, size = _bits(report["bits"]), f"{report['width']} x {report['height']}"
     lines = [
-        f"{model} ({bits}), {report['width']} x {report['height']}, {report['steps']} steps, {report['dtype']}",
+        f"{report['family']}, variant {report['model']} ({bits}), {size}, {report['steps']} steps, {report['dtype']}",
         NOTE,
         "",
         f"{'chip':<10}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}{'encode s':>10}{'step s':>8}{'decode s':>10}"

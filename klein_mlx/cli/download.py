@@ -32,8 +32,7 @@ from klein_mlx.weights.hub import (
 )
 
 if TYPE_CHECKING:
-    from klein_mlx.weights.hub import Choice, Plan
-
+    from klein_mlx.weights.hub import Choice
 
 _INTERVAL = 0.1  # seconds between two reports of progress
 _PATIENCE = 2.0  # seconds for a child that was told to end
@@ -268,7 +267,6 @@ def bring(
 ) -> None:
     """Say what a download would bring, ask, and fetch it. short: what the user called the model; instead: what to do
     where it is not to be downloaded, if that is not to pull the model first."""
-
     if is_offline():
         raise CheckpointError(
             f"{hub_id}: is not (fully) on this machine, and HF_HUB_OFFLINE forbids the network: unset it once, or "
@@ -282,7 +280,7 @@ def bring(
     if not yes and not asked:
         instead = instead or f"first: klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         raise RequestError(
-            f"{hub_id} is not on this machine: {human_bytes(plan.bytes)} from {_host()}; "
+            f"{hub_id} is not on this machine: {human_bytes(plan.bytes)} from {endpoint()}; "
             f"add --yes to download it, or {instead}"
         )
     if not quiet or not yes:
@@ -292,7 +290,7 @@ def bring(
     with_bar(plan, quiet, lambda show: fetch(plan, patterns=[escape(name) for name in plan.sizes], show=show))
 
 
-def facts(plan: "Plan") -> list[str]:
+def facts(plan: Plan) -> list[str]:
     """What a person wants to know before a download, a line each."""
     total = sum(plan.sizes.values())
     size = f"{human_bytes(plan.bytes)} in {len(plan.missing)} files"
@@ -302,7 +300,7 @@ def facts(plan: "Plan") -> list[str]:
     note = next((alias.note for alias in ALIASES.values() if alias.hub_id == plan.hub_id and row is None), None)
     lines = [
         f"{plan.hub_id} is not on this machine yet.",
-        f"  from     {_host()}/{plan.hub_id}{f' ({note})' if note else ''}",
+        f"  from     {endpoint()}/{plan.hub_id}{f' ({note})' if note else ''}",
         f"  size     {size}",
         f"  into     {plan.folder} ({human_bytes(plan.free)} free)",
         f"  license  {plan.licence or 'not stated'}{f' ({row.licence})' if row else ''}",
@@ -314,7 +312,7 @@ def facts(plan: "Plan") -> list[str]:
     return lines
 
 
-def _memory(plan: "Plan") -> str | None:
+def _memory(plan: Plan) -> str | None:
     """What the weights will take, told from the parts' files, and what there is."""
     sizes = {part: sum(size for name, size in plan.sizes.items() if name.startswith(part)) for part in PARTS}
     told = ", ".join(f"{part.replace('_', ' ')} {human_bytes(size)}" for part, size in sizes.items() if size)
@@ -338,7 +336,7 @@ def _here() -> str | None:
     return f"  or take  --model {' or --model '.join(names[:3])}: on this machine already" if names else None
 
 
-def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], object]) -> None:
+def with_bar(plan: Plan, quiet: bool, work: Callable[[Callable[[int], None]], object]) -> None:
     """Run `work` with a function that shows the bytes that have come, as one bar over all files."""
     from tqdm import tqdm
 
@@ -355,8 +353,3 @@ def with_bar(plan: "Plan", quiet: bool, work: Callable[[Callable[[int], None]], 
 def _agreed(question: str) -> bool:
     answer = ask(question)
     return bool(answer) and answer.strip().lower() in ("", "y", "yes")
-
-
-def _host() -> str:
-
-    return endpoint()

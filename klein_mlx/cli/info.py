@@ -106,15 +106,15 @@ def _report_published(source: Any, args: argparse.Namespace) -> int:
     from klein_mlx.formats.describe import heading, memory_line
 
     variant = source.config.variant
-    d = {"variant": variant.name, "path": None, "licence": variant.licence, "is_distilled": variant.is_distilled}
-    d |= {"steps": variant.steps, "guidance": variant.guidance}
+    d = {"variant": variant.name, "family": variant.family, "path": None, "licence": variant.licence}
+    d |= {"is_distilled": variant.is_distilled, "steps": variant.steps, "guidance": variant.guidance}
     if args.size is not None:
         d["memory"] = _memory(source, args)
     if args.json:
         say_json(d)
         return 0
     say(
-        heading(variant.name, variant.is_distilled, variant.steps, variant.guidance),
+        heading(variant.family, variant.name, variant.is_distilled, variant.steps, variant.guidance),
         f"  not on this machine; klein-mlx models pull {source.path}",
         f"  license  {variant.licence}",
         *([memory_line(d["memory"])] if "memory" in d else []),

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.config import EMBEDDED, PARTS
+from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.formats.lora import LoraFile, open_lora, tell_encoder
 from klein_mlx.formats.lora_factors import stated_alpha
@@ -35,6 +35,7 @@ def describe(source: Source | PartFile) -> dict[str, Any]:
         parts[part]["stored"] = file.format
     return {
         "variant": variant.name,
+        "family": variant.family,
         "path": str(source.path),
         "format": source.info.get("format"),
         "source": source.info.get("source", {}).get("name"),
@@ -113,10 +114,9 @@ def _part(weights: Mapping[str, Weight], quantization: Quantization | None) -> d
     }
 
 
-def heading(name: str, is_distilled: bool, steps: int, guidance: float) -> str:
+def heading(family: str, name: str, is_distilled: bool, steps: int, guidance: float) -> str:
     """The first line of a model's description."""
     kind = "" if name == "distilled" else f" ({'distilled' if is_distilled else 'not distilled'})"
-    family = "FLUX.2 [dev]" if name in ("dev", EMBEDDED.name) else "FLUX.2 [klein]"
     return f"{family}, variant {name}{kind}: {steps} steps, guidance {guidance:g}"
 
 
@@ -136,7 +136,7 @@ def format_description(description: dict[str, Any]) -> str:
     if "part" in d:
         return _format_part(d)
     lines = [
-        heading(d["variant"], d["is_distilled"], d["steps"], d["guidance"]),
+        heading(d["family"], d["variant"], d["is_distilled"], d["steps"], d["guidance"]),
         f"  folder   {d['path']} ({d['format']} format)",
         f"  source   {d['source'] or 'not stated'}",
         f"  license  {d['licence']}",

@@ -203,15 +203,15 @@ def _read_config(path: Path, part: str) -> Any:
     name, right = _KINDS[part]
     if part == "transformer":
         values = {"guidance_embeds": True, **values}  # as diffusers: the first releases, dev's, had no choice
-    fixed, inner = _FIXED[part], values.get("text_config")
+    fixed, inner, family = _FIXED[part], values.get("text_config"), "FLUX.2 [klein]"
     if part == "text_encoder" and values.get(name) == _MISTRAL and isinstance(inner, Mapping):
-        fixed, values = _FIXED[_MISTRAL], {"model_type": "mistral", **inner}
+        fixed, values, family = _FIXED[_MISTRAL], {"model_type": "mistral", **inner}, "FLUX.2 [dev]"
     elif values.get(name) != right:
         raise CheckpointError(f"{path}: {name} is {values.get(name)!r}; FLUX.2 [klein] has {right!r}")
     for name, right in fixed.items():
         if values.get(name, right) != right:
-            raise CheckpointError(f"{path}: {name} is {values[name]!r}; FLUX.2 [klein] has {right!r}")
+            raise CheckpointError(f"{path}: {name} is {values[name]!r}; {family} has {right!r}")
     rope = values.get("rope_parameters")
     if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: rope_type is {rope['rope_type']!r}; FLUX.2 [klein] has 'default'")
+        raise CheckpointError(f"{path}: rope_type is {rope['rope_type']!r}; {family} has 'default'")
     return CONFIG_CLASSES[part].from_dict(values, str(path))

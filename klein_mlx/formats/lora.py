@@ -8,13 +8,13 @@ names and shapes, and by its metadata where several models have those.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
-from klein_mlx.config import ModelConfig, TransformerConfig
+from klein_mlx.config import ModelConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.lora_factors import (
     Group,
@@ -28,27 +28,13 @@ from klein_mlx.formats.lora_factors import (
 from klein_mlx.formats.lora_keys import PIECES, Place, find_module, read_key, refused_kind
 from klein_mlx.formats.lora_metadata import Strengths, read_strengths
 from klein_mlx.formats.names import BFL, THIRDS, find_parts
-from klein_mlx.formats.part import KLEIN, MISTRAL
+from klein_mlx.formats.part import ARCHITECTURES
 from klein_mlx.weights.checkpoint import expected
 from klein_mlx.weights.lora import Change, Lora
 from klein_mlx.weights.safetensors import Entry, WeightFiles, digest_file, is_finite, read_header, read_metadata
 
-_KLEIN_4B: TransformerConfig = KLEIN["transformer"]
-BASES = {
-    "FLUX.2 [klein] 4B": _KLEIN_4B,
-    "FLUX.2 [klein] 9B": replace(
-        _KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
-    ),
-    "FLUX.2 [dev]": replace(
-        _KLEIN_4B,
-        num_layers=8,
-        num_single_layers=48,
-        num_attention_heads=48,
-        joint_attention_dim=15360,
-        guidance_embeds=True,
-    ),
-}
-_HIDDEN = {config.hidden_size: name for name, config in BASES.items()}
+_KLEIN_4B = ARCHITECTURES["FLUX.2 [klein] 4B"].transformer
+_HIDDEN = {config.transformer.hidden_size: name for name, config in ARCHITECTURES.items()}
 _ENCODERS = {
     1024: "Qwen3-0.6B (the encoder of Anima)",
     2560: "Qwen3-4B",
@@ -134,14 +120,6 @@ def shapes_of(config: ModelConfig, part: str) -> Mapping[str, tuple[int, ...]]:
     return {name.removesuffix(".weight"): shape for name, shape in expected(part, config).items()}
 
 
-@cache
-def _base_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
-    config = BASES[name]
-    encoder = MISTRAL if config.guidance_embeds else KLEIN["text_encoder"]
-    encoder = replace(encoder, hidden_size=config.joint_attention_dim // 3)
-    return shapes_of(ModelConfig(config, encoder, KLEIN["vae"], not config.guidance_embeds, (9, 18, 27)), "transformer")
-
-
 def foreign_base(unknown: Collection[str]) -> str | None:
     """What a LoRA is for if some of its modules' names belong to another family of models."""
     flat = [name.replace(".", "_") for name in unknown]
@@ -172,7 +150,11 @@ def tell_base(shapes: Mapping[str, tuple[int, ...]]) -> Base:
     other = _lookalike(shapes) if hidden == _KLEIN_4B.hidden_size else None
     if other:
         return Base(other, hidden)
-    fitting = [name for name in BASES if all(_base_shapes(name).get(path) == s for path, s in shapes.items())]
+    fitting = [
+        name
+        for name, config in ARCHITECTURES.items()
+        if all(shapes_of(config, "transformer").get(path) == s for path, s in shapes.items())
+    ]
     if fitting and shapes:
         return Base(fitting[0], hidden)
     return Base(_HIDDEN.get(hidden or 0), hidden)

@@ -391,7 +391,8 @@ class Assembly:
         if self.base is not None:
             return self.base.tokenizer_file
         if self.tokenizer is None:
-            raise CheckpointError(f"{self.path}: has no tokenizer; put Qwen3's tokenizer.json beside it")
+            who, _ = TOKENIZERS[self.config.text_encoder.model_type]
+            raise CheckpointError(f"{self.path}: has no tokenizer; put {who}'s tokenizer.json beside it")
         return self.tokenizer
 
     def weights(self, part: str) -> Mapping[str, Weight]:

@@ -16,6 +16,7 @@ from klein_mlx.config import (
     TextEncoderConfig,
     TransformerConfig,
     VAEConfig,
+    default_taps,
     named_variant,
 )
 from klein_mlx.errors import CheckpointError
@@ -387,15 +388,32 @@ KLEIN = {
     "vae": VAEConfig((128, 256, 512, 512), 2, 32),
 }
 MISTRAL = TextEncoderConfig(131072, 5120, 32768, 40, 32, 8, 128, 1e9, 1e-5, "mistral")
+
+
+def _published(doubles: int, singles: int, heads: int, encoder: TextEncoderConfig) -> ModelConfig:
+    is_dev = encoder is MISTRAL
+    counts = {"num_layers": doubles, "num_single_layers": singles, "num_attention_heads": heads}
+    transformer = replace(
+        KLEIN["transformer"], **counts, joint_attention_dim=3 * encoder.hidden_size, guidance_embeds=is_dev
+    )
+    taps = default_taps(encoder.num_hidden_layers, encoder.model_type)
+    return ModelConfig(transformer, encoder, KLEIN["vae"], is_distilled=not is_dev, taps=taps)
+
+
+ARCHITECTURES = {  # of the published models
+    "FLUX.2 [klein] 4B": _published(5, 20, 24, KLEIN["text_encoder"]),
+    "FLUX.2 [klein] 9B": _published(
+        8, 24, 32, replace(KLEIN["text_encoder"], hidden_size=4096, intermediate_size=12288)
+    ),
+    "FLUX.2 [dev]": _published(8, 48, 48, MISTRAL),
+}
 _MAX_COUNT = 1024
 
 
 def infer_config(part: str, shape: Shape, like: Any = None) -> Any:
     """The config of a part with these shapes. Raises CheckpointError if a weight that is needed is not there."""
     config = _INFER[part](shape, like or KLEIN[part])
-    if (
-        part == "text_encoder" and like and like.model_type == config.model_type
-    ):  # a file may lack the layers that are never used
+    if part == "text_encoder" and like and like.model_type == config.model_type:  # its unused layers may be absent
         return replace(config, num_hidden_layers=max(config.num_hidden_layers, like.num_hidden_layers))
     return config
 

@@ -20,7 +20,7 @@ from klein_mlx.config import resolve
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats import part
 from klein_mlx.formats.describe import describe, format_description
-from klein_mlx.formats.lora import BASES, read_lora
+from klein_mlx.formats.lora import ARCHITECTURES, read_lora
 from klein_mlx.formats.open import open_model
 from klein_mlx.model.tokenizer import MISTRAL, SYSTEM_MESSAGE, Tokenizer
 from klein_mlx.request import check
@@ -206,7 +206,7 @@ def test_loras(dev: Path, tmp_path: Path) -> None:
     both = one(64, 256, "diffusion_model.guidance_in.in_layer") | one(64, 64, "diffusion_model.guidance_in.out_layer")
     lora = read_lora(save(tmp_path / "a.safetensors", both), config)
     assert set(lora.changes["transformer"]) == {"guidance_in.linear_1", "guidance_in.linear_2"}
-    size, true = BASES["FLUX.2 [dev]"].hidden_size, klein("dev")
+    size, true = ARCHITECTURES["FLUX.2 [dev]"].transformer.hidden_size, klein("dev")
     q = "transformer.transformer_blocks.0.attn.to_q"
     path = save(tmp_path / "b.safetensors", one(size, size, q))
     assert read_lora(path, true).changes["transformer"].keys() == {"double_blocks.0.img.to_q"}

@@ -76,7 +76,7 @@ def test_a_published_model_that_is_not_on_disk(capsys: pytest.CaptureFixture[str
     assert main(["info", "klein-4B", "--train"]) == 0
     assert capsys.readouterr().out.startswith("klein-4B: LoRA of rank 16, 512 x 512\n")
     assert main(["info", "4b-1step", "--json"]) == 0
-    told = {"variant": "4b-1step", "path": None, "licence": "Apache-2.0"}
+    told = {"variant": "4b-1step", "family": "FLUX.2 [klein]", "path": None, "licence": "Apache-2.0"}
     assert json.loads(capsys.readouterr().out) == {**told, "is_distilled": True, "steps": 1, "guidance": 1}
 
 
