@@ -37,6 +37,7 @@ ON_CPU = (
 )
 
 
+AS_ALWAYS = ("server", "test_layers.py")  # compared with the server's process; counts of calls, which compiling adds to
 COMPILED = ("golden", "test_lora_tiny.py", "test_pipeline.py", "test_variants.py")
 DEVICE_OF = layers.device_of
 
@@ -72,7 +73,9 @@ def on_cpu(path: Path) -> bool:
 @pytest.fixture(autouse=True, scope="module")
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     """For a whole module: its own fixtures open pipelines, whose dtype is the device's."""
-    emulated = request.config.getoption("--compiled") and (not on_cpu(request.path) or room(request.path) in COMPILED)
+    own = room(request.path)
+    other = own in COMPILED or not (on_cpu(request.path) or own in AS_ALWAYS)
+    emulated = request.config.getoption("--compiled") and other
     with mx.stream(mx.cpu) if on_cpu(request.path) else nullcontext(), pytest.MonkeyPatch.context() as patch:
         if emulated:
             ways = Emulated(dense_from=0, dtype=mx.float32)

@@ -34,13 +34,14 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Named:
-    """A picture that needs a name. output: as asked for, or None. prompt: what its slug is made of."""
+    """A picture that needs a name. output: as asked for, or None. prompt: what its slug is made of. where: its line."""
 
     output: Path | None
     prompt: str
     seed: int
     model: str
     steps: int
+    where: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,27 +111,30 @@ def plan_names(wanted: Sequence[Named], suffix: str, overwrite: bool) -> list[Na
     numbers: Counter[Path | None] = Counter()
     tried: Counter[str] = Counter()
     for index, one in enumerate(wanted, 1):
-        numbers[one.output] += 1
-        if one.output is None:
-            path = _free(f"{slug(one.prompt)}-{one.seed}", suffix, taken, tried)
-        elif one.output.is_dir():
-            path = _free(str(one.output / f"{slug(one.prompt)}-{one.seed}"), suffix, taken, tried)
-        elif is_template(one.output):
-            check_template(one.output)
-            own = {"slug": slug(one.prompt), "seed": str(one.seed), "index": f"{index:0{digits}}"}
-            path = fill(one.output, {**shared, **own, "model": one.model, "steps": str(one.steps)})
-        elif outputs[one.output] == 1:
-            path = one.output
-        else:
-            width = len(str(outputs[one.output]))
-            mark = f"{numbers[one.output]:0{width}}" if one.output in repeated else str(one.seed)
-            path = one.output.with_name(f"{one.output.stem}-{mark}{one.output.suffix}")
-        if path in taken:
-            raise RequestError(f"output {path} would hold several pictures; add {{seed}} or {{index}} to the name")
-        free = one.output is None or one.output.is_dir()
-        check_output(path, overwrite and not free)
-        taken.add(path)
-        names.append(Name(path, free))
+        try:
+            numbers[one.output] += 1
+            if one.output is None:
+                path = _free(f"{slug(one.prompt)}-{one.seed}", suffix, taken, tried)
+            elif one.output.is_dir():
+                path = _free(str(one.output / f"{slug(one.prompt)}-{one.seed}"), suffix, taken, tried)
+            elif is_template(one.output):
+                check_template(one.output)
+                own = {"slug": slug(one.prompt), "seed": str(one.seed), "index": f"{index:0{digits}}"}
+                path = fill(one.output, {**shared, **own, "model": one.model, "steps": str(one.steps)})
+            elif outputs[one.output] == 1:
+                path = one.output
+            else:
+                width = len(str(outputs[one.output]))
+                mark = f"{numbers[one.output]:0{width}}" if one.output in repeated else str(one.seed)
+                path = one.output.with_name(f"{one.output.stem}-{mark}{one.output.suffix}")
+            if path in taken:
+                raise RequestError(f"output {path} would hold several pictures; add {{seed}} or {{index}} to the name")
+            free = one.output is None or one.output.is_dir()
+            check_output(path, overwrite and not free)
+            taken.add(path)
+            names.append(Name(path, free))
+        except RequestError as error:
+            raise RequestError(f"{one.where}: {error}") if one.where else error from None
     for folder in {name.path.parent for name in names}:
         remove_stale(folder)
     return names
@@ -242,9 +246,10 @@ class Batch:
             return
         model = self.pipe.config.variant.name
         wanted = [
-            Named(job.options.output, job.extra.get("original") or job.prompt, seed, model, one.request.steps)
+            Named(output, job.extra.get("original") or job.prompt, seed, model, one.request.steps, where)
             for one in self.planned
-            for job in (one.job,)
+            for job, output in ((one.job, one.job.options.output),)
+            for where in (None if output == self.options.output else job.where,)
             for seed in one.request.seeds
         ]
         names = iter(plan_names(wanted, suffix, self.options.force))

@@ -18,7 +18,7 @@ from klein_mlx.cli.options import (
     add_options,
     asked_bits,
     parse_size,
-    refuse_group_size_alone,
+    refuse_alone,
     typed_options,
 )
 from klein_mlx.cli.output import note, say, say_json
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     typed_options(args)
     if not 1 <= args.runs <= MAX_RUNS:
         raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
-    refuse_group_size_alone(vars(args), vars(args))
+    refuse_alone(vars(args), vars(args))
     if args.tune:
         return _tune(args)
     if args.predict is not None:
@@ -211,7 +211,7 @@ def _measured_table(report: dict[str, Any]) -> str:
     bits, plural = _bits(report["bits"]), "s" * (report["runs"] > 1)
     lines = [
         f"{report['model']} ({report['variant']}, {bits}), {report['width']} x {report['height']}, "
-        f"{report['steps']} steps, {report['dtype']}, keep {report['keep']}",
+        f"{_steps(report)}, {report['dtype']}, keep {report['keep']}",
         f"{report['device']}, mlx {report['versions']['mlx']}; {report['runs']} {report['mode']} picture{plural}, "
         f"{report['tokens']['text']} text and {report['tokens']['image']} image tokens",
         f"computes with {report['choices']}",
@@ -337,10 +337,14 @@ def _row(row: "Prediction") -> dict[str, Any]:
     }
 
 
+def _steps(report: dict[str, Any]) -> str:
+    return f"{report['steps']} step{'s' * (report['steps'] > 1)}"
+
+
 def _predicted_table(report: dict[str, Any], rows: "list[Prediction]") -> str:
     bits, size = _bits(report["bits"]), f"{report['width']} x {report['height']}"
     lines = [
-        f"{report['family']}, variant {report['model']} ({bits}), {size}, {report['steps']} steps, {report['dtype']}",
+        f"{report['family']}, variant {report['model']} ({bits}), {size}, {_steps(report)}, {report['dtype']}",
         NOTE,
         "",
         f"{'chip':<10}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}{'encode s':>10}{'step s':>8}{'decode s':>10}"

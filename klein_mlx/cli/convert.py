@@ -16,7 +16,7 @@ from klein_mlx.cli.options import (
     asked_loras,
     file_name,
     lora_options,
-    refuse_group_size_alone,
+    refuse_alone,
 )
 from klein_mlx.cli.output import has_bar, note, say
 from klein_mlx.config import ONE_STEP, PARTS
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.cli.download import obtain, obtain_part
     from klein_mlx.formats.open import open_model, with_variant
 
-    refuse_group_size_alone(vars(args), vars(args))
+    refuse_alone(vars(args), vars(args))
     asked = asked_bits(args)  # before a download, which may take long
     if args.to == "diffusers" and (asked or args.verify or args.dry_run):
         raise RequestError("--to diffusers writes whole weights; it takes no --quantize, --verify, --dry-run")

@@ -542,8 +542,11 @@ def in_options(error: KleinError) -> str:
     return error.told(FLAGS) if isinstance(error, RequestError) else str(error)
 
 
-def refuse_group_size_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """RequestError for a --group-size that was typed where none of the options quantizes anything."""
+def refuse_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """RequestError for a --group-size that was typed where none of the options quantizes anything, and for a
+    --lora-partial without a LoRA; a session may load one later."""
     bits = ("quantize", "transformer_bits", "text_encoder_bits", "quantize_layer")
     if typed.get("group_size") is not None and not any(options.get(name) for name in bits):
         raise RequestError("group_size", rule=f"is {typed['group_size']}, but nothing is quantized; add --quantize 4")
+    if typed.get("lora_partial") and not (options.get("lora") or options.get("interactive")):
+        raise RequestError("lora_partial", rule="is given, and no LoRA; add --lora FILE")

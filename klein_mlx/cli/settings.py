@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.options import KEYS, TABLE, RunOptions, numbers, refuse_group_size_alone
+from klein_mlx.cli.options import KEYS, TABLE, RunOptions, numbers, refuse_alone
 from klein_mlx.errors import RequestError, nearest
 from klein_mlx.options import Option
 from klein_mlx.paths import config_folder
@@ -225,7 +225,7 @@ def complete(
         values = {name: value for name, value in values.items() if TABLE[name].per_run}
     preset = settings.preset(typed.get("preset") or (values.get("preset") if recipe is None else None))
     joined = join(typed, preset, recipe or {}, values)
-    refuse_group_size_alone(typed, joined)
+    refuse_alone(typed, joined)
     if typed.get("enhance_model") is not None and not joined.get("enhance"):
         raise RequestError(f"--enhance-model is {typed['enhance_model']}, but no prompt is rewritten; add --enhance")
     if "loras" in settings.folders:

@@ -237,6 +237,7 @@ def test_an_array_is_no_prompts(tmp_path: Path, text: str) -> None:
         (("a star", "-o", "x.png", "--grid", "x.png", "--force"), "--grid x.png is the name of a picture too"),
         (("a star", "--seed", "1", "--grid", "a-star-1.png"), "--grid a-star-1.png is the name of a picture too"),
         (("a star", "--group-size", "32"), "--group-size is 32, but nothing is quantized; add --quantize 4"),
+        (("a star", "--lora-partial"), "--lora-partial is given, and no LoRA; add --lora FILE"),
         (("a star", "--enhance"), "its text encoder lacks the layers that --enhance needs; name a language model"),
     ],
 )
@@ -247,3 +248,13 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
     assert done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_line_s_output_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a star"}\n{"prompt": "a cross", "output": "x.tiff"}\n')
+    done = klein(*TINY, "--prompt-file", "p.jsonl", cwd=tmp_path)
+    words = "error: p.jsonl:2: output x.tiff ends in .tiff; it must end in .png, .jpg, .jpeg, .webp\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", words)
+    (tmp_path / "p.txt").write_text("a star\na cross\n")
+    done = klein(*TINY, "--prompt-file", "p.txt", "-o", "none/{index}.png", cwd=tmp_path)
+    assert done.stderr.startswith("error: output folder none does not exist")
