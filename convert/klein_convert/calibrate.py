@@ -49,9 +49,8 @@ from klein_mlx.weights.quantize import Quantization, check_shapes, named
 from klein_mlx.weights.safetensors import Deferred, Weight
 
 LEVELS = (3, 4, 5, 6, 8)
-BASE = Quantization(4)
 BUDGET = 1.055  # of what 4 bits everywhere take
-_SCALES = 0.5  # bits per weight for scale and bias, in groups of 64
+_SCALES = 32  # bits for scale and bias of a group
 
 Unit = tuple[str, str]  # part, path: of a layer of the transformer, of a whole block of the encoder
 Velocity = Callable[[Any, mx.array, Look], mx.array]  # of a transformer, at a look, given a prompt's embeddings
@@ -69,8 +68,9 @@ def rank(
     tokens: Sequence[Tokens],
     runs: Sequence[Sequence[Look]],
     velocity: Velocity,
+    base: Mapping[str, Quantization],
 ) -> dict[Unit, float]:
-    """The relative velocity error of every unit, coded with BASE while all else is whole, the largest first.
+    """The relative velocity error of every unit, coded as `base` says while all else is whole, the largest first.
 
     modules: the whole parts. coded: their layers, each coded for itself. runs: per prompt, what the whole model sees.
     """
@@ -86,7 +86,7 @@ def rank(
         module: nn.Module = modules[part]
         kept = {path: layer_at(module, path) for path in paths}
         for path, layer in kept.items():
-            set_layer(module, path, quantized_layer(layer, BASE, coded[part][path]))
+            set_layer(module, path, quantized_layer(layer, base[part], coded[part][path]))
         off = 0.0
         for prompt, run, wanted in zip(tokens, runs, right, strict=True):
             embeds = encode_prompt(modules["text_encoder"], prompt, 0) if part == "text_encoder" else run[0].embeds
@@ -98,14 +98,17 @@ def rank(
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def share_out(errors: Mapping[Unit, float], weights: Mapping[Unit, int], budget: float = BUDGET) -> dict[Unit, int]:
+def share_out(
+    errors: Mapping[Unit, float], weights: Mapping[Unit, int], budget: float = BUDGET, groups: Mapping[str, int] = {}
+) -> dict[Unit, int]:
     """Bits for each unit, so that the sum of squared errors is least at `budget` times the size of 4 bits everywhere.
 
-    errors: of each unit at 4 bits. weights: how many it has. Errors of different units add as squares, and each bit
-    halves a unit's. All start at the lowest level; the upgrade that gains most per byte comes first.
+    errors: of each unit at 4 bits. weights: how many it has. groups: their size, by part (64). Errors of different
+    units add as squares, and each bit halves a unit's. All start at the lowest level; the upgrade that gains most per
+    byte comes first.
     """
-    room = budget * sum(count * (4 + _SCALES) for count in weights.values())
-    room -= sum(count * (LEVELS[0] + _SCALES) for count in weights.values())
+    scales = {unit: _SCALES / groups.get(unit[0], 64) for unit in weights}
+    room = sum(count * (budget * (4 + scales[unit]) - (LEVELS[0] + scales[unit])) for unit, count in weights.items())
     bits = dict.fromkeys(errors, LEVELS[0])
 
     def upgrade(unit: Unit) -> tuple[float, Unit, int] | None:
@@ -192,7 +195,7 @@ def calibrate(
     done: Done = lambda path: None,
 ) -> CalibratedSource:
     """Code the layers that `quantize` names (klein_mlx.weights.quantize), on these prompts. A preset's bits are shared
-    out anew, by the error that each layer causes in this model's velocity.
+    out anew, by the error that each layer causes in this model's velocity; what was asked for beside it stays.
 
     steps: denoising steps of the calibration's pictures, which have half the model's default sides. done: told each
     layer's path. Raises RequestError if there is nothing to quantize or no prompt, CheckpointError for stored parts.
@@ -205,7 +208,12 @@ def calibrate(
     if source.quantization:
         stored = " and ".join(source.quantization)
         raise CheckpointError(f"{source.path}: its {stored} is quantized already; calibration starts from the original")
-    for part, own in settled.items():
+    base = {
+        part: Quantization.of_layers(free)
+        for part, own in settled.items()
+        if (free := asked.left_to_preset(part, own.layers or ()))
+    }
+    for part, own in [*settled.items(), *base.items()]:
         check_shapes(part, expected(part, source.config), own)
     config = source.config.text_encoder
     tokenizer = read_tokenizer(source.tokenizer_file, config.vocab_size, config.model_type)
@@ -215,8 +223,9 @@ def calibrate(
     right = [encode_prompt(encoder, prompt, 0) for prompt in tokens]
     runs = looks(source.config, whole["transformer"], right, steps, seed)
     told: dict[str, Any] = {"prompts": len(prompts), "steps": steps, "seed": seed}
-    if asked.name is not None:
-        errors, settled = _share_out(source, whole, settled, tokens, runs, done)
+    if base:
+        errors, shared = _share_out(source, whole, base, tokens, runs, done)
+        settled = {p: Quantization.of_layers({**(own.layers or {}), **shared.get(p, {})}) for p, own in settled.items()}
         told["velocity_errors"] = {f"{part}.{path}": float(f"{error:.3g}") for (part, path), error in errors.items()}
     coded: dict[str, Coded] = {}
     if "text_encoder" in settled:
@@ -252,32 +261,28 @@ def _code(
 def _share_out(
     source: Source,
     whole: Mapping[str, nn.Module],
-    settled: Mapping[str, Quantization],
+    base: Mapping[str, Quantization],
     tokens: Sequence[Tokens],
     runs: Sequence[Sequence[Look]],
     done: Done,
-) -> tuple[dict[Unit, float], dict[str, Quantization]]:
-    """What each layer alone does to the velocity, and the bits that follow from it, for the preset's layers."""
-    base = {
-        part: Quantization.of_layers({path: replace(BASE, searched=True) for path in own.layers or ()})
-        for part, own in settled.items()
-    }
+) -> tuple[dict[Unit, float], dict[str, dict[str, Quantization]]]:
+    """What each layer of `base` alone does to the velocity, and the settings that follow from it."""
     given = {"text_encoder": list(tokens), "transformer": [look for run in runs for look in run]}
     coded: dict[str, Coded] = {}
     for part in base:
         samples = [(Sample(x), Sample(x)) for x in given[part]]
         coded[part], _ = _code(source, whole, part, samples, base, lambda path: None, alone=True)
     few = slice(_RANKED_PROMPTS)
-    errors = rank(whole, coded, tokens[few], [run[:: max(1, len(run) // 2)] for run in runs[few]], velocity)
+    errors = rank(whole, coded, tokens[few], [run[:: max(1, len(run) // 2)] for run in runs[few]], velocity, base)
     weights: dict[Unit, int] = {}
     for part, layers in coded.items():
         for path in layers:
             count = layer_at(whole[part], path).weight.size
             weights[unit_of(part, path)] = weights.get(unit_of(part, path), 0) + count
-    bits = share_out(errors, weights)
+    bits = share_out(errors, weights, groups={part: own.group_size for part, own in base.items()})
     shared = {
-        part: Quantization.of_layers({p: Quantization(bits[unit_of(part, p)], searched=True) for p in layers})
-        for part, layers in coded.items()
+        part: {path: replace(own, bits=bits[unit_of(part, path)]) for path, own in (base[part].layers or {}).items()}
+        for part in base
     }
     return errors, shared
 

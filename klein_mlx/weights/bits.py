@@ -49,6 +49,20 @@ class Asked:
     searched: bool = False
     name: str | None = None
 
+    @property
+    def given(self) -> tuple[tuple[str, Settings], ...]:
+        """The patterns that are not the preset's."""
+        return self.layers[len(PRESETS.get(self.name or "", ())) :]
+
+    def left_to_preset(self, part: str, paths: Iterable[str]) -> dict[str, Quantization]:
+        """The layers whose bits the preset decides, at its 4 bits, in the groups that were asked for: of a part with no
+        other bits of its own, those that no pattern of the user's matches."""
+        base = self.parts.get(part)
+        if self.name is None or base is None or (base.bits, base.mode) != (4, "affine"):
+            return {}
+        free = (path for path in paths if not any(fnmatchcase(path, pattern) for pattern, _ in self.given))
+        return {path: replace(base, searched=True) for path in free}
+
 
 Quantize = Asked | Word | Mapping[str, Word]
 
@@ -150,7 +164,7 @@ def settle(asked: Asked | None, source: Source) -> dict[str, Quantization]:
     if asked is None:
         return {}
     found: dict[str, Quantization] = {}
-    given = [pattern for pattern, _ in asked.layers[len(PRESETS.get(asked.name or "", ())) :]]
+    given = [pattern for pattern, _ in asked.given]
     unmatched = list(given)
     for part in QUANTIZED_PARTS:
         shapes = expected(part, source.config)

@@ -23,9 +23,9 @@ from klein_mlx.cli.options import Parser
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, RequestError
 from klein_mlx.formats.open import open_model
-from klein_mlx.weights.bits import Quantize, parse, settle
+from klein_mlx.weights.bits import Quantize, from_options, parse, settle
 from klein_mlx.weights.checkpoint import expected, load_part
-from klein_mlx.weights.quantize import search
+from klein_mlx.weights.quantize import Quantization, search
 
 
 def moments(inputs: int, rank: int, seed: int = 0) -> np.ndarray:
@@ -156,6 +156,31 @@ def test_a_calibrated_model_converts_and_loads(tmp_path: Path) -> None:
         calibrate(source, None)
     with pytest.raises(RequestError, match="at least one prompt"):
         calibrate(source, 4, prompts=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("mixed-4", None, "6"), {"single_blocks.0.linear_out": Quantization(6), "mod_img": Quantization(8)}),
+        (
+            ("mixed-4", 32, None, "none", ["double_blocks.*=mxfp4"]),
+            {"double_blocks.0.img.to_q": Quantization(4, 32, "mxfp4")},
+        ),
+    ],
+)
+def test_a_preset_shares_out_what_nothing_else_was_asked_for(
+    options: tuple[Any, ...], kept: dict[str, Quantization | None]
+) -> None:
+    source: Any = open_model("tiny")
+    source = replace(source, config=replace(source.config, default_size=32))
+    found = calibrate(source, from_options(*options), prompts=["a"], steps=1).quantization
+    layers = {(part, path): own for part in found for path, own in (found[part].layers or {}).items()}
+    for path, own in kept.items():
+        got = layers.get(("transformer", path))
+        assert (got and (got.bits, got.group_size, got.mode)) == (own and (own.bits, own.group_size, own.mode))
+    free = {key: own for key, own in layers.items() if own.mode == "affine" and key[1] not in ("embed_tokens", *kept)}
+    assert {own.group_size for own in free.values()} == {options[1] or 64}
+    assert len({own.bits for own in free.values()}) > 2
 
 
 def test_widths_that_no_group_divides_are_refused_first() -> None:
