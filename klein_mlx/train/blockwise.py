@@ -108,7 +108,10 @@ class Blockwise:
             else:
                 own, both, more = self._back_block(sample, one, both, flat)
                 changes = [a + b for a, b in zip(changes, more, strict=True)] if more else changes
-            mx.eval(own, both, changes)
+            mx.eval(both, changes)
+            for array in own.values():  # one by one: in float32 the stem's matrices would be two blocks
+                mx.eval(array)
+            array = None
             self._hand(on_stage, one.stage, own)
             del own  # before the next stage's are made
             self.between()
@@ -189,7 +192,8 @@ class Blockwise:
         target = sample.target
         if target is None:
             target = latents_to_tokens(sample.noise - sample.latents.astype(mx.float32))
-        return sample.weight * mx.square(velocity.astype(mx.float32) - target).mean()
+        squares = mx.square(velocity.astype(mx.float32) - target)
+        return sample.weight * squares.mean(axis=-1).mean()  # a CPU adds one by one: long sums would lose digits
 
     # ---- backward ----
 
@@ -214,7 +218,8 @@ class Blockwise:
             length = sample.prompt_embeds.shape[1]
             both = [both[0][:, :length], both[0][:, length:]]
         put(self.transformer, self.trainables, self.trainables.of_stage(kept.stage), self.dtype)
-        back = BlockBack(self._parts(sample, kept), flat, bool(self.trainables.of_stage("stem")), self._back)
+        needs, apart = bool(self.trainables.of_stage("stem")), not self.trainables.adapters
+        back = BlockBack(self._parts(sample, kept), flat, needs, apart, self._back)
         streams = back(both)
         return back.own, streams, back.vectors
 

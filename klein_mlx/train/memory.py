@@ -20,12 +20,11 @@ from klein_mlx.weights.checkpoint import Source, expected
 from klein_mlx.weights.quantize import Quantization
 
 # What a block's forward pass has of arrays: in units of its stream and, where attention is not one kernel, of its
-# scores. In full training the way back has fewer, but new gradients too: in units of a double block's weights.
-_STREAMS, _SCORES, _BACK, _CHANGED = 27, 1.2, 14, 1.65
+# scores. In full training the way back has fewer, but new gradients or weights too: in units of a double block's.
+_STREAMS, _SCORES, _BACK, _CHANGED = 27, 1.2, 14, 1.5
 # Of pieces: arrays of a token, in units of its channels and of its attention's scores; how many streams they may take.
 _ROW, _ROW_SCORES, _PIECE, _LEAST_ROWS = 64, 4, 24, 32
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
-_UPDATED = 6  # arrays of a weight while it is changed
 _STATE = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}  # float32 numbers for each that is trained
 
 
@@ -68,12 +67,10 @@ def estimate_training(
     quantized = {part: part in quantization or part in source.quantization for part in ("text_encoder", "transformer")}
     pictures = [vae_bytes(config.vae, height, width, dtype, True, device) for width, height in (size, *references)]
     arrays = block_bytes(config, options, dtype, tokens + work.length, quantized["transformer"], device)
-    if options.method == "full":
-        arrays = max(arrays, update_bytes(config, options, dtype, tokens + work.length))
     phases = {
         "pictures": weights["vae"] + max(pictures),
         "captions": weights["text_encoder"] + encoder_bytes(config, work, dtype, quantized["text_encoder"], device),
-        "training": weights["transformer"] + trained_bytes(config, options) + arrays,
+        "training": weights["transformer"] + trained_bytes(config, options, dtype) + arrays,
     }
     return TrainEstimate(phases, machine_memory())
 
@@ -98,17 +95,9 @@ def block_bytes(
     plain = device.is_dequantized(rows * tokens) if quantized else device.widens and dtype != mx.float32
     arrays = width * (_STREAMS * stream + round(_SCORES * scores) + plain * matrices)
     if options.method == "full":
-        arrays = max(arrays, width * (_BACK * stream + plain * matrices) + round(_CHANGED * 2 * matrices) * dtype.size)
+        widened = plain * matrices // 2  # a gradient
+        arrays = max(arrays, width * (_BACK * stream + widened) + round(_CHANGED * 2 * matrices) * dtype.size)
     return kept + rope + arrays
-
-
-def update_bytes(config: ModelConfig, options: TrainOptions, dtype: mx.Dtype, tokens: int) -> int:
-    """Beside weights and what is trained, while full training changes a single block: its gradients, and the largest
-    matrix's arrays in float32."""
-    c = config.transformer
-    kept = (c.num_layers + c.num_single_layers) * options.batch * tokens * c.hidden_size
-    largest, block = 3 * c.hidden_size + 2 * c.mlp_size, 4 * c.hidden_size + 3 * c.mlp_size
-    return _UPDATED * largest * c.hidden_size * 4 + (block * c.hidden_size + kept) * dtype.size
 
 
 def piece_rows(config: TransformerConfig, tokens: int) -> int:
@@ -118,7 +107,7 @@ def piece_rows(config: TransformerConfig, tokens: int) -> int:
     return max(_LEAST_ROWS, _PIECE * stream // row)
 
 
-def trained_bytes(config: ModelConfig, options: TrainOptions) -> int:
+def trained_bytes(config: ModelConfig, options: TrainOptions, dtype: mx.Dtype) -> int:
     """What is trained beside the frozen weights, its gradients, the optimizer's numbers, the moving average. Raises
     RequestError for targets that are not there, and for a rank over their width."""
     shapes = {name: shape for name, shape in expected("transformer", config).items() if len(shape) == 2}
@@ -126,7 +115,8 @@ def trained_bytes(config: ModelConfig, options: TrainOptions) -> int:
     if options.method == "full":
         numbers = sum(a * b for a, b in shapes.values())
         kept = 1 if (options.accumulate or 1) > 1 else 0
-        return 4 * numbers * (state + kept)
+        lost = dtype.size if options.rounding == "kahan" and dtype != mx.float32 else 0
+        return numbers * (4 * (state + kept) + lost)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
     numbers = 0
     for path in find_targets(layers, options.targets):

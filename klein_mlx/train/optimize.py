@@ -1,7 +1,8 @@
 """From gradients to new weights: MLX's optimizers, the learning rate's course, clipping, rounding to bfloat16."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +13,15 @@ from klein_mlx.train.adapters import Weights
 from klein_mlx.train.noise import key_of
 from klein_mlx.train.options import TrainOptions
 
+# A matrix that Adafactor changes, some rows at a time: in how many pieces at most, of how many numbers at least.
+_PIECES, _LEAST = 16, 1 << 16
+
 
 def make_optimizer(options: TrainOptions) -> optim.Optimizer:
     """The optimizer that was asked for, with the settings that torch's have."""
     rate, decay = options.learning_rate or 0.0, options.weight_decay
     if options.optimizer == "adafactor":
-        return optim.Adafactor(rate, relative_step=False, scale_parameter=False, beta_1=None)
+        return Adafactor(rate, relative_step=False, scale_parameter=False, beta_1=None)
     if options.optimizer == "lion":
         return optim.Lion(rate, weight_decay=decay)
     if options.optimizer == "muon":
@@ -38,13 +42,48 @@ def rate_at(options: TrainOptions, step: int) -> float:
 
 def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
     """Of all gradients together, float32."""
-    return mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in gradients.values()), mx.array(0.0)))
+    return mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum(axis=-1).sum() for g in gradients.values()), mx.array(0.0)))
 
 
 def clipped(gradients: Weights, norm: mx.array, most: float) -> Weights:
     """Scaled down so that their norm is at most `most`, as torch.nn.utils.clip_grad_norm_ does."""
     factor = mx.minimum(1.0, most / (norm + 1e-6))
     return {path: g * factor.astype(g.dtype) for path, g in gradients.items()}
+
+
+class Adafactor(optim.Adafactor):
+    """MLX's, with updates of a matrix that are computed for some rows at a time: no float32 array is of its size."""
+
+    def by_rows(self, gradient: mx.array, state: dict[str, Any]) -> Callable[[slice], mx.array]:
+        """Update the state of a matrix. Returns what is to be subtracted from some of its rows, float32."""
+        pieces, means, column = pieces_of(gradient), [], mx.array(0.0)
+        for rows in pieces:
+            squares = mx.square(gradient[rows].astype(mx.float32)) + self.eps[0]
+            means.append(squares.mean(axis=-1))
+            column = column + squares.sum(axis=-2)
+            del squares
+            mx.eval(means, column)
+        new = (self.step**self.decay_rate).astype(mx.float32)
+        row = (1 - new) * state["exp_avg_sq_row"] + new * mx.concatenate(means)
+        column = (1 - new) * state["exp_avg_sq_col"] + new * column / gradient.shape[0]
+        state["exp_avg_sq_row"], state["exp_avg_sq_col"] = row, column
+        left, right = mx.rsqrt(row / row.mean())[:, None], mx.rsqrt(column)
+
+        def step(rows: slice) -> mx.array:
+            return left[rows] * right * gradient[rows].astype(mx.float32)
+
+        total = mx.array(0.0)
+        for rows in pieces:
+            total = total + mx.square(step(rows)).sum(axis=-1).sum()
+            mx.eval(total)
+        rate = self.learning_rate / mx.maximum(1.0, mx.sqrt(total / gradient.size) / self.clip_threshold)
+        return lambda rows: rate * step(rows)
+
+
+def pieces_of(matrix: mx.array) -> list[slice]:
+    """Its rows, some at a time."""
+    count, length = min(_PIECES, max(1, matrix.size // _LEAST)), matrix.shape[0]
+    return [slice(*edge) for edge in pairwise(length * i // count for i in range(count + 1))]
 
 
 class Updater:
@@ -67,28 +106,41 @@ class Updater:
         optimizer.learning_rate = mx.array(rate_at(self._options, step))  # type: ignore[assignment]
         optimizer.state["step"] = optimizer.step + 1
         for path in list(gradients):
-            before = self._weights[path].astype(mx.float32)
-            if path in self._lost:
-                before = before + self._lost[path]
-            state: Any = optimizer.state[path.replace(".", "/")]
-            after = optimizer.apply_single(gradients.pop(path).astype(mx.float32), before, state)
-            del before
-            mx.eval(after, state)
-            self._weights[path] = self._rounded(path, after, step)
-            del after
-            mx.eval(self._weights[path], self._lost.get(path))
+            mx.eval(gradients[path])  # what it was made of leaves
+            self._change(optimizer, path, gradients.pop(path), step)
         mx.eval(optimizer.state)
 
-    def _rounded(self, path: str, array: mx.array, step: int) -> mx.array:
-        """In the dtype that the weight has."""
-        dtype = self._weights[path].dtype
-        if dtype == mx.float32 or self._options.rounding == "nearest":
-            return array.astype(dtype)
-        if self._options.rounding == "kahan":
-            narrow = array.astype(dtype)
-            self._lost[path] = (array - narrow.astype(mx.float32)).astype(dtype)
-            return narrow
-        return stochastic(array, key_of("rounding", self._options.seed, step, path))
+    def _change(self, optimizer: optim.Optimizer, path: str, gradient: mx.array, step: int) -> None:
+        """One weight."""
+        weight, lost = self._weights[path], self._lost.get(path)
+        state: Any = optimizer.state[path.replace(".", "/")]
+        by_rows = optimizer.by_rows if isinstance(optimizer, Adafactor) and gradient.ndim == 2 else None
+        change = by_rows(gradient, state) if by_rows else None
+        done: list[list[mx.array]] = []
+        for rows in pieces_of(gradient) if change else [slice(0, None)]:
+            old = weight[rows].astype(mx.float32)
+            if lost is not None:
+                old = old + lost[rows]
+            new = old - change(rows) if change else optimizer.apply_single(gradient.astype(mx.float32), old, state)
+            key = key_of("rounding", self._options.seed, step, path, rows.start)
+            done.append(self._rounded(new, weight.dtype, key))
+            del old, new
+            mx.eval(done[-1], state)
+        for kept, parts in zip((self._weights, self._lost), zip(*done, strict=True), strict=False):
+            kept[path] = mx.concatenate(list(parts))
+            mx.eval(kept[path])
+
+    def _rounded(self, array: mx.array, dtype: mx.Dtype, key: mx.array) -> list[mx.array]:
+        """In the dtype that the weight has; by Kahan also what that took."""
+        rounding = self._options.rounding
+        if dtype == mx.float32 or rounding == "nearest":
+            return [array.astype(dtype)]
+        if rounding == "stochastic":
+            return [stochastic(array, key)]
+        # By chance here too: the model computes with the weight alone, which to nearest would not show small changes.
+        first, second = mx.random.split(key)
+        weight = stochastic(array, first)
+        return [weight, stochastic(array - weight.astype(mx.float32), second)]
 
     def state(self) -> Weights:
         """All that a checkpoint must hold besides the weights."""

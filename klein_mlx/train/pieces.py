@@ -76,7 +76,8 @@ class Part:
 
 @dataclass
 class BlockBack:
-    """The way back through one block. flat: the modulations; needs: whether their gradients are asked for.
+    """The way back through one block. flat: the modulations; needs: whether their gradients are asked for. apart:
+    whether each trainable's gradient is evaluated alone, for where they are as large as the block.
 
     After a call `own` and `vectors` hold the gradients of trainables and modulations, evaluated.
     """
@@ -84,6 +85,7 @@ class BlockBack:
     parts: list[Part]
     flat: list[mx.array]
     needs: bool
+    apart: bool
     back: Back
     own: Weights = field(default_factory=dict)
     vectors: list[mx.array] = field(default_factory=list)
@@ -148,9 +150,12 @@ class BlockBack:
         """Gradients of the inputs, lazily; those of trainables and modulations are added to what there is."""
         vectors = self.flat if self.needs else []
         found, gradients = self.back(own, call, [*inputs, *vectors], outputs)
+        if self.apart:
+            mx.eval(gradients)
         for path in list(found):
-            gradient = found.pop(path)
-            self.own[path] = self.own[path] + gradient if path in self.own else gradient
+            self.own[path] = self.own[path] + found.pop(path) if path in self.own else found.pop(path)
+            if self.apart:
+                mx.eval(self.own[path])
         more = gradients[len(inputs) :]
         self.vectors = [a + b for a, b in zip(self.vectors, more, strict=True)] if self.vectors else more
         return gradients[: len(inputs)]

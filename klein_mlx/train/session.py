@@ -101,8 +101,10 @@ class Session:
             nonlocal sound
             self._changing = True
             gradients, _ = self.group.mean(given, 0.0)
-            norms = {path: norm_of({path: gradient}) for path, gradient in gradients.items()}
-            mx.eval(norms)
+            norms: Weights = {}
+            for path in gradients:
+                norms[path] = norm_of({path: gradients[path]})
+                mx.eval(norms[path])
             finite = {path for path, norm in norms.items() if mx.isfinite(norm).item()}
             sound = sound and len(finite) == len(norms)
             squares.extend(mx.square(norms[path]) for path in finite)

@@ -61,7 +61,16 @@ def halves(array: mx.array) -> list[tuple[str, slice]]:
     return [("q", slice(half)), ("k", slice(half, None))]
 
 
-# Relative L2 errors of a gradient, 25 times those of the loss. float32 itself is 9e-5 from float64 on random weights.
+@pytest.fixture
+def _exp_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's float32 exp is a unit off in the last place at two of a timestep's 128 frequencies. That turns an angle
+    of 600 by 3e-5, and moves the loss of random weights by 1.2e-6."""
+    exp = torch.exp
+    monkeypatch.setattr(torch, "exp", lambda x: exp(x.double()).to(x.dtype))
+
+
+# Relative L2 errors of a gradient. float32 itself is 9e-5 from float64 on random weights.
+@pytest.mark.usefixtures("_exp_rounded_once")
 @pytest.mark.parametrize("arranged", [False, True], ids=["plain", "arranged"])
 @pytest.mark.parametrize("references", [False, True], ids=["alone", "references"])
 @pytest.mark.parametrize(("model", "most"), [("tiny", 5e-5), ("random", 2e-4)])
@@ -95,7 +104,7 @@ def test_loss_and_gradients_are_torchs(model: str, most: float, references: bool
     out = net(tokens, text, timestep, ids, pipe._prepare_text_ids(text), None, return_dict=False)[0][:, :48]
     right = (out - as_torch(target.flatten(1, 2))).square().mean()
     right.backward()
-    assert loss == pytest.approx(float(right.detach()), rel=most / 25)
+    assert loss == pytest.approx(float(right.detach()), rel=1e-6)
     theirs = dict(net.named_parameters())
     ours = separated(found)
     assert len(ours) == len(theirs)

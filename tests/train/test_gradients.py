@@ -77,7 +77,7 @@ def at_once(blockwise: Blockwise, one: Sample) -> Callable[[Weights], mx.array]:
             noisy = mx.concatenate([noisy, one.references.tokens], axis=1)
         modulations = model.modulations(one.sigma, mx.float32)
         out = model(noisy, model.embed_text(one.prompt_embeds), modulations, blockwise._rope(one), h * w)
-        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean()
+        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean(axis=-1).mean()
 
     return loss
 
@@ -153,7 +153,7 @@ def test_doras_norm_is_a_constant() -> None:
         out = model(
             *(streams[0].flatten(1, 2), model.embed_text(one.prompt_embeds), modulations, blockwise._rope(one), 48)
         )
-        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean()
+        return mx.square(out - (one.noise - one.latents).flatten(1, 2)).mean(axis=-1).mean()
 
     right = mx.grad(loss, argnums=(0, 1, 2))(up, down, magnitude)
     pairs = dict(zip((f"{path}.{name}" for name in ("up", "down", "magnitude")), right, strict=True))

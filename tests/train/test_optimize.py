@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from klein_mlx.train.noise import key_of, to_float
-from klein_mlx.train.optimize import Updater, clipped, norm_of, rate_at, stochastic
+from klein_mlx.train.optimize import Updater, clipped, norm_of, pieces_of, rate_at, stochastic
 from klein_mlx.train.options import ROUNDINGS, TrainOptions, make_options
 
 OPTIONS = make_options({"data": "x", "output": "x.safetensors", "warmup": 0})
@@ -39,23 +39,53 @@ def test_rounding_by_chance_is_right_on_average() -> None:
     assert abs(rounded.mean() - value) < step / 100
 
 
-def moved(rounding: str) -> float:
-    """The share of the wanted change after 500 updates of 2e-6 on weights near 0.02, whose distances are 1.2e-4."""
-    options = TrainOptions("x", "x", method="full", rounding=rounding, optimizer="lion", learning_rate=2e-6)
+def moved(rounding: str, rate: float) -> tuple[float, float]:
+    """After 500 updates of weights near 0.02, whose distances are 1.2e-4: the share of the wanted change; and how far
+    weights, with what rounding took from them, are from it at most."""
+    options = TrainOptions("x", "x", method="full", rounding=rounding, optimizer="lion", learning_rate=rate)
     options = replace(options, weight_decay=0.0, warmup=0).checked()
     start = mx.full((4000,), 0.02).astype(mx.bfloat16)
     weights = {"w": start}
     updater = Updater(options, weights)
     for step in range(500):
         updater.update("all", {"w": mx.ones((4000,), mx.bfloat16)}, step)
-    change = to_float((start.astype(mx.float32) - weights["w"].astype(mx.float32)).mean())
-    return change / (500 * 2e-6)
+    change = start.astype(mx.float32) - weights["w"].astype(mx.float32)
+    exact = change - updater.state().get("lost/w", mx.array(0.0))
+    return to_float(change.mean()) / (500 * rate), to_float(mx.abs(exact - 500 * rate).max())
 
 
+@pytest.mark.parametrize("rate", [2e-6, 1e-7])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_small_updates_of_bfloat16(rounding: str) -> None:
-    share = moved(rounding)
+def test_small_updates_of_bfloat16(rounding: str, rate: float) -> None:
+    """By Kahan every single weight is right as well: to an 8th of the distance, 500 roundings to a 256th of it by
+    chance."""
+    share, error = moved(rounding, rate)
     assert share == 0 if rounding == "nearest" else share == pytest.approx(1, abs=0.1)
+    assert (error < 2**-13 / 8) == (rounding == "kahan")
+
+
+@pytest.mark.parametrize(("shape", "pieces"), [((310, 700), 3), ((40, 30), 1), ((30,), 1)])
+def test_adafactor(shape: tuple[int, ...], pieces: int) -> None:
+    """3 updates against Shazeer & Stern's algorithms 4 and 5 in float64, without relative steps; their third is clipped
+    to an RMS of 1. A matrix in pieces of its rows, one in one piece, a vector."""
+    options = replace(OPTIONS, optimizer="adafactor", learning_rate=1e-2)
+    weights, right = {"w": mx.zeros(shape)}, np.zeros(shape)
+    updater = Updater(options, weights)
+    rows, columns, squares = np.zeros(shape[:1]), np.zeros(shape[-1:]), np.zeros(shape)
+    for step in range(3):
+        gradient = np.random.default_rng(step).standard_normal(shape) * np.arange(shape[-1]) * 10**step
+        new = (step + 1) ** -0.8
+        square = np.square(gradient) + 1e-30
+        squares = (1 - new) * squares + new * square
+        if len(shape) == 2:
+            rows = (1 - new) * rows + new * square.mean(axis=1)
+            columns = (1 - new) * columns + new * square.mean(axis=0)
+            squares = np.outer(rows, columns) / rows.mean()
+        change = gradient / np.sqrt(squares)
+        right -= 1e-2 * change / max(1.0, np.sqrt(np.square(change).mean()))
+        updater.update("all", {"w": mx.array(gradient.astype(np.float32))}, step)
+    assert np.abs(np.array(weights["w"]) - right).max() < 1e-6
+    assert len(pieces_of(weights["w"])) == pieces
 
 
 def test_clipping() -> None:
