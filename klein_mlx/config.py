@@ -124,13 +124,10 @@ class TextEncoderConfig(_FromDict):
         rope = values.get("rope_parameters")
         if isinstance(rope, Mapping):
             values = {"rope_theta": rope.get("rope_theta", 1e6), **values}
-        if absent := [name for name in ("rope_theta", "rms_norm_eps") if name not in values and _is_mistral(values)]:
+        absent = [name for name in ("rope_theta", "rms_norm_eps") if name not in values]
+        if absent and values.get("model_type") == "mistral":
             raise CheckpointError(f"{where}: missing {absent[0]}; is this Mistral-Small's config?")
         return super().from_dict(values, where)
-
-
-def _is_mistral(values: Mapping[str, Any]) -> bool:
-    return values.get("model_type") == "mistral"
 
 
 @dataclass(frozen=True)

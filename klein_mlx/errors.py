@@ -18,6 +18,11 @@ def one_line(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
+def line_of(error: BaseException) -> str:
+    """What any error says, as one line of at most 200 characters; its kind where it says nothing."""
+    return one_line(str(error))[:200] or type(error).__name__
+
+
 class KleinError(Exception):
     """The parent of every error that a user can cause or mend.
 

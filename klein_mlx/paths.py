@@ -38,17 +38,6 @@ def exists(path: Path) -> bool:
         return False
 
 
-def folders_in(folder: Path | None) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones; none where it is missing or may not be read."""
-    try:
-        with os.scandir(folder or os.devnull) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    except OSError:
-        return []
-    assert folder
-    return [folder / name for name in sorted(names) if os.path.isdir(folder / name)]
-
-
 def models_folder() -> Path | None:
     """The folder whose subfolders are models that can be named without a path."""
     home = os.environ.get("KLEIN_MLX_HOME")
@@ -119,8 +108,13 @@ def own_model(name: str) -> Path | None:
 
 
 def own_models() -> list[Path]:
-    """Every folder among one's own models, by name."""
-    return folders_in(models_folder())
+    """Every folder among one's own models, by name, without hidden ones; none where they may not be read."""
+    folder = models_folder()
+    try:
+        names = sorted(os.listdir(folder)) if folder else []
+    except OSError:
+        return []
+    return [folder / name for name in names if folder and name[0] != "." and os.path.isdir(folder / name)]
 
 
 def cached_models() -> list[str]:

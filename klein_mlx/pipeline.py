@@ -54,12 +54,14 @@ class Plan(NamedTuple):
     """What a request comes to, before anything is loaded.
 
     grid: rows and columns of the picture's tokens. sigmas: the noise levels that the steps go through, 0 included.
+    recipe: what the pictures' recipes share.
     """
 
     opened: Opened
     grid: tuple[int, int]
     sigmas: list[float]
     work: Work
+    recipe: dict[str, Any]
 
 
 class Conditions(NamedTuple):
@@ -115,7 +117,7 @@ class KleinPipeline(metaclass=Answering):
         self.source = source
         self.config: ModelConfig = source.config
         self.dtype = compute_dtype(dtype)
-        self.parts = Parts(source, self.dtype, settle(parse(quantize), source), keep)
+        self.parts = Parts(source, self.dtype, {} if quantize is None else settle(parse(quantize), source), keep)
         self.sketcher: Sketcher | None = None
         self.encodings = Encodings(self.parts, prompt_cache)
         self.recorder = Recorder(source, quantize, self.parts.quantization, self.dtype, self.parts.pinned)
@@ -235,23 +237,22 @@ class KleinPipeline(metaclass=Answering):
 
     def start(self, request: Request) -> Run:
         """`stream` of a request that was checked for this model's config."""
-        run, side = Run(request), self.config.pixels_per_token
+        side = self.config.pixels_per_token
         opened = open_pictures(request, side, self.config.default_size)
-        run.notes += [*self.source.info.get("notes", ()), *request.notes, *opened.notes]
+        notes = [*self.source.info.get("notes", ()), *request.notes, *opened.notes]
         if request.reuse_references and not self.config.caches_references:
-            run.notes.append("the references are computed in the first step only: an approximation")
+            notes.append("the references are computed in the first step only: an approximation")
         h, w = opened.height // side, opened.width // side
         strength = 1.0 if request.edit is None else request.edit.strength or 1.0
         sigmas = make_sigmas(h * w, request.steps, request.sigmas, strength, self.config.time_shift)
-        run.recipe = self.recorder.of_request(request, sigmas)
+        recipe = self.recorder.of_request(request, sigmas)
         least = min(h * w, request.max_sequence_length)
         if self.peers.size > least:
             raise RequestError(f"{self.peers.size} processes cannot share {least} tokens; start fewer")
         work = self._work(request, opened)
-        run.plan = Plan(opened, (h, w), sigmas, work)
         known = self.parts.make_room(work)
         check_fits(self.source, work, self.dtype, self.parts.quantization, known, self.parts.device)
-        run.expected = dict(known.phases)
+        run = Run(request, notes, Plan(opened, (h, w), sigmas, work, recipe), known.phases)
         events = (event for _, event in self.together([run]))
         run.start(_with_bar(run, events) if request.progress else events)
         return run
@@ -310,8 +311,6 @@ class KleinPipeline(metaclass=Answering):
         """`together`, without what holds only while it works."""
         self.parts.working.update(runs)
         try:
-            for run in runs:  # what is on the model now, not when the request was checked
-                run.recipe["loras"] = self.recorder.of_loras(self.loras)
             if runs:
                 yield from self._phases(runs)
         finally:
@@ -324,7 +323,6 @@ class KleinPipeline(metaclass=Answering):
             self.parts.release(run, *parts)
 
     def _phases(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Step | Picture]]:
-        """Encode, denoise, decode."""
         new = [run for run in runs if not self.encodings.knows(run.request)]
         with ReadAhead(self.parts.files_ahead(new[0].expected.get("encode", 0)) if new else []):
             encoded = [self._encode(run) for run in runs]
@@ -368,7 +366,7 @@ class KleinPipeline(metaclass=Answering):
 
     def _denoise(self, run: Run, number: int, conditions: Conditions, tables: Tables) -> Iterator[Step]:
         """One picture's steps, from its noise, or from the init image's latents with noise added."""
-        request, (opened, (h, w), sigmas, _) = run.request, run.plan
+        request, (opened, (h, w), sigmas, *_) = run.request, run.plan
         with run.timed("steps"):
             predict = self._predict(run, request.pictures[number][0], conditions, tables)
         if request.latents is not None:
@@ -433,7 +431,6 @@ class KleinPipeline(metaclass=Answering):
         return guided_velocity(transformer, prompt_embeds, negative, tables, *guidance, reuse, call, self.peers)
 
     def _finish(self, run: Run, number: int, latents: mx.array) -> Picture:
-        """Decode, as the request wants it."""
         canvas, (prompt_index, seed) = run.plan.opened.canvas, run.request.pictures[number]
         if run.request.latents is not None:
             seed = None  # no seed made this noise
@@ -443,7 +440,7 @@ class KleinPipeline(metaclass=Answering):
             image = decode(self.parts.get("vae", run), latents, run.request.output_type, canvas, run.part_done)
         if self.sketcher and canvas is None and run.request.output_type == "pil":
             self.sketcher.learn(latents, image)
-        recipe = self.recorder.of_picture(run.recipe, prompt, seed, image)
+        recipe = self.recorder.of_picture(run.plan.recipe, prompt, seed, image, self.loras)
         return Picture(number, len(run.request.pictures), prompt, seed, image, recipe)
 
     def _preview(self, run: Run, clean: mx.array, canvas: Canvas | None) -> Callable[[], Image.Image]:

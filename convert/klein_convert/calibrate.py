@@ -10,8 +10,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -24,13 +23,12 @@ from klein_convert.coding import (
     Sample,
     code_part,
     encoder_stages,
-    layer_at,
     quantized_layer,
-    set_layer,
     transformer_stages,
 )
-from klein_mlx.config import PARTS, ModelConfig
+from klein_mlx.config import ModelConfig
 from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.model.layers import layer_at, set_layer
 from klein_mlx.model.sampler import (
     Predict,
     all_ids,
@@ -44,7 +42,7 @@ from klein_mlx.model.tokenizer import Tokens
 from klein_mlx.model.transformer import Transformer, rope_tables
 from klein_mlx.runtime.encodings import encode_prompt
 from klein_mlx.weights.bits import Quantize, parse, settle
-from klein_mlx.weights.checkpoint import ReadRows, Source, build, expected, load_part, read_tokenizer
+from klein_mlx.weights.checkpoint import Derived, ReadRows, Source, build, expected, load_part, read_tokenizer
 from klein_mlx.weights.quantize import Quantization, check_shapes, named
 from klein_mlx.weights.safetensors import Deferred, Weight
 
@@ -151,38 +149,20 @@ Done = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class CalibratedSource:
+class CalibratedSource(Derived):
     """Another Source with some layers coded already; to whoever reads it, a quantized model."""
 
-    original: Source
-    quantization: Mapping[str, Quantization]
     coded: Mapping[str, Coded]
-    info: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return self.original.path
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.original.config
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.original.tokenizer_file
 
     def weights(self, part: str) -> dict[str, Weight]:
-        weights = dict(self.original.weights(part))
+        weights = dict(self.base.weights(part))
         for path, arrays in self.coded.get(part, {}).items():
             del weights[f"{path}.weight"]
             weights |= named(path, arrays)
         return weights
 
     def rows(self, part: str, name: str) -> ReadRows | None:
-        return None if name.rpartition(".")[0] in self.coded.get(part, {}) else self.original.rows(part, name)
-
-    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        return self.original.files(parts)
+        return None if name.rpartition(".")[0] in self.coded.get(part, {}) else self.base.rows(part, name)
 
 
 def calibrate(
@@ -237,7 +217,7 @@ def calibrate(
         coded["transformer"], _ = _code(
             source, whole, "transformer", [(Sample(a), Sample(b)) for a, b in pairs], settled, done
         )
-    return CalibratedSource(source, settled, coded, {**source.info, "calibration": told})
+    return CalibratedSource(source, source.config, settled, {**source.info, "calibration": told}, coded)
 
 
 def _code(
@@ -249,7 +229,6 @@ def _code(
     done: Done,
     alone: bool = False,
 ) -> tuple[Coded, Any]:
-    """A part's layers, coded, and the module that holds them."""
     copy = _copy(part, whole[part], source.config)
     if part == "text_encoder":
         stages = encoder_stages(source.config)
@@ -335,7 +314,6 @@ def predict(transformer: Transformer, embeds: mx.array, look: Look) -> Predict:
 
 
 def _copy(part: str, module: nn.Module, config: ModelConfig) -> nn.Module:
-    """Another module with the same arrays."""
     copy = build(part, config)
     copy.load_weights(tree_flatten(module.parameters()))  # type: ignore[arg-type]
     copy.eval()
@@ -343,7 +321,6 @@ def _copy(part: str, module: nn.Module, config: ModelConfig) -> nn.Module:
 
 
 def _dtype(source: Source, part: str) -> mx.Dtype:
-    """In which a part's matrices are stored."""
     matrices: list[mx.array | Deferred] = [w for w in source.weights(part).values() if len(w.shape) == 2]
     return matrices[0].dtype
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_convert.destination import checked_destination, publish, require_space, workspace, write_card, write_failure
-from klein_convert.writer import Counter, Hashing, Warn, flush, write_json, write_weights
+from klein_convert.writer import Counter, Hashing, Warn, write_bytes, write_json, write_weights
 from klein_mlx.config import ONE_STEP, PARTS, TIME_SHIFTS, TINY, VARIANTS, ModelConfig
 from klein_mlx.errors import CheckpointError, human_bytes
 from klein_mlx.formats.open import open_model, with_variant
@@ -113,7 +113,8 @@ def convert_checkpoint(
                 stored |= write_weights(folder, part, weights, counter, originals, warn)
             digests = {_told_name(path, model.path): digest for path, digest in hashing.digests().items()}
             counter.tell()
-            stored[TOKENIZER_FILE] = _copy(model.tokenizer_file, folder / TOKENIZER_FILE)
+            write_bytes(folder / TOKENIZER_FILE, tokenizer := model.tokenizer_file.read_bytes())
+            stored[TOKENIZER_FILE] = hashlib.sha256(tokenizer).hexdigest()
             settings = {**_settings(model, quantization, variant, digests), "sha256": stored}
             write_json(folder / CONFIG_FILE, settings)
             write_card(folder, settings, model)
@@ -216,15 +217,3 @@ def _origin(source: Source) -> dict[str, Any]:
     if source.info.get("format") != "klein_mlx":
         return origin
     return {"name": source.path.resolve().name, "format": "klein_mlx", "source": origin}
-
-
-# ---- bytes ----
-
-
-def _copy(source: Path, destination: Path) -> str:
-    """Returns the copy's sha256."""
-    digest = hashlib.sha256(content := source.read_bytes())
-    with destination.open("wb") as writer:
-        writer.write(content)
-        flush(writer)
-    return digest.hexdigest()

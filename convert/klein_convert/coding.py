@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from klein_mlx.config import ModelConfig
-from klein_mlx.model.layers import Layer, QuantizedLinear, empty
+from klein_mlx.model.layers import Layer, QuantizedLinear, empty, layer_at, set_layer
 from klein_mlx.model.sampler import latents_to_tokens
 from klein_mlx.model.tokenizer import Tokens
 from klein_mlx.model.transformer import Modulations, Rope
@@ -371,15 +371,3 @@ def quantized_layer(layer: Any, own: Quantization, arrays: tuple[mx.array, ...])
     for name, array in packed.items():
         result[name] = array
     return result
-
-
-def layer_at(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for name in path.split("."):
-        found = found[int(name)] if isinstance(found, list) else found[name]
-    return found
-
-
-def set_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    (layer_at(module, parent) if parent else module)[name] = layer

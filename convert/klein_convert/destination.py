@@ -8,7 +8,6 @@ license: Apache-2.0, section 4, asks for a copy, the original's notices, and a s
 import errno
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from klein_convert.writer import flush, flush_descriptor
-from klein_mlx.errors import CheckpointError, RequestError, human_bytes
+from klein_convert.writer import flush_descriptor, write_bytes
+from klein_mlx.errors import CheckpointError, RequestError, human_bytes, line_of
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, Source
+from klein_mlx.weights.hub import HUB_ID
 from klein_mlx.weights.quantize import Quantization
-from klein_mlx.weights.safetensors import one_line
 
 OURS = ".klein-mlx"  # in a hidden folder: that it is ours, and may be cleared
 
@@ -169,11 +168,11 @@ _APACHE = "Apache-2.0"
 
 def write_card(folder: Path, settings: dict[str, Any], source: Source) -> None:
     """Write README.md, and LICENSE and NOTICE where there are texts for them. settings: what klein.json holds."""
-    _write(folder / CARD_FILE, model_card(settings))
-    if licence := _text(source.path, LICENCE_FILE) or (_own_licence() if settings["licence"] == _APACHE else None):
-        _write(folder / LICENCE_FILE, licence)
-    if notice := _text(source.path, NOTICE_FILE):
-        _write(folder / NOTICE_FILE, notice)
+    licence = _text(source.path, LICENCE_FILE) or (_own_licence() if settings["licence"] == _APACHE else None)
+    texts = {CARD_FILE: model_card(settings), LICENCE_FILE: licence, NOTICE_FILE: _text(source.path, NOTICE_FILE)}
+    for name, text in texts.items():
+        if text:
+            write_bytes(folder / name, text.encode())
 
 
 def model_card(settings: dict[str, Any]) -> str:
@@ -236,18 +235,9 @@ def _own_licence() -> str | None:
     return text or _text(Path(__file__).resolve().parents[2], LICENCE_FILE)
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("wb") as file:
-        file.write(text.encode())
-        flush(file)
-
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-
 def check_upload(repository: str, token: bool = True) -> None:
     """Raise, before any work, for a name that cannot be and, if a token is needed, for a user who is not logged in."""
-    if not _NAME.fullmatch(repository):
+    if not HUB_ID.fullmatch(repository):
         raise RequestError(f"upload is {repository[:200]!r}; it must be owner/name")
     from huggingface_hub import get_token
 
@@ -264,5 +254,5 @@ def upload(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload with klein-mlx")
     except Exception as error:  # the library's errors have no common parent
-        raise CheckpointError(f"{repository}: the upload failed ({one_line(error)}); {folder} is complete") from error
+        raise CheckpointError(f"{repository}: the upload failed ({line_of(error)}); {folder} is complete") from error
     return str(address)

@@ -1,7 +1,7 @@
 """Any Source -> a folder in diffusers' layout, unquantized; and a Source with LoRAs merged into its weights."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from klein_convert.destination import checked_destination, publish, require_space, workspace, write_failure
-from klein_convert.writer import Counter, flush, write_json, write_weights
+from klein_convert.writer import Counter, write_bytes, write_json, write_weights
 from klein_mlx.config import KLEIN_TAPS, PARTS, ModelConfig
 from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.diffusers import INDEX_FILE, KV_PIPELINE, STEMS, TOKENIZER_FILE, open_diffusers
@@ -17,7 +17,7 @@ from klein_mlx.formats.lora import read_lora
 from klein_mlx.formats.lora_metadata import find_lora
 from klein_mlx.formats.names import diffusers_name, to_theirs
 from klein_mlx.runtime.parts import LoraStack
-from klein_mlx.weights.checkpoint import ReadRows, Source
+from klein_mlx.weights.checkpoint import Derived, ReadRows, Source
 from klein_mlx.weights.lora import merge
 from klein_mlx.weights.quantize import Quantization
 from klein_mlx.weights.safetensors import Deferred, Weight, load_now, read_json
@@ -81,7 +81,7 @@ def _their_weights(source: Source, part: str) -> dict[str, Weight]:
     for name, weight in ours.items():
         theirs, layout = diffusers_name(part, name)
         if isinstance(weight, Deferred):  # those are matrices and vectors, which no layout reshapes
-            weights[theirs] = Deferred(weight.shape, weight.dtype, _relaid(layout, weight))
+            weights[theirs] = replace(weight, load=lambda layout=layout, own=weight: to_theirs(layout, own.load()))
         else:
             weights[theirs] = to_theirs(layout, weight)
     if part == "text_encoder":
@@ -91,12 +91,7 @@ def _their_weights(source: Source, part: str) -> dict[str, Weight]:
     return weights
 
 
-def _relaid(layout: str, weight: Deferred) -> Callable[[], mx.array]:
-    return lambda: to_theirs(layout, weight.load())
-
-
 def _dequantized(weights: dict[str, Weight], part: str, stored: Quantization | None) -> dict[str, Weight]:
-    """Whole weights, lazily."""
     if stored is None:
         return weights
     whole: dict[str, Weight] = {}
@@ -129,7 +124,6 @@ def _silent_layer(config: ModelConfig, weights: dict[str, Weight]) -> dict[str, 
 
 
 def _config(config: ModelConfig, part: str) -> dict[str, Any]:
-    """The part's config.json."""
     values = getattr(config, part).to_dict()
     kind = _CLASSES[part][1]
     if part == "text_encoder":
@@ -151,9 +145,7 @@ def _write_rest(folder: Path, source: Source) -> None:
     for name in ("scheduler", "tokenizer"):
         (folder / name).mkdir()
     read_json(source.tokenizer_file)
-    with (folder / TOKENIZER_FILE).open("wb") as file:
-        file.write(source.tokenizer_file.read_bytes())
-        flush(file)
+    write_bytes(folder / TOKENIZER_FILE, source.tokenizer_file.read_bytes())
     tokenizer = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -184,34 +176,11 @@ def _write_rest(folder: Path, source: Source) -> None:
 
 
 @dataclass(frozen=True)
-class WithLoras:
+class WithLoras(Derived):
     """The base's weights with all LoRAs in them: summed in float32, rounded once to each weight's dtype."""
 
-    base: Source
     loras: LoraStack
     paths: tuple[Path, ...]
-
-    @property
-    def path(self) -> Path:
-        return self.base.path
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.base.config
-
-    @property
-    def quantization(self) -> Mapping[str, Quantization]:
-        return self.base.quantization
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.base.tokenizer_file
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        told = [{"name": one.file, "sha256": one.sha256, "scale": one.scale} for one in self.loras.loaded]
-        source = self.base.info.get("source", {})
-        return {**self.base.info, "source": {**source, "loras": [*source.get("loras", ()), *told]}}
 
     def weights(self, part: str) -> Mapping[str, Weight]:
         weights = dict(self.base.weights(part))
@@ -223,7 +192,7 @@ class WithLoras:
         return weights
 
     def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
-        return [*self.base.files(parts), *self.paths]
+        return [*super().files(parts), *self.paths]
 
     def rows(self, part: str, name: str) -> ReadRows | None:
         """The base's, of what no LoRA changes; None: the whole table of an embedding has to be made."""
@@ -263,4 +232,9 @@ def merge_loras(base: Source, loras: Sequence[tuple[str | Path, float]], partial
                 raise CheckpointError(f"{path}: adds biases, which no checkpoint of klein's has; use generate --lora")
         stack.add(lora, scale, f"{number}")
         paths.append(path)
-    return WithLoras(base, stack, tuple(paths)) if paths else base
+    if not paths:
+        return base
+    told = [{"name": one.file, "sha256": one.sha256, "scale": one.scale} for one in stack.loaded]
+    source = base.info.get("source", {})
+    info = {**base.info, "source": {**source, "loras": [*source.get("loras", ()), *told]}}
+    return WithLoras(base, base.config, base.quantization, info, stack, tuple(paths))

@@ -19,8 +19,8 @@ from typing import BinaryIO, Self
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError
-from klein_mlx.weights.safetensors import BROKEN, CHUNK, ZEROS, Weight, condition, digest_file, load_now, one_line
+from klein_mlx.errors import CheckpointError, line_of
+from klein_mlx.weights.safetensors import BROKEN, CHUNK, ZEROS, Weight, condition, digest_file, load_now
 
 _EVERY = 0.1  # seconds between two looks at how far a thread is
 
@@ -165,11 +165,16 @@ def write_weights(
     return {**digests, index.name: digest_file(index)}
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, flushed to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        flush(file)
+
+
 def write_json(path: Path, values: dict) -> None:
     """Write a JSON object, flushed to the disk."""
-    with path.open("wb") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
-        flush(file)
+    write_bytes(path, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def flush(file: BinaryIO) -> None:
@@ -256,7 +261,7 @@ def _made(name: str, weight: Weight, original: mx.array | None, warn: Warn) -> m
     try:
         mx.eval(array, *found)
     except RuntimeError as error:
-        raise CheckpointError(f"{name}: cannot be read from the source ({one_line(error)})") from None
+        raise CheckpointError(f"{name}: cannot be read from the source ({line_of(error)})") from None
     if any(each.item() == BROKEN for each in found):
         raise CheckpointError(f"{_weight_of(name)}: holds NaN or infinity: the source is damaged; get it again")
     if found[-1].item() == ZEROS and len(weight.shape) > 1 and not name.endswith((".scales", ".biases")):

@@ -55,7 +55,6 @@ def describe(source: Source | PartFile) -> dict[str, Any]:
 
 
 def _describe_part(file: PartFile) -> dict[str, Any]:
-    """A file's header holds all of this."""
     floats = [name for name, entry in file.tensors.entries.items() if entry.dtype in FLOATS]
     layers = file.settings()
     sizes = {name: math.prod(entry.shape) for name, entry in file.tensors.entries.items()}

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError
+from klein_mlx.errors import CheckpointError, line_of
 from klein_mlx.formats.scaled import Tensors
 from klein_mlx.weights.checkpoint import ReadRows, read_bytes_of_rows
-from klein_mlx.weights.safetensors import Deferred, Entry, Weight, one_line
+from klein_mlx.weights.safetensors import Deferred, Entry, Weight
 
 _VERSIONS = (2, 3)
 _MAX_COUNT = 1 << 16  # tensors, and keys
@@ -143,7 +143,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Block]]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Walk(data))
     except (ValueError, struct.error, OSError) as error:
-        raise CheckpointError(f"{path}: is a damaged GGUF file: {one_line(error)}") from None
+        raise CheckpointError(f"{path}: is a damaged GGUF file: {line_of(error)}") from None
 
 
 def _read(walk: _Walk) -> tuple[dict[str, Any], dict[str, Block]]:
@@ -310,7 +310,7 @@ def _load(path: Path, block: Block, dtype: mx.Dtype) -> mx.array:
     try:
         data = np.memmap(path, np.uint8, "r", block.start, (block.size,))
     except (OSError, ValueError) as error:  # it has been cut short meanwhile
-        raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({line_of(error)})") from None
     return _decode(path, block, data, dtype)
 
 

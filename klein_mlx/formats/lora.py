@@ -247,7 +247,6 @@ class LoraFile:
 
     @cached_property
     def _told(self) -> Base:
-        """As names and shapes tell it."""
         foreign = foreign_base(self.homeless)
         if foreign:
             return Base(foreign, None)
@@ -311,12 +310,8 @@ class LoraFile:
     @property
     def ranks(self) -> dict[int, int]:
         """rank -> how many modules have it."""
-        found: dict[int, int] = {}
-        for name in self.groups:
-            rank = rank_of(self.group(name).entries)
-            if rank is not None:
-                found[rank] = found.get(rank, 0) + 1
-        return dict(sorted(found.items()))
+        ranks = (rank_of(self.group(name).entries) for name in self.groups)
+        return dict(sorted(Counter(rank for rank in ranks if rank is not None).items()))
 
 
 def open_lora(path: Path) -> LoraFile:

@@ -141,7 +141,6 @@ def _loha_shape(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
 
 
 def _side(group: Group, shapes: Mapping[str, tuple[int, ...]], side: str, kernel: str | None) -> tuple[int, int]:
-    """The shape of one side of a LoKr."""
     whole = shapes.get(side)
     if whole is None:
         a, b = shapes[f"{side}_a"], shapes[f"{side}_b"]
@@ -203,12 +202,8 @@ def from_float8(array: mx.array, dtype: str) -> mx.array:
     return mx.from_fp8(array, dtype=mx.bfloat16) if dtype == _FLOAT8 else array
 
 
-def _matrix(array: mx.array) -> mx.array:
-    return array.reshape(_flat_shape(array.shape))
-
-
 def _delta(group: Group, factor: float) -> Delta | None:
-    a = {role: _matrix(array) for role, array in group.arrays.items()}
+    a = {role: array.reshape(_flat_shape(array.shape)) for role, array in group.arrays.items()}
     if "up" in a:
         down = a["down"]
         if "mid" in a:

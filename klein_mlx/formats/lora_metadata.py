@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,7 @@ def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
     """From the file's own metadata, or from the adapter_config.json in its folder if that is PEFT's file."""
     text = metadata.get("lora_adapter_metadata")
     if text is not None:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            values = None
+        values = _json(text)
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: its lora_adapter_metadata is not a JSON object")
         config: dict[str, dict[str, Any]] = {"transformer": {}, "text_encoder": {}}
@@ -100,17 +98,11 @@ def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
         values = read_json(beside)
         return Strengths(str(beside), {"transformer": values, "text_encoder": values})
     if "lora_alpha" in metadata:  # flux-2-swift-mlx and its kin: one for all modules, as text
-        values = {"lora_alpha": _number(metadata["lora_alpha"])}
+        values: dict[str, Any] = {"lora_alpha": metadata["lora_alpha"]}
+        with suppress(ValueError):
+            values["lora_alpha"] = float(values["lora_alpha"])
         return Strengths(str(path), {"transformer": values, "text_encoder": values})
     return Strengths(str(path), {})
-
-
-def _number(text: str) -> Any:
-    """A number from its text; the text itself where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _match(patterns: Any, name: str, where: str) -> Any:

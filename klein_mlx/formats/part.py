@@ -106,6 +106,7 @@ def _open_folder(folder: Path, stem: str | None) -> Tensors:
 _DECODERS = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
 _WANTED = "klein_mlx reads the parts of FLUX.2 [klein] and [dev]"
 _MAX_LEVELS = 16
+_OTHERS = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoder", "qwen3_", "mistral3_")  # prefixes
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
         like = CONFIG_CLASSES[found.part].from_dict(stated, str(known))
     mine = {canonical(n.removeprefix(found.prefix)): n for n in tensors.entries if n.startswith(found.prefix)}
     if found.prefix == "":  # what stands behind another part's prefix is that part's
-        mine = {new: old for new, old in mine.items() if new != old or not _is_prefixed(old)}
+        mine = {new: old for new, old in mine.items() if new != old or not old.startswith(_OTHERS)}
     mine.pop("tekken_model", None)  # the tokenizer that ComfyUI's file of Mistral has inside
     tensors = decode(tensors.renamed(mine))
     marks = ("encoder.down.{}.block.0.norm1.weight", "encoder.down_blocks.{}.resnets.0.norm1.weight")
@@ -247,12 +248,6 @@ def open_part(path: Path, part: str | None = None, like: Any = None) -> PartFile
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return PartFile(path, found, tensors, config)
-
-
-def _is_prefixed(name: str) -> bool:
-    return name.startswith(
-        ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoder", "qwen3_", "mistral3_")
-    )
 
 
 def _choose(tensors: Tensors, found: list[Found], part: str | None) -> Found:
@@ -300,7 +295,6 @@ def is_left_over(found: Found, theirs: str, config: ModelConfig) -> bool:
 
 
 def _place(tensors: Tensors, found: Found, levels: int, ours: str) -> tuple[str, str]:
-    """A weight's name in the file and its layout there."""
     theirs, layout = their_name(found.part, found.dialect, ours, levels)
     entry = tensors.entries.get(theirs)
     if layout == POINTWISE and entry and len(entry.shape) == 2:
@@ -491,5 +485,4 @@ def _axis(shape: Shape, name: str, axis: int) -> int:
 
 
 def _count(shape: Shape, pattern: str) -> int:
-    """How many of a list's elements are there."""
     return next((i for i in range(_MAX_COUNT) if shape(pattern.format(i)) is None), _MAX_COUNT)

@@ -11,6 +11,7 @@ these files states `quantization` in the header, and has NVFP4 in ModelOpt's ord
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -328,10 +329,9 @@ def _without_prefix(tensors: Tensors, layer: str) -> str:
 
 
 def _object(tensors: Tensors, text: str | bytes, name: str) -> dict[str, Any]:
-    try:
+    values = None
+    with suppress(ValueError, RecursionError):
         values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
     if not isinstance(values, dict):
         raise CheckpointError(f"{tensors.path}: {name} is not a JSON object")
     return values

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from klein_mlx.errors import KleinError, RequestError, Shown
+from klein_mlx.errors import KleinError, RequestError, Shown, line_of
 
 REFERENCE_AREA = 1024 * 1024  # a larger reference is scaled down to this many pixels
 LARGE_REFERENCE_AREA = 2024 * 2024  # the same for a single large one, as in BFL's own code (diffusers has no such)
@@ -80,7 +80,7 @@ def reading(
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise RequestError(name, rule=f"has over {limit} million pixels; scale it down first") from None
     except Exception as error:
-        reason = one_line(error) if source is None else _reason(source, error, unknown)
+        reason = line_of(error) if source is None else _reason(source, error, unknown)
         raise RequestError(name, rule=f"cannot be read: {reason}") from None
 
 
@@ -128,12 +128,7 @@ def _reason(source: str | os.PathLike[str], error: BaseException, unknown: str) 
     if not head:
         return "the file is empty"
     told = next((words for begins, words in _NOT_READ if begins.match(head)), None)
-    return told or (unknown if "cannot identify" in str(error) else one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return told or (unknown if "cannot identify" in str(error) else line_of(error))
 
 
 def _upright(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:

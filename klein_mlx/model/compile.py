@@ -91,7 +91,7 @@ def without_weights(module: nn.Module) -> Any:
     vars(copy).update(vars(module))
     for name, value in module.items():
         if not isinstance(value, mx.array):
-            copy[name] = tree_map(without_weights, value, is_leaf=_is_module)
+            copy[name] = tree_map(without_weights, value, is_leaf=lambda one: isinstance(one, nn.Module))
     return copy
 
 
@@ -112,7 +112,3 @@ def signature(module: nn.Module) -> Hashable:
         (path, type(one), *((k, v) for k, v in sorted(vars(one).items()) if isinstance(v, Hashable)))
         for path, one in module.named_modules()
     )
-
-
-def _is_module(value: object) -> bool:
-    return isinstance(value, nn.Module)

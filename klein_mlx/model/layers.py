@@ -458,6 +458,19 @@ def separate(parent: nn.Module, first: str, second: str, joined: str) -> None:
     del parent[joined]
 
 
+def layer_at(module: nn.Module, path: str) -> Any:
+    """The layer, or the list of layers, at a path such as double_blocks.0.img; the module itself at ""."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = found[int(name)] if isinstance(found, list) else found[name]
+    return found
+
+
+def set_layer(module: nn.Module, path: str, layer: nn.Module | mx.array) -> None:
+    above, _, name = path.rpartition(".")
+    layer_at(module, above)[name] = layer
+
+
 # ---- elementwise ----
 
 

@@ -1,9 +1,11 @@
-"""Qwen3 as a text encoder: token ids in, the hidden states of a few tapped layers out.
+"""Qwen3, and Mistral-Small for [dev], as text encoders: token ids in, the hidden states of a few tapped layers out.
 
 Only the layers up to the last tap exist: neither the final norm nor the language head is ever needed. The module
 knows ids and masks, not prompts or templates.
 
-Source: transformers, models/qwen3/modeling_qwen3.py; diffusers, Flux2KleinPipeline._get_qwen3_prompt_embeds.
+Source: transformers, models/qwen3/modeling_qwen3.py, and models/mistral/modeling_mistral.py with its default attention
+("sdpa"), in which a query that sees no key gives zeros; diffusers, Flux2KleinPipeline._get_qwen3_prompt_embeds and
+Flux2Pipeline._get_mistral_3_small_prompt_embeds.
 """
 
 from typing import Any
@@ -126,3 +128,31 @@ class TextEncoder(Placed):
             if done:
                 done(x)
         return mx.concatenate(states, axis=-1)
+
+
+# ---- Mistral-Small: Qwen3's layers without its q and k norms ----
+
+
+class MistralAttention(Attention):
+    """Prompts are padded on the left, so the padding's queries see no key at all: attention adds nothing to them. What
+    an embedding of padding becomes by the MLPs alone is read by the transformer as well."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__(config)
+        del self.q_norm, self.k_norm
+
+    def __call__(self, x: mx.array, mask: mx.array, residual: mx.array) -> mx.array:
+        q, k, v = (mx.unflatten(p(x), -1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.device.attention(self._rope(q), self._rope(k), v.transpose(0, 2, 1, 3), mask)
+        out = mx.where(mask.any(axis=-1, keepdims=True), out, 0)
+        return self.o_proj.added(out.transpose(0, 2, 1, 3).flatten(2), residual)
+
+
+class MistralLayer(Layer):
+    attention = MistralAttention
+
+
+class MistralEncoder(TextEncoder):
+    """Mistral-Small's language model up to its last tapped layer."""
+
+    layer = MistralLayer

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError, one_line, short
+from klein_mlx.errors import CheckpointError, line_of, short
 
 HEAD, USER = "<|im_start|>", "user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -187,11 +187,12 @@ def _built(
         backend = Backend(models.BPE(vocab, pairs, ignore_merges=ignore_merges))  # type: ignore[arg-type]
         if layout.normalizer:
             backend.normalizer = normalizers.NFC()
-        backend.add_tokens([AddedToken(token["content"], **_flags(token)) for token in added])
+        flags = [{flag: token.get(flag, False) for flag in _FLAGS} for token in added]
+        backend.add_tokens([AddedToken(token["content"], **own) for token, own in zip(added, flags, strict=True)])
     except BaseException as error:  # bare Exception for wrong merges; a panic derives from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise CheckpointError(f"{path}: not a tokenizer.json ({one_line(str(error))})") from None
+        raise CheckpointError(f"{path}: not a tokenizer.json ({line_of(error)})") from None
     for token in added:
         if (number := backend.token_to_id(token["content"])) != token["id"]:
             raise CheckpointError(
@@ -203,10 +204,6 @@ def _built(
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _flags(token: dict[str, Any]) -> dict[str, bool]:
-    return {flag: token.get(flag, False) for flag in _FLAGS}
 
 
 def _refusal(path: str, what: str, layout: Layout) -> CheckpointError:
@@ -240,6 +237,8 @@ def _check_kind(values: dict[str, Any], path: str, layout: Layout) -> str:
 
 def _checked_tokens(values: dict[str, Any], vocab_size: int, path: str) -> tuple[dict[str, int], list[Any], list[Any]]:
     """The vocabulary, merges and added tokens, with ids that the text encoder has; or a CheckpointError."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
     vocab, merges = values["model"].get("vocab"), values["model"].get("merges")
     added = values.get("added_tokens", [])
     sound = (
@@ -258,7 +257,7 @@ def _checked_tokens(values: dict[str, Any], vocab_size: int, path: str) -> tuple
         raise CheckpointError(
             f"{path}: token ids go up to {largest}, but the text encoder has {vocab_size}: it is another model's"
         )
-    if missing := [letter for letter in _alphabet() if letter not in vocab]:
+    if missing := sorted(set(ByteLevel.alphabet()) - vocab.keys()):
         raise CheckpointError(
             f"{path}: {len(missing)} of the 256 bytes are not tokens ({missing[0]!r} ...), so it would drop text"
         )
@@ -269,12 +268,6 @@ def _checked_tokens(values: dict[str, Any], vocab_size: int, path: str) -> tuple
             f" {_LONGEST_TOKEN} are read"
         )
     return vocab, merges, added
-
-
-def _alphabet() -> list[str]:
-    """Byte-level BPE's letters for the 256 bytes: printable ones stand for themselves, others begin at U+0100."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(code) for code in (*own, *range(0x100, 0x100 + 256 - len(own)))]
 
 
 def _keeps(processor: Any) -> bool:

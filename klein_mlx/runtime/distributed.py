@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.errors import KleinError
+from klein_mlx.errors import KleinError, line_of
 from klein_mlx.model.velocity import Peers
 
 Weights = dict[str, mx.array]
@@ -48,7 +48,7 @@ class Group:
                 self.rank, self.size = self._group.rank(), self._group.size()
                 self._sum(mx.array(1.0))  # the first exchange: only now is everyone known to be there
             except RuntimeError as error:
-                raise LostPeer(f"{host}: the machines cannot find each other ({_line(error)})") from None
+                raise LostPeer(f"{host}: the machines cannot find each other ({line_of(error)})") from None
             finally:
                 watch.kill()
 
@@ -102,8 +102,4 @@ def _launched_alone() -> bool:
 
 def lost(error: RuntimeError) -> LostPeer:
     """What an exchange that failed means."""
-    return LostPeer(f"{socket.gethostname()}: another machine is gone ({_line(error)})")
-
-
-def _line(error: Any) -> str:
-    return " ".join(str(error).split())[:200]
+    return LostPeer(f"{socket.gethostname()}: another machine is gone ({line_of(error)})")

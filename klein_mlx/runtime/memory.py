@@ -118,7 +118,6 @@ def _free() -> Iterator[int]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """The numbers of a file of names and values."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 

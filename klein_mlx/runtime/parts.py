@@ -20,7 +20,7 @@ from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, DoesNotFit, RequestError, human_bytes, of_device
 from klein_mlx.formats.lora import read_lora, shapes_of
 from klein_mlx.formats.lora_metadata import find_lora
-from klein_mlx.model.layers import Cut, Device, Linear, empty, place
+from klein_mlx.model.layers import Cut, Device, Linear, empty, layer_at, place
 from klein_mlx.runtime.memory import (
     KEPT,
     Estimate,
@@ -53,7 +53,8 @@ from klein_mlx.weights.safetensors import Pinned, is_finite, load_now, require_f
 
 
 class Parts:
-    """A model's three modules, loaded when first asked for and released as `keep` says.
+    """What of a model is in memory, and with which LoRAs: its three modules, loaded when first asked for and released
+    as `keep` says.
 
     Runs share them: a part leaves when the last run that took it has released it.
 
@@ -72,10 +73,9 @@ class Parts:
         self.device: Device = chosen_device()  # how what is loaded computes
         self.keep = keep or choose_keep(self.weights, machine_memory())
         self._chosen = keep is None
-        self.loaded: dict[str, nn.Module] = {}
+        self.loaded: dict[str, Resident] = {}
         self.loras = LoraStack()
         self.forget: Callable[[], object] = lambda: None
-        self._applied: dict[str, Applied] = {}
         self._holders: dict[str, WeakSet[Run]] = {part: WeakSet() for part in PARTS}
         self.working: WeakSet[Run] = WeakSet()  # runs that have begun and have not ended, whatever they hold just now
         for part in PARTS:
@@ -86,11 +86,8 @@ class Parts:
         would leave its range, and take bfloat16 beside it."""
         return mx.bfloat16 if self.dtype == mx.float16 and name != "transformer" else self.dtype
 
-    def estimate(self, work: Work) -> Estimate:
-        """What a request would take now, given what is loaded."""
-        return self._estimate(work, self.keep)
-
-    def _estimate(self, work: Work, keep: str | None) -> Estimate:
+    def estimate(self, work: Work, chosen: bool = True) -> Estimate:
+        """What a request would take now, given what is loaded. chosen: whether it must keep what `keep` says."""
         added, merging = zip(*(self._lora_bytes(part) for part in PARTS), strict=True)
         weights = {part: self.weights[part] + size for part, size in zip(PARTS, added, strict=True)}
         loras = LoraBytes(self.loras.nbytes, dict(zip(PARTS, merging, strict=True)))
@@ -99,7 +96,7 @@ class Parts:
             work,
             self.dtype,
             self.quantization,
-            keep,
+            self.keep if chosen else None,
             [*self.loaded],
             weights=weights,
             loras=loras,
@@ -127,7 +124,7 @@ class Parts:
         """Unless the user chose what to keep, keep as much as leaves room for a request, and return what it takes then.
         Parts that are kept no longer leave at once if no run has them."""
         if self._chosen:
-            self.keep = self._estimate(work, None).keep
+            self.keep = self.estimate(work, chosen=False).keep
             self._let_go(*self.loaded)
         return self.estimate(work)
 
@@ -151,9 +148,9 @@ class Parts:
         if name not in self.loaded:
             with run.timed("load"):
                 self.loaded[name] = self._load(name)
-        return self.loaded[name]
+        return self.loaded[name].module
 
-    def _load(self, name: str) -> nn.Module:
+    def _load(self, name: str) -> "Resident":
         self.pinned.check()
         dtype, quantize, rows = self.dtype_of(name), self.quantization.get(name), None
         if name == "text_encoder":
@@ -164,7 +161,7 @@ class Parts:
         module: Any = load_part(name, self.source, dtype, quantize)
         if rows:
             module.embed_tokens = rows
-        applied = Applied(module, partial(self._original, name), self.dtype_of(name))
+        resident = Resident(module, partial(self._original, name), dtype)
         with self._reading(name):
             place(module, self.device)
             module.arrange()
@@ -172,10 +169,9 @@ class Parts:
                 weights = self.source.weights(name).items()  # under the file's own names: arranged, others are there
                 damaged = next((key for key, weight in weights if not is_finite(load_now(weight)).item()), damaged)
                 raise CheckpointError(f"{self.source.path}: the {name}'s {damaged} holds NaN or infinity: get it again")
-            applied.update(self.loras.changes(name))
+            resident.update(self.loras.changes(name))
         self.pinned.check()
-        self._applied[name] = applied
-        return module
+        return resident
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -197,7 +193,7 @@ class Parts:
         """Free those of these parts that are neither kept nor held."""
         leaving = [n for n in names if n in self.loaded and n not in KEPT[self.keep] and not self._holders[n]]
         for name in leaving:
-            del self.loaded[name], self._applied[name]
+            del self.loaded[name]
         if leaving:
             gc.collect()
         mx.clear_cache()
@@ -214,7 +210,7 @@ class Parts:
             if name in self.loaded:
                 self.pinned.check()  # what was merged is undone by reading the original again
                 with self._reading(name):
-                    self._applied[name].update(self.loras.changes(name))
+                    self.loaded[name].update(self.loras.changes(name))
         mx.clear_cache()
 
     # ---- LoRAs: found, read, applied to what is loaded and to what will be, scaled, taken off again ----
@@ -368,8 +364,8 @@ class LoraStack:
         return self.loras[name]
 
 
-class Applied:
-    """A module and what LoRAs have made of it.
+class Resident:
+    """A part in memory: its module, and what LoRAs have made of it.
 
     original: the weight of a path as it was loaded, read anew. dtype: that of the computation. The module may be in the
     layout of its checkpoint, or arranged (Transformer.arrange): what is changed is separated before and arranged after.
@@ -386,17 +382,17 @@ class Applied:
         self._known = self.touched
         paths = self.touched | set(wanted)
         self.touched = paths  # if this is broken off, the next update mends all of it
-        for _, own in groupby(sorted(paths, key=_split), key=lambda path: _split(path)[0]):
-            group = list(own)
-            parent, _ = _parent(self.module, group[0])
+        names = sorted(path.rpartition(".") for path in paths)
+        for above, group in groupby(names, key=lambda name: name[0]):
+            parent = layer_at(self.module, above)
             with _separated(parent):
-                for path in group:
-                    self._change(parent, path, wanted.get(path, ()))
+                for name in group:
+                    self._change(parent, path := "".join(name), wanted.get(path, ()))
         self.touched = set(wanted)
 
     def _change(self, parent: Any, path: str, changes: Scaled) -> None:
         """Make one of the parent's layers what it was loaded as, with these changes, evaluated."""
-        name = _split(path)[1]
+        name = path.rpartition(".")[2]
         layer = self._changed(path, self.replaced.pop(path, getattr(parent, name)), changes)
         setattr(parent, name, layer)
         arrays = {} if isinstance(layer, TokenRows) else dict(tree_flatten(layer.parameters()))
@@ -438,8 +434,8 @@ class Applied:
         return layer
 
     def _weigh(self, path: str) -> mx.array:
-        parent, name = _parent(self.module, path)
-        layer = self.replaced.get(path) or getattr(parent, name, None)
+        above, _, name = path.rpartition(".")
+        layer = self.replaced.get(path) or getattr(layer_at(self.module, above), name, None)
         return expanded(layer) if layer is not None and _is_quantized(layer) else self.original(path)
 
 
@@ -473,20 +469,6 @@ def _separated(parent: Any) -> Iterator[None]:
     finally:
         parent.arrange()
     mx.eval(parent.parameters())
-
-
-def _split(path: str) -> tuple[str, str]:
-    """The path of a layer's parent in the module, and the layer's name there."""
-    above, _, name = path.rpartition(".")
-    return above, name
-
-
-def _parent(module: nn.Module, path: str) -> tuple[Any, str]:
-    *above, name = path.split(".")
-    parent: Any = module
-    for step in above:
-        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
-    return parent, name
 
 
 def described(lora: Lora, loaded: LoadedLora) -> str:

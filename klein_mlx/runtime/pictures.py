@@ -245,11 +245,6 @@ def find_map(digest: str, folder: Path | None) -> Map | None:
     return None
 
 
-def keep_map(digest: str, colours: Map, folder: Path) -> None:
-    """Keep a map; a folder that cannot be written to is no error."""
-    keep_json(folder / f"{digest}.json", {"vae": digest, "colours": colours})
-
-
 class Sketcher:
     """Draws sketches with one model's map, and learns the map from its first picture if none is known.
 
@@ -275,5 +270,5 @@ class Sketcher:
         if self.colours is not None:
             return
         self.colours = fit([(latents, image)])
-        if self.folder and self.digest:
-            keep_map(self.digest, self.colours, self.folder)
+        if self.folder and self.digest:  # one that cannot be written to is no error
+            keep_json(self.folder / f"{self.digest}.json", {"vae": self.digest, "colours": self.colours})

@@ -50,7 +50,7 @@ class Recorder:
     def of_request(self, request: Request, schedule: Sequence[float]) -> dict[str, Any]:
         """All that a request's pictures share; pictures that are files are read and their digests taken.
 
-        schedule: the noise levels that the steps go through. `loras` is left empty: see `of_loras`.
+        schedule: the noise levels that the steps go through. `loras` is left empty: see `of_picture`.
         """
         options = {own.key: getattr(request, name) for name, own in USER_OPTIONS.items() if name not in {*_OWN, *EDITS}}
         scalars = {key: value for key, value in options.items() if key and isinstance(value, _SCALAR)}
@@ -70,14 +70,14 @@ class Recorder:
             **({"given": given} if (given := _given(request)) else {}),
         }
 
-    def of_loras(self, loras: Iterable[LoadedLora]) -> list[dict[str, Any]]:
-        """The LoRAs with which a run begins."""
-        return [asdict(lora) for lora in loras]
-
-    def of_picture(self, shared: dict[str, Any], prompt: str | None, seed: int | None, image: Any) -> dict[str, Any]:
-        """One picture's: what it shares with the others, its prompt, its seed, its size."""
+    def of_picture(
+        self, shared: dict[str, Any], prompt: str | None, seed: int | None, image: Any, loras: Iterable[LoadedLora]
+    ) -> dict[str, Any]:
+        """One picture's: what it shares with the others, its prompt, its seed, its size; with which LoRAs it was made,
+        since they may have been loaded after the request was checked."""
         size = f"{image.width}x{image.height}" if isinstance(image, Image.Image) else None
-        return {**shared, "prompt": prompt, "seed": seed, "size": size, "model": self.model}
+        own = {"prompt": prompt, "seed": seed, "size": size, "model": self.model}
+        return {**shared, "loras": [asdict(lora) for lora in loras], **own}
 
     @cached_property
     def model(self) -> dict[str, Any]:
@@ -88,13 +88,10 @@ class Recorder:
             told["opened_as"] = opened_as
         if any(is_sampled(path) for path in source.files()):
             told["sampled"] = True
-        quantized = {part: {"bits": q.bits, "group_size": q.group_size, "mode": q.mode} for part, q in self._quantized}
+        stored = sorted({**source.quantization, **self.quantized}.items())
+        quantized = {part: {"bits": q.bits, "group_size": q.group_size, "mode": q.mode} for part, q in stored}
         parts = {part: entry.get("name") for part, entry in source.info.get("source", {}).get("parts", {}).items()}
         return {**told, **({"quantization": quantized} if quantized else {}), **({"parts": parts} if parts else {})}
-
-    @property
-    def _quantized(self) -> list[tuple[str, Any]]:
-        return sorted({**self.source.quantization, **self.quantized}.items())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ It knows nothing of models: the pipeline fills these in, and its callers read th
 
 import base64
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,14 +143,13 @@ class Run:
     estimated before anything was loaded.
     """
 
-    def __init__(self, request: Request):
-        self.request = request
-        self.notes: list[str] = []
-        self.recipe: dict[str, Any] = {}  # what the pictures' recipes share
-        self.plan: Any = None  # the pipeline's
+    def __init__(
+        self, request: Request, notes: Iterable[str] = (), plan: Any = None, expected: Mapping[str, int] | None = None
+    ):
+        """plan: the pipeline's; None: nothing is made, the run only holds parts."""
+        self.request, self.notes, self.plan, self.expected = request, [*notes], plan, dict(expected or {})
         self.on_phase: Callable[[str], None] = lambda phase: None  # called where a phase begins
         self.seconds: dict[str, float] = {"load": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
-        self.expected: dict[str, int] = {}
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext()
         self._events: Iterator[Step | Picture] = iter(())
         self._working = self._closed = False

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from klein_mlx.errors import RequestError
 from klein_mlx.model.branched import Branched
+from klein_mlx.model.layers import layer_at, set_layer
 from klein_mlx.model.transformer import Transformer
 from klein_mlx.train.noise import key_of
 
@@ -86,8 +87,7 @@ def add_adapters(transformer: Transformer, targets: str, rank: int, seed: int, d
     trainables = Trainables({})
     layers = [path for path, module in transformer.named_modules() if is_linear(module)]
     for path in find_targets(layers, targets):
-        parent, name = parent_of(transformer, path)
-        layer = getattr(parent, name)
+        layer = layer_at(transformer, path)
         out, inputs = shape_of(layer)
         check_rank(rank, path, (out, inputs))
         branch = Branched(layer)
@@ -100,7 +100,7 @@ def add_adapters(transformer: Transformer, targets: str, rank: int, seed: int, d
             trainables.weights[f"{path}.magnitude"] = mx.sqrt(squares)
         mx.eval(trainables.weights, trainables.squares)
         trainables.adapters[path] = branch
-        setattr(parent, name, branch)
+        set_layer(transformer, path, branch)
     return trainables
 
 
@@ -113,8 +113,7 @@ def put(transformer: Transformer, trainables: Trainables, weights: Mapping[str, 
     """Let the modules compute with these trainable arrays, of one stage or of all, in `dtype`."""
     if not trainables.adapters:
         for path, array in weights.items():
-            parent, name = parent_of(transformer, path)
-            parent[name] = array
+            set_layer(transformer, path, array)
         return
     for path in sorted({path.rpartition(".")[0] for path in weights}):
         branch = trainables.adapters[path]
@@ -148,12 +147,3 @@ def shape_of(layer: Any) -> tuple[int, int]:
     """(out, in) of a linear layer, packed or not."""
     out, packed = layer.weight.shape
     return (out, packed * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (out, packed)
-
-
-def parent_of(module: nn.Module, path: str) -> tuple[Any, str]:
-    """The module, dictionary or list element that holds the last name of a path."""
-    *parents, name = path.split(".")
-    found: Any = module
-    for one in parents:
-        found = found[int(one)] if one.isdigit() else getattr(found, one)
-    return found, name

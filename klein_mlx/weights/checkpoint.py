@@ -31,9 +31,8 @@ from klein_mlx.config import (
     TransformerConfig,
     VAEConfig,
 )
-from klein_mlx.errors import CheckpointError
-from klein_mlx.model.mistral import MistralEncoder
-from klein_mlx.model.text_encoder import TextEncoder
+from klein_mlx.errors import CheckpointError, line_of
+from klein_mlx.model.text_encoder import MistralEncoder, TextEncoder
 from klein_mlx.model.tokenizer import LAYOUTS, Tokenizer
 from klein_mlx.model.transformer import Transformer
 from klein_mlx.model.vae import VAE
@@ -52,7 +51,6 @@ from klein_mlx.weights.safetensors import (
     Weight,
     WeightFiles,
     is_finite,
-    one_line,
     open_weights,
     read_json,
     require_file,
@@ -118,14 +116,6 @@ def file_rows(files: WeightFiles, name: str) -> ReadRows | None:
     return None if path is None else safetensors_rows(path, name, files.shards[path][name])
 
 
-class HasRows(Protocol):
-    """The part of a `Source` that reads rows."""
-
-    @property
-    def quantization(self) -> Mapping[str, Quantization]: ...
-    def rows(self, part: str, name: str) -> ReadRows | None: ...
-
-
 class TokenRows:
     """In the place of an nn.Embedding or nn.QuantizedEmbedding: reads the rows of the tokens that it is given.
 
@@ -154,7 +144,7 @@ class TokenRows:
         return table.astype(self._dtype)[mx.array(inverse.reshape(input_ids.shape))]
 
 
-def token_rows(source: HasRows, quantize: Quantization | None, dtype: mx.Dtype) -> TokenRows | None:
+def token_rows(source: "Source", quantize: Quantization | None, dtype: mx.Dtype) -> TokenRows | None:
     """What takes an encoder's embedding's place, so that its table is never loaded.
 
     quantize: how the table is to be quantized, if it is not stored so. None if the source's file has the table in a
@@ -209,6 +199,27 @@ class Source(Protocol):
     def rows(self, part: str, name: str) -> ReadRows | None:
         """A reader of some rows of one of the part's matrices; None where it can only be read whole."""
         ...
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a `Source` made of another has of it: its files and its place. config and the rest: its own."""
+
+    base: Source
+    config: ModelConfig
+    quantization: Mapping[str, Quantization]
+    info: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.base.tokenizer_file
+
+    def files(self, parts: Sequence[str] = PARTS) -> list[Path]:
+        return self.base.files(parts)
 
 
 # ---- our format ----
@@ -350,7 +361,7 @@ def build(part: str, config: ModelConfig) -> nn.Module:
                 return ENCODER_CLASSES[e.model_type](e, config.taps)
             return VAE(config.vae)
     except (ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{part}: no model has these dimensions ({one_line(error)})") from None
+        raise CheckpointError(f"{part}: no model has these dimensions ({line_of(error)})") from None
 
 
 def expected(part: str, config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:

@@ -204,15 +204,9 @@ def plan_download(
     card = info.card_data
     licence = (card.get("license_name") or card.get("license")) if card else None
     folder = cache_folder()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     sizes = {name: found[name] for name in names}
-    return Plan(hub_id, revision, sizes, missing, folder, _free(folder), str(licence) if licence else None)
-
-
-def _free(folder: Path) -> int:
-    """Bytes free where this folder is, or will be made."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return Plan(hub_id, revision, sizes, missing, folder, free, str(licence) if licence else None)
 
 
 def _counter(advance: Callable[[int], None]) -> type:
@@ -265,7 +259,6 @@ def reason(error: BaseException, revision: str | None = None) -> str:
 
 
 def _status_reason(status: int) -> str:
-    """Of an HTTP answer."""
     if status == 401:
         from huggingface_hub import get_token
 
@@ -280,7 +273,6 @@ def _status_reason(status: int) -> str:
 
 
 def _disk_reason(cause: BaseException) -> str | None:
-    """Of a file that could not be written."""
     code = cause.errno if isinstance(cause, OSError) else None
     if code == errno.ENOSPC:
         return f"the disk of {cache_folder()} is full; free some space, or set HF_HOME to a larger disk"
@@ -297,7 +289,6 @@ def endpoint() -> str:
 
 
 def _network_reason(cause: BaseException, text: str) -> str:
-    """Of an answer that did not come, or was no answer of the Hub's."""
     kinds = {kind.__name__ for kind in type(cause).__mro__}
     told = " ".join(str(cause).split())[:120]
     if "ProxyError" in kinds:

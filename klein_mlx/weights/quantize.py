@@ -11,7 +11,6 @@ and rounding that knows its inputs, in MLX's own affine format (weight = scale *
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Self
 
 import mlx.core as mx
@@ -187,20 +186,13 @@ def quantize_weights(part: str, weights: Mapping[str, Weight], quantization: Qua
             result[name] = array
             continue
         path = name.removesuffix(".weight")
+        if own.searched and isinstance(array, mx.array):  # not lazy: what is tried would be far more than the weight
+            array = Deferred(tuple(array.shape), array.dtype, lambda array=array: array)
         if isinstance(array, Deferred):
             result |= _deferred(path, array, own)
-            continue
-        if own.searched:  # not lazy: what is tried for each group would be far more than the weight
-            array = Deferred(tuple(array.shape), array.dtype, partial(_same, array))
-            result |= _deferred(path, array, own)
-            continue
-        arrays = quantize_array(array, own)
-        result |= named(path, arrays)
+        else:
+            result |= named(path, quantize_array(array, own))
     return result
-
-
-def _same(array: mx.array) -> mx.array:
-    return array
 
 
 def quantize_array(array: mx.array, own: Quantization) -> Sequence[mx.array]:

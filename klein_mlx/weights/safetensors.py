@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError, human_bytes
+from klein_mlx.errors import CheckpointError, human_bytes, line_of
 from klein_mlx.paths import PRECISIONS
 
 FLOATS = ("BF16", "F16", "F32")
@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({one_line(error)})") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({line_of(error)})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}; it must hold an object")
     return values
@@ -148,7 +148,7 @@ def _header(path: Path, known: Identity) -> dict[str, Entry]:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             return {name: Entry(str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        reason = _shortfall(path) or _usual_mistake(path) or f"is damaged: {one_line(error)}"
+        reason = _shortfall(path) or _usual_mistake(path) or f"is damaged: {line_of(error)}"
     except MemoryError:  # a limit on the process, rather than the machine's memory: the file is only mapped
         reason = f"cannot be mapped: it has {human_bytes(path.stat().st_size)}, more than this process may address"
     raise CheckpointError(f"{path}: {reason}") from None
@@ -262,7 +262,7 @@ class WeightFiles:
             try:
                 loaded = mx.load(str(path), format="safetensors")
             except (RuntimeError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from None
+                raise CheckpointError(f"{path}: cannot be read ({line_of(error)})") from None
             arrays |= loaded  # type: ignore[arg-type]
         return arrays
 
@@ -336,11 +336,6 @@ def _read_shards(index: Path) -> dict[Path, dict[str, Entry]]:
 def _shown(name: str) -> str:
     """A tensor's name, fit for one line."""
     return (name if name.isprintable() else ascii(name))[:100]
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:200]
 
 
 CHUNK = 16 << 20  # bytes hashed or written at a time

@@ -202,6 +202,14 @@ def test_convert_merges_before_it_quantises(bits: int | None, tmp_path: Path) ->
         assert "is quantized, and merging style.safetensors into it would lose what it adds" in message
 
 
+def test_a_merged_model_may_be_another_variant(tmp_path: Path) -> None:
+    file = save(tmp_path / "style.safetensors", LAYOUTS["comfyui"](make_twin())[0])
+    out = tmp_path / "merged"
+    assert main(["convert", str(GOLDEN), str(out), "--lora", str(file), "--variant", "base-4b", "--quiet"]) == 0
+    assert open_model(GOLDEN).config.is_distilled
+    assert not open_model(out).config.is_distilled
+
+
 def change(folder: Path, added: dict[str, mx.array]) -> None:
     """The transformer's weights as float32, with these differences."""
 

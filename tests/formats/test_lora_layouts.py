@@ -88,7 +88,7 @@ def test_biases_are_added(plain: mx.array, tmp_path: Path) -> None:
     found = velocity(pipe)
     right = pipeline()
     velocity(right)
-    transformer: Any = right.parts.loaded["transformer"]
+    transformer: Any = right.parts.loaded["transformer"].module
     img = transformer.double_blocks[0].img
     img.separate()
     img.to_q.bias, img.to_k.bias, img.to_v.bias = (mx.array(0.5 * b) for b in np.split(fused, 3))

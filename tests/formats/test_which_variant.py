@@ -142,7 +142,7 @@ def test_one_step_from_pure_noise(tmp_path: Path, length: int | None) -> None:
         "a fox", seed=1, width=64, height=64, **({} if length is None else {"max_sequence_length": length})
     )
     assert run.request.max_sequence_length == (length or 232)
-    assert run.recipe["schedule"] == [1.0, 0.0]
+    assert run.plan.recipe["schedule"] == [1.0, 0.0]
     assert (run.request.steps, run.request.guidance) == (1, 1.0)
     steps = [event for event in run if hasattr(event, "sigma")]
     assert len(steps) == 1

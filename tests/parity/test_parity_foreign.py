@@ -71,5 +71,5 @@ def test_one_step_of_the_one_step_file(length: int | None, tmp_path: Path, monke
             text_encoder_out_layers=theirs.taps(pipe),
             callback_on_step_end=lambda _pipe, _step, _time, values: kept.append(values["latents"]) or values,
         )
-    assert (len(found), len(kept), run.recipe["schedule"]) == (1, 1, [1.0, 0.0])
+    assert (len(found), len(kept), run.plan.recipe["schedule"]) == (1, 1, [1.0, 0.0])
     assert port.error(port.to_numpy(found[0]), kept[0].numpy()) <= 5e-4

@@ -10,7 +10,8 @@ from PIL import Image
 
 from klein_mlx import KleinPipeline
 from klein_mlx.model.sampler import patchify
-from klein_mlx.runtime.pictures import PACKAGED, Sketcher, draw, find_map, fit, keep_map, vae_digest
+from klein_mlx.paths import keep_json
+from klein_mlx.runtime.pictures import PACKAGED, Sketcher, draw, find_map, fit, vae_digest
 from klein_mlx.runtime.run import Picture, Step
 
 PROMPT = "a red circle left of a blue square"
@@ -97,11 +98,11 @@ def test_the_first_picture_teaches_a_model_whose_colours_are_unknown(
 
 
 def test_maps_that_are_kept(tmp_path: Path) -> None:
-    keep_map("abc", [[1.0, 2.0, 3.0]], tmp_path / "new")
+    keep_json(tmp_path / "new" / "abc.json", {"vae": "abc", "colours": [[1.0, 2.0, 3.0]]})
     assert find_map("abc", tmp_path / "new") == [[1.0, 2.0, 3.0]]
     assert find_map("abd", tmp_path / "new") is None
     (tmp_path / "new" / "abc.json").write_text("{")
     assert find_map("abc", tmp_path / "new") is None
     (tmp_path / "file").touch()
-    keep_map("abc", [[1.0, 2.0, 3.0]], tmp_path / "file")  # nowhere to keep it: no error
+    assert not keep_json(tmp_path / "file" / "abc.json", {}), "nowhere to keep it: no error"
     assert json.loads(PACKAGED.read_text())["vae"] == vae_digest(KleinPipeline.from_pretrained("tiny").source)

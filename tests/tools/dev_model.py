@@ -54,9 +54,11 @@ def _as_mistral(weights: Weights, prefix: str) -> None:
 
 def tokenizer() -> dict[str, Any]:
     """A tokenizer.json laid out as Mistral's: special tokens, then bytes, and one word that is a token."""
-    from klein_mlx.model.tokenizer import MISTRAL, _alphabet
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    vocab = {token: number for number, token in enumerate((*SPECIAL, *_alphabet(), "fo", "fox"))}
+    from klein_mlx.model.tokenizer import MISTRAL
+
+    vocab = {token: number for number, token in enumerate((*SPECIAL, *sorted(ByteLevel.alphabet()), "fo", "fox"))}
     added = [{"id": number, "content": token, "special": True} for number, token in enumerate(SPECIAL)]
     split = {"type": "Split", "pattern": {"Regex": MISTRAL.words[1]}, "behavior": "Isolated", "invert": False}
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from klein_mlx.config import ModelConfig, TransformerConfig
 from klein_mlx.errors import RequestError
-from klein_mlx.model.layers import Cpu, Gpu, place
+from klein_mlx.model.layers import Cpu, Gpu, layer_at, place
 from klein_mlx.model.sampler import join_references
 from klein_mlx.paths import TINY_FOLDER
 from klein_mlx.train.adapters import (
@@ -25,7 +25,6 @@ from klein_mlx.train.adapters import (
     dense,
     find_targets,
     is_linear,
-    parent_of,
     put,
 )
 from klein_mlx.train.blockwise import Blockwise, Sample
@@ -170,8 +169,7 @@ def test_a_quantized_base(bits: str) -> None:
     plain: Any = load_part("transformer", source, mx.float32)
     for path, layer in packed.named_modules():
         if isinstance(layer, nn.QuantizedLinear):
-            parent, name = parent_of(plain, path)
-            getattr(parent, name).weight = dense(layer)
+            layer_at(plain, path).weight = dense(layer)
     one = sample(source.config)
     _, right = gradients_of(Blockwise(plain, trainables_of(plain, "lora"), mx.float32), one)
     blockwise = Blockwise(packed, trainables_of(packed, "lora"), mx.float32)

@@ -18,10 +18,9 @@ from klein_mlx.bench.cost import trace
 from klein_mlx.config import TransformerConfig
 from klein_mlx.model.branched import Branched
 from klein_mlx.model.compile import CompiledBlocks
-from klein_mlx.model.layers import Gpu, place
+from klein_mlx.model.layers import Gpu, layer_at, place, set_layer
 from klein_mlx.model.sampler import image_ids, text_ids
 from klein_mlx.model.transformer import Transformer, rope_tables
-from klein_mlx.runtime.parts import _parent as parent_of
 from klein_mlx.runtime.parts import expanded
 from klein_mlx.weights.lora import Change, LowRank, Scaled
 from klein_mlx.weights.quantize import Quantization, prepare
@@ -55,17 +54,13 @@ def test_quantised_plus_branch_is_expanded_plus_difference(
     before = velocity(pipe)
     pipe.load_lora(file, scale=0.7)
     found = velocity(pipe)
-    transformer: Any = pipe.parts.loaded["transformer"]
+    transformer: Any = pipe.parts.loaded["transformer"].module
     branched = [module for _, module in transformer.named_modules() if isinstance(module, Branched)]
     assert bool(branched) == (kind not in ("full difference", "norms"))
-    applied = pipe.parts._applied["transformer"]
+    applied = pipe.parts.loaded["transformer"]
     changes = pipe.parts.loras.changes("transformer")
     for path, layer in applied.replaced.items():
-        parent, name = path.rsplit(".", 1)
-        place: Any = transformer
-        for step in parent.split("."):
-            place = place[int(step)] if isinstance(place, list) else place[step]
-        place[name] = applied._plain(layer, expanded(layer), changes[path])
+        set_layer(transformer, path, applied._plain(layer, expanded(layer), changes[path]))
     assert difference(found, velocity(pipe)) < 2e-5
     assert difference(found, before) > 0.01
     pipe.unload_lora()
@@ -93,7 +88,7 @@ def test_several_loras_are_one_branch(model: Path, tmp_path: Path) -> None:
     for file, scale in zip(files, (0.5, 1.0, -0.3), strict=True):
         pipe.load_lora(file, scale)
     together = velocity(pipe)
-    transformer: Any = pipe.parts.loaded["transformer"]
+    transformer: Any = pipe.parts.loaded["transformer"].module
     assert transformer.double_blocks[0].img.to_q.down.shape[0] == 9
     other = pipeline(model, quantize=4)
     for file, scale in zip(reversed(files), (-0.3, 2.0, 0.5), strict=True):
@@ -107,7 +102,7 @@ def test_a_branch_takes_part_in_what_saves_copies(model: Path, tmp_path: Path) -
     pipe = pipeline(model, quantize=4)
     pipe.load_lora(save(tmp_path / "lora.safetensors", LAYOUTS["ai-toolkit"](make_twin())[0]))
     velocity(pipe)
-    transformer: Any = pipe.parts.loaded["transformer"]
+    transformer: Any = pipe.parts.loaded["transformer"].module
     block = transformer.single_blocks[0]
     rng = np.random.default_rng(0)
     x = mx.array(rng.standard_normal((1, 5, 64), np.float32))
@@ -142,7 +137,7 @@ def test_a_branch_s_memory_is_told(tmp_path: Path, model: Path) -> None:
         before = pipe.stream("x", seed=0).expected["steps"]
         pipe.load_lora(path, name="style")
         velocity(pipe)
-        transformer: Any = pipe.parts.loaded["transformer"]
+        transformer: Any = pipe.parts.loaded["transformer"].module
         branches = [module for module in transformer.modules() if isinstance(module, Branched)]
         bytes_beside = sum(branch.up.nbytes + branch.down.nbytes for branch in branches)
         assert (bytes_beside > 0) == (quantize is not None)
@@ -159,7 +154,7 @@ def test_a_compiled_block_sees_every_change(tmp_path: Path, model: Path) -> None
     pipe = pipeline(model, quantize=4)
     pipe.load_lora(save(tmp_path / "lora.safetensors", LAYOUTS["ai-toolkit"](make_twin())[0]), name="style")
     velocity(pipe)
-    transformer: Any = pipe.parts.loaded["transformer"]
+    transformer: Any = pipe.parts.loaded["transformer"].module
     config = pipe.config.transformer
     x = mx.array(np.random.default_rng(0).standard_normal((1, 12, config.hidden_size), np.float32))
     ids = mx.concatenate([text_ids(8), image_ids(2, 2)])
@@ -194,13 +189,12 @@ def test_a_rank_of_16_costs_less_than_3_percent() -> None:
                 changes[path] = [(1.0, Change(factors))]
         model.arrange()
         for path, own in changes.items():
-            parent, name = parent_of(model, path)
+            parent = layer_at(model, path.rpartition(".")[0])
             if hasattr(parent, "separate"):
                 parent.separate()
-            layer = getattr(parent, name)
-            beside = Branched(layer)
+            beside = Branched(layer_at(model, path))
             beside.up, beside.down = own[0][1].delta.up, own[0][1].delta.down  # type: ignore[union-attr]
-            setattr(parent, name, beside)
+            set_layer(model, path, beside)
         model.arrange()
         ids = mx.concatenate([text_ids(512), image_ids(64, 64)])
         rope = rope_tables(ids, config.axes_dims_rope, config.rope_theta, 512)

@@ -88,7 +88,7 @@ def test_the_table_stays_on_disk(tmp_path: Path) -> None:
 def test_the_pipeline_reads_rows() -> None:
     pipe = KleinPipeline.from_pretrained("tiny", keep="all")
     pipe("a red circle", num_inference_steps=1)
-    assert isinstance(pipe.parts.loaded["text_encoder"].embed_tokens, TokenRows)
+    assert isinstance(pipe.parts.loaded["text_encoder"].module.embed_tokens, TokenRows)
 
 
 def test_a_file_that_is_replaced_changes_nothing(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_table_quantized_while_loading_gives_the_rows_of_the_whole_one(
         source = mix(source, {"text_encoder": path})
     pipe = KleinPipeline(source, quantize=quantize, dtype="float32", keep="all")
     pipe("a fox", num_inference_steps=1, max_sequence_length=24, width=64, height=64, seed=1)
-    table = pipe.parts.loaded["text_encoder"].embed_tokens
+    table = pipe.parts.loaded["text_encoder"].module.embed_tokens
     assert isinstance(table, TokenRows)
     whole = load_part("text_encoder", source, mx.float32, settle(parse(quantize), source)["text_encoder"])
     assert mx.array_equal(table(IDS), whole.embed_tokens(IDS))  # type: ignore[operator]
