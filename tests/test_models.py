@@ -13,7 +13,7 @@ from foreign import all_in_one
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
-from klein_mlx.cli.download import obtain
+from klein_mlx.cli.download import Consent, obtain
 from klein_mlx.cli.main import main
 from klein_mlx.config import PARTS
 from klein_mlx.formats import open as detect
@@ -305,7 +305,7 @@ def test_the_command_fetches_that_file_and_a_tokenizer(monkeypatch: Any, tmp_pat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr("klein_mlx.cli.download.bring", bring)
     name = "owner/name/all.safetensors"
-    told = refusal(lambda: open_model(obtain(name, offline=True), local_files_only=True))
+    told = refusal(lambda: open_model(obtain(name, consent=Consent(offline=True)), local_files_only=True))
     assert told.startswith("owner/name: its model is not (fully) in ")
     assert obtain(name, tokenizer=False) == str(file)
     assert here == {"owner/name": ["checkpoints/all.safetensors"]}

@@ -3,29 +3,42 @@ decoded and saved.
 
 The text encoder is loaded once for as many prompts as fit in MAX_EMBEDS, and freed before the steps. What fails in a
 line of a prompt file is told, and the rest goes on; what fails on the command line ends the run.
+
+Meanwhile there are a bar and notes, or with `--progress json` one JSON object a line on stderr, each with `event` and
+`seconds` (since the start):
+    start    pictures, steps (of all together)
+    phase    phase: load, encode, steps, decode; seconds as above
+    step     picture (from 1), pictures, step (from 1), of, sigma
+    note     text
+    picture  picture, pictures, file (null for stdout), seed, prompt
+    failed   where (file:line), error
+    end      pictures, failed, phases (seconds of each)
 """
 
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from PIL import Image
+from tqdm import tqdm
 
 from klein_mlx.cli.options import BITS, RunOptions, call_arguments, in_options
-from klein_mlx.cli.output import say, unprinted
+from klein_mlx.cli.output import has_bar, json_line, note, say, unprinted
 from klein_mlx.cli.prompts import Failure, Job
-from klein_mlx.cli.terminal import JsonProgress, Progress, viewer
-from klein_mlx.errors import KleinError, RequestError
+from klein_mlx.cli.terminal import View, viewer
+from klein_mlx.errors import KleinError, RequestError, human_bytes
 from klein_mlx.images.saving import FORMATS, check_output, encode_image, fits, remove_stale, save_image, save_image_free
 from klein_mlx.pipeline import KleinPipeline
 from klein_mlx.request import Request, check
-from klein_mlx.runtime.run import Picture, Run
+from klein_mlx.runtime.run import Picture, Run, Step
 
 MAX_SLUG = 60  # bytes
 FIELDS = ("slug", "seed", "index", "date", "time", "model", "steps")
@@ -157,6 +170,126 @@ def free_names(prompt: str, seeds: Sequence[int], suffix: str = ".png") -> list[
     return [name.path for name in plan_names([Named(None, prompt, seed, "", 0) for seed in seeds], suffix, False)]
 
 
+# ---- what is told meanwhile ----
+
+PHASES = {"load": "loading", "encode": "encoding", "steps": "step", "decode": "decoding"}
+
+
+class Progress:
+    """What people see. quiet: nothing but failures."""
+
+    def __init__(self, pictures: int, steps: int, quiet: bool = False):
+        self.pictures, self.quiet, self.done, self.start = pictures, quiet, 0, time.perf_counter()
+        off = quiet or not has_bar(sys.stderr)
+        self._bar = tqdm(total=steps, desc=PHASES["load"], disable=off, leave=False)
+        self._over = threading.Event()
+        if not off:
+            threading.Thread(target=self._run_clock, daemon=True).start()
+
+    def _run_clock(self) -> None:
+        """Draw the bar's clock while no step ends: a load or a decode may take long."""
+        while not self._over.wait(0.5):
+            self._bar.refresh()
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+        self._bar.set_description(PHASES.get(name, name))
+
+    def step(self, step: Step) -> None:
+        self._bar.update()
+
+    def view(self, view: View | None, event: Step | Picture) -> None:
+        """Draw an event, while the bar is out of the way."""
+        if view:
+            with self._bar.external_write_mode():
+                view(event)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            note(text)
+
+    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
+        self.done += 1
+
+    def failed(self, where: str, error: str) -> None:
+        note(f"error: {where}: {error}")
+
+    def end(self, failed: int, phases: Mapping[str, float]) -> None:
+        """The summary, where there is more to tell than one picture's name."""
+        self.close()
+        if self.quiet:
+            return
+        seconds = time.perf_counter() - self.start
+        made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
+        told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
+        tail = f"; {failed} failed" if failed else ""
+        peak = f"; peak memory {human_bytes(mx.get_peak_memory())}"
+        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){peak}{tail}")
+
+    def close(self) -> None:
+        self._over.set()
+        self._bar.close()
+
+
+class JsonProgress(Progress):
+    """The same for programs."""
+
+    def __init__(self, pictures: int, steps: int, quiet: bool = False):
+        super().__init__(pictures, steps, quiet=True)
+        self._phase = ""
+        self._tell("start", pictures=pictures, steps=steps)
+
+    def _tell(self, event: str, **values: Any) -> None:
+        seconds = round(time.perf_counter() - self.start, 3)
+        note(json_line({"event": event, "seconds": seconds, **values}))
+
+    def phase(self, name: str) -> None:
+        if name != self._phase:
+            self._phase = name
+            self._tell("phase", phase=name)
+
+    def step(self, step: Step) -> None:
+        number = {"picture": self.done + 1, "pictures": self.pictures}
+        self._tell("step", **number, step=step.index, of=step.of, sigma=round(step.sigma, 6))
+
+    def note(self, text: str) -> None:
+        self._tell("note", text=text)
+
+    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
+        super().picture(file, seed, prompt)
+        self._tell("picture", picture=self.done, pictures=self.pictures, file=file, seed=seed, prompt=prompt)
+
+    def failed(self, where: str, error: str) -> None:
+        self._tell("failed", where=where, error=error)
+
+    def end(self, failed: int, phases: Mapping[str, float]) -> None:
+        self.close()
+        seconds = {phase: round(took, 3) for phase, took in phases.items()}
+        self._tell("end", pictures=self.done, failed=failed, phases=seconds)
+
+
+def pictures(run: Run, quiet: bool, view: View | None = None) -> Iterator[Picture]:
+    """The run's pictures as they are finished, with a progress bar over all steps and the notes as they come.
+
+    view: called with every event, while the bar is out of the way.
+    """
+    total = run.request.steps * len(run.request.pictures)
+    told = 0
+    with tqdm(total=total, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False) as bar:
+        for event in run:
+            note(*run.notes[told:] if not quiet else ())
+            told = len(run.notes)
+            if view:
+                with bar.external_write_mode():
+                    view(event)
+            if isinstance(event, Picture):
+                yield event
+            else:
+                bar.update()
+
+
+# ---- pictures ----
+
 MAX_EMBEDS = 1024**3  # bytes of prompts' embeddings that wait at once
 
 
@@ -208,7 +341,7 @@ class Batch:
         if saves:
             self._name()
         self.planned = self.planned[own]
-        self.view = viewer(options, pipe) if saves else None
+        self.view = viewer(options, pipe) if saves and (options.show or options.show_steps) else None
         self._left = self._chunks()
         self._first = self._open(next(self._left, []))
 
@@ -306,9 +439,9 @@ class Batch:
         told = dict.fromkeys(runs, 0)
         try:
             for run, event in self.pipe.together(list(runs)):
-                for note in run.notes[told[run] :]:
-                    progress.note(note)
-                    self.made.notes.append(note)
+                for line in run.notes[told[run] :]:
+                    progress.note(line)
+                    self.made.notes.append(line)
                 told[run] = len(run.notes)
                 progress.view(self.view, event)
                 if isinstance(event, Picture):
@@ -325,7 +458,8 @@ class Batch:
         if not self.saves:
             return
         options, image = one.job.options, picture.image
-        recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **self._bits()}
+        asked_bits = {name: value for name in BITS if (value := getattr(self.options, name))}
+        recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **asked_bits}
         if name is None:
             suffix = f".{options.format or 'png'}"
             self._to_stdout(encode_image(image, suffix, recipe))
@@ -347,10 +481,6 @@ class Batch:
             raise
         except OSError as error:
             raise unprinted(error) from None
-
-    def _bits(self) -> dict[str, Any]:
-        """How the weights' bits were asked for, in the words of the options."""
-        return {name: value for name in BITS if (value := getattr(self.options, name))}
 
     def _tell(self, path: Path | None, picture: Picture, progress: Progress) -> None:
         made = self.made

@@ -93,10 +93,10 @@ def _size(args: argparse.Namespace, config: "ModelConfig") -> tuple[int, int]:
 
 def _measure(args: argparse.Namespace, import_seconds: float) -> int:
     from klein_mlx.bench.measure import Bench
-    from klein_mlx.cli.download import obtain
+    from klein_mlx.cli.download import Consent, obtain
     from klein_mlx.pipeline import KleinPipeline
 
-    model = obtain(args.model or DEFAULT_MODEL, offline=args.offline, yes=args.yes)
+    model = obtain(args.model or DEFAULT_MODEL, consent=Consent(args.offline, args.yes))
     own = {"quantize": asked_bits(args), "dtype": args.dtype, "keep": args.keep, "variant": args.variant}
     own["local_files_only"] = args.offline
     bench = Bench(lambda: KleinPipeline.from_pretrained(model, **own), args.prompt, args.num_inference_steps, args.cold)
@@ -132,7 +132,6 @@ def _spread(values: list[float]) -> dict[str, float]:
 def _report(
     args: argparse.Namespace, pipe: "KleinPipeline", runs: "list[Measured]", size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Everything that was measured, as plain JSON values."""
     from importlib.metadata import version
 
     from klein_mlx.bench.measure import device_name, limit
@@ -207,7 +206,6 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _measured_table(report: dict[str, Any]) -> str:
-    """The report, for a person."""
     bits, plural = _bits(report["bits"]), "s" * (report["runs"] > 1)
     lines = [
         f"{report['model']} ({report['variant']}, {bits}), {report['width']} x {report['height']}, "
@@ -219,7 +217,8 @@ def _measured_table(report: dict[str, Any]) -> str:
         f"{'phase':<12}{'median s':>10}{'min':>10}{'max':>10}{'MLX peak':>12}{'RSS peak':>12}",
     ]
     for phase, spread in report["seconds"].items():
-        peaks = [_memory(report[name].get(phase)) for name in ("peak_memory", "peak_rss")]
+        known = (report[name].get(phase) for name in ("peak_memory", "peak_rss"))
+        peaks = ["" if nbytes is None else human_bytes(nbytes) for nbytes in known]
         times = "".join(f"{spread[name]:>10.3f}" for name in ("median", "min", "max"))
         lines.append(f"{phase:<12}{times}{peaks[0]:>12}{peaks[1]:>12}")
     lines += ["", f"{report['pictures_per_minute']:.2f} pictures per minute"]
@@ -235,10 +234,6 @@ def _bits(bits: dict[str, int]) -> str:
     if len(set(bits.values())) <= 1:
         return f"{next(iter(bits.values()))}-bit" if bits else "unquantized"
     return ", ".join(f"{part.replace('_', ' ')} {number}-bit" for part, number in bits.items())
-
-
-def _memory(nbytes: int | None) -> str:
-    return "" if nbytes is None else human_bytes(nbytes)
 
 
 # Predicting
@@ -285,10 +280,10 @@ def source_without_files(model: str, variant: str | None) -> Any:
 
     found = published(model, own_names())
     if found is None:
-        from klein_mlx.cli.download import obtain
+        from klein_mlx.cli.download import Consent, obtain
         from klein_mlx.formats.open import open_model
 
-        return open_model(obtain(model, offline=True), local_files_only=True, variant=variant)
+        return open_model(obtain(model, consent=Consent(offline=True)), local_files_only=True, variant=variant)
     size = next(size for size in ("dev", "9b", "4b") if size in found.name)
     config = settle_variant(klein(size), variant or found.name)
     return SimpleNamespace(path=found.name, config=config, quantization={})

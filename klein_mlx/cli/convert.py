@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from klein_convert.checkpoint import check_variant, convert_checkpoint, plan_conversion
     from klein_convert.destination import check_upload, upload
     from klein_convert.export import export_diffusers, merge_loras
-    from klein_mlx.cli.download import obtain, obtain_part
+    from klein_mlx.cli.download import Consent, obtain, obtain_part
     from klein_mlx.formats.open import open_model, with_variant
 
     refuse_alone(vars(args), vars(args))
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     check_variant(args.variant)
     if args.upload:
         check_upload(args.upload, token=not args.dry_run)
-    consent = {"offline": args.offline, "yes": args.yes, "quiet": args.quiet}
-    parts = {p: obtain_part(p, value, **consent) if (value := getattr(args, p)) else None for p in PARTS}
+    consent = Consent(args.offline, args.yes, args.quiet)
+    parts = {p: obtain_part(p, value, consent=consent) if (value := getattr(args, p)) else None for p in PARTS}
     needed = {part for part in PARTS if parts[part] is None}
-    model = obtain(args.source, revision=args.revision, parts=needed, **consent)
+    model = obtain(args.source, revision=args.revision, parts=needed, consent=consent)
     revision = None if os.path.exists(model) else args.revision  # a file of the Hub's is a path by now
     source = open_model(model, revision=revision, local_files_only=args.offline, parts=parts)
     source = merge_loras(source, asked_loras(args.lora), **lora_options(args))

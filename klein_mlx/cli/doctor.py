@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     model = None
     if args.model:
-        from klein_mlx.cli.download import obtain
+        from klein_mlx.cli.download import Consent, obtain
 
-        model = obtain(args.model, offline=args.offline, yes=args.yes, quiet=args.json)
+        model = obtain(args.model, consent=Consent(args.offline, args.yes, quiet=args.json))
     checks, start = chosen(args.only, model), time.perf_counter()
     setting, findings = make_setting(args.dtype), []
     table = not (args.json or args.report)

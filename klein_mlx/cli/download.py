@@ -14,13 +14,14 @@ from contextlib import suppress
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from klein_mlx.cli.output import ask, has_bar, note, printable
 from klein_mlx.config import ALIASES, BASES, PARTS, VARIANTS, resolve
 from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
 from klein_mlx.weights.hub import (
+    Choice,
     Plan,
     cache_folder,
     download,
@@ -30,9 +31,6 @@ from klein_mlx.weights.hub import (
     wanted,
     wanted_files,
 )
-
-if TYPE_CHECKING:
-    from klein_mlx.weights.hub import Choice
 
 _INTERVAL = 0.1  # seconds between two reports of progress
 _PATIENCE = 2.0  # seconds for a child that was told to end
@@ -135,69 +133,72 @@ def _unfinished(hub_id: str) -> set[Path]:
     return set(folder.glob("*.incomplete"))
 
 
+class Consent(NamedTuple):
+    """How a download may be. offline: there is none. yes: nobody is asked. quiet: nothing is printed, no bar."""
+
+    offline: bool = False
+    yes: bool = False
+    quiet: bool = False
+
+
 def obtain(
     model: str,
     *,
+    consent: Consent = Consent(),  # noqa: B008
     revision: str | None = None,
     parts: Collection[str] = PARTS,
     own: Mapping[str, str] | None = None,
-    offline: bool = False,
-    yes: bool = False,
-    quiet: bool = False,
     tokenizer: bool = True,
 ) -> str:
     """See to it that a model is on disk, as far as it is on the Hub; returns what `open_model` is to be given.
 
-    parts: those whose weights are needed. own: short names of the user's; None: the config's. yes: do not ask.
-    quiet: print nothing, no bar. tokenizer: whether a model that is one file needs one.
+    parts: those whose weights are needed. own: short names of the user's; None: the config's. tokenizer: whether a
+    model that is one file needs one.
     Raises RequestError if the user does not want it, or cannot be asked; CheckpointError if it cannot be had.
     """
     from klein_mlx.formats.open import (
         TOKENIZERS,
-        check_revision,
         held_parts,
         hub_id_of,
         hub_part,
+        on_disk,
         open_cached,
         single_file,
         tokenizer_beside,
         tokenizer_kind,
     )
 
-    name = model
-    if not os.path.lexists(model):
-        name = resolve(model, own_names() if own is None else own)
-        if folder := own_model(name):
-            check_revision(folder, revision)
-            return str(folder)
-    check_revision(name, revision)
+    own = own_names() if own is None else own
+    if here := on_disk(model, own, revision):
+        return here
+    name = model if os.path.lexists(model) else resolve(model, own)
     if (hub := hub_part(name)) and hub[1]:
-        name = str(_obtain_file(hub[0], hub[1], revision, offline=offline, yes=yes, quiet=quiet) or name)
+        name = str(_obtain_file(hub[0], hub[1], revision, consent) or name)
     hub_id = hub_id_of(name)
-    file = single_file(name) if tokenizer and not offline else None
+    file = single_file(name) if tokenizer and not consent.offline else None
     if file and set(parts) <= set(held_parts(file)) and tokenizer_beside(file) is None:
         who, repository = TOKENIZERS[tokenizer_kind(file)]
         told = f"put {who}'s tokenizer.json beside {file}"
         try:
-            bring(repository, ["tokenizer/tokenizer.json"], instead=told, yes=yes, quiet=quiet)
+            bring(repository, ["tokenizer/tokenizer.json"], consent=consent, instead=told)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: has no tokenizer; {told} ({error})") from None
-    if hub_id is None or offline:
+    if hub_id is None or consent.offline:
         return hub_id or name
     try:
         open_cached(hub_id, revision, needed=parts)
     except CheckpointError:
-        bring_model(hub_id, parts, revision=revision, short=model, yes=yes, quiet=quiet)
+        bring_model(hub_id, parts, consent=consent, revision=revision, short=model)
     return hub_id
 
 
-def _obtain_file(hub_id: str, file: str, revision: str | None, *, offline: bool, yes: bool, quiet: bool) -> Path | None:
+def _obtain_file(hub_id: str, file: str, revision: str | None, consent: Consent) -> Path | None:
     """A model that is one file of a repository; None where it is not in the cache, and no network is to be used."""
     from klein_mlx.formats.open import cached_part
 
-    if not (found := cached_part("model", hub_id, file, revision)) and not offline:
+    if not (found := cached_part("model", hub_id, file, revision)) and not consent.offline:
         told = {"instead": "download it yourself, and give its path"}
-        bring(hub_id, partial(_of_part, "model", hub_id, file), revision=revision, yes=yes, quiet=quiet, **told)
+        bring(hub_id, partial(_of_part, "model", hub_id, file), consent=consent, revision=revision, **told)
         found = cached_part("model", hub_id, file, revision)
     return found
 
@@ -206,10 +207,9 @@ def bring_model(
     hub_id: str,
     parts: Collection[str] = PARTS,
     *,
+    consent: Consent,
     revision: str | None = None,
     short: str | None = None,
-    yes: bool = False,
-    quiet: bool = False,
 ) -> None:
     """What `bring` does for a model's files, and for those of another repository that it is built on."""
     from klein_mlx.formats.open import open_cached
@@ -219,19 +219,17 @@ def bring_model(
         try:
             open_cached(base, needed=others)
         except CheckpointError:
-            bring(base, partial(wanted_files, parts=others), short=short, yes=yes, quiet=quiet)
+            bring(base, partial(wanted_files, parts=others), consent=consent, short=short)
     choice = wanted(parts, hub_id) if base else partial(wanted_files, parts=parts)
-    bring(hub_id, choice, revision=revision, short=short, yes=yes, quiet=quiet)
+    bring(hub_id, choice, consent=consent, revision=revision, short=short)
 
 
 def obtain_part(
     part: str,
     value: str,
     *,
+    consent: Consent = Consent(),  # noqa: B008
     own: Mapping[str, str] | None = None,
-    offline: bool = False,
-    yes: bool = False,
-    quiet: bool = False,
 ) -> str:
     """The same for a part from a place of its own; returns what `find_part` is to be given."""
     from klein_mlx.formats.open import cached_part, hub_part
@@ -242,10 +240,10 @@ def obtain_part(
     if folder := own_model(value):
         return str(folder)
     hub = hub_part(value)
-    if hub is None or offline or cached_part(part, *hub):
+    if hub is None or consent.offline or cached_part(part, *hub):
         return value
     hub_id, file = hub
-    bring(hub_id, partial(_of_part, part, hub_id, file), short=value, yes=yes, quiet=quiet)
+    bring(hub_id, partial(_of_part, part, hub_id, file), consent=consent, short=value)
     return value
 
 
@@ -257,13 +255,12 @@ def _of_part(part: str, hub_id: str, file: str | None, names: Sequence[str]) -> 
 
 def bring(
     hub_id: str,
-    choice: "Choice",
+    choice: Choice,
     *,
+    consent: Consent,
     revision: str | None = None,
     short: str | None = None,
     instead: str | None = None,
-    yes: bool = False,
-    quiet: bool = False,
 ) -> None:
     """Say what a download would bring, ask, and fetch it. short: what the user called the model; instead: what to do
     where it is not to be downloaded, if that is not to pull the model first."""
@@ -277,17 +274,18 @@ def bring(
         return
     plan.check_disk()
     asked = sys.stdin.isatty() and sys.stderr.isatty()
-    if not yes and not asked:
+    if not consent.yes and not asked:
         instead = instead or f"first: klein-mlx models pull {short or hub_id} (--model tiny needs no download)"
         raise RequestError(
             f"{hub_id} is not on this machine: {human_bytes(plan.bytes)} from {endpoint()}; "
             f"add --yes to download it, or {instead}"
         )
-    if not quiet or not yes:
+    if not consent.quiet or not consent.yes:
         note(*facts(plan))
-    if not yes and not _agreed("Download it? [Y/n]"):
+    answer = "yes" if consent.yes else ask("Download it? [Y/n]")  # nothing at all at stdin's end
+    if not answer or answer.strip().lower() not in ("", "y", "yes"):
         raise Declined(f"{hub_id} was not downloaded; nothing else was done")
-    with_bar(plan, quiet, lambda show: fetch(plan, patterns=[escape(name) for name in plan.sizes], show=show))
+    with_bar(plan, consent.quiet, lambda show: fetch(plan, patterns=[escape(name) for name in plan.sizes], show=show))
 
 
 def facts(plan: Plan) -> list[str]:
@@ -348,8 +346,3 @@ def with_bar(plan: Plan, quiet: bool, work: Callable[[Callable[[int], None]], ob
             bar.update(min(done, plan.bytes) - bar.n)
 
         work(show)
-
-
-def _agreed(question: str) -> bool:
-    answer = ask(question)
-    return bool(answer) and answer.strip().lower() in ("", "y", "yes")

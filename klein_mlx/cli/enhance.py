@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from klein_mlx.errors import CheckpointError, RequestError
+from klein_mlx.errors import CheckpointError, RequestError, line_of
 from klein_mlx.weights.checkpoint import kept_random_state
 from klein_mlx.weights.hub import download
 
@@ -103,8 +103,7 @@ class LanguageModel:
                 self.model, config = load_model(weights)
                 self.tokenizer = load_tokenizer(tokenizer, eos_token_ids=config.get("eos_token_id"))
         except Exception as error:  # of mlx-lm, transformers and MLX, which have no common parent
-            line = " ".join(str(error).split())[:160] or type(error).__name__
-            raise CheckpointError(f"{weights}: mlx-lm cannot load it as a language model: {line}") from None
+            raise CheckpointError(f"{weights}: mlx-lm cannot load it as a language model: {line_of(error)}") from None
 
     def write(self, prompt: str, seed: int) -> str:
         """What the model answers to INSTRUCTION and a prompt."""
@@ -114,8 +113,8 @@ class LanguageModel:
         try:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
         except Exception as error:
-            line = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"the language model's tokenizer has no usable chat template: {line}") from None
+            wrong = f"the language model's tokenizer has no usable chat template: {line_of(error)}"
+            raise CheckpointError(wrong) from None
         tokens = []
         sampler = _sampler(mx.random.key(seed))
         for token, _ in generate_step(mx.array(ids), self.model, max_tokens=MAX_TOKENS, sampler=sampler):

@@ -76,7 +76,6 @@ def make(options: RunOptions, extra: dict[str, Any] | None = None, model: Mappin
 def _opened(
     options: RunOptions, extra: dict[str, Any] | None, model: Mapping[str, Any]
 ) -> "tuple[list[Job | Failure], KleinPipeline]":
-    """What is asked for, and the model."""
     from klein_mlx.cli.prompts import Job, read_jobs
 
     jobs = read_jobs(options)
@@ -163,8 +162,7 @@ def _batch(options: RunOptions, jobs: "list[Job | Failure]", pipe: "KleinPipelin
 
 def open_pipeline(options: RunOptions) -> "KleinPipeline":
     """The model that the options name, opened, and downloaded first if the user agrees. Raises KleinError."""
-    from klein_mlx.cli.download import obtain, obtain_part
-    from klein_mlx.formats.open import SMALL_DECODER
+    from klein_mlx.formats.open import SMALL_DECODER, on_disk
     from klein_mlx.pipeline import KleinPipeline
     from klein_mlx.runtime.parts import described
 
@@ -172,13 +170,11 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
         raise RequestError("--small-decoder and --vae both name a VAE; give one of them")
     if options.quiet:
         logging.getLogger("klein_mlx").setLevel(logging.ERROR)
-    given = {part for part in PARTS if getattr(options, part) or (part == "vae" and options.small_decoder)}
-    consent = {"offline": options.offline, "yes": options.yes, "quiet": options.quiet}
-    model = obtain(options.model, revision=options.revision, parts=set(PARTS) - given, own=options.models, **consent)
     parts = {part: getattr(options, part) for part in PARTS}
     parts["vae"] = SMALL_DECODER if options.small_decoder else options.vae
-    for part, value in parts.items():
-        parts[part] = obtain_part(part, value, own=options.models, **consent) if value else value
+    model = on_disk(options.model, options.models, options.revision)
+    if model is None or any(parts.values()):
+        model, parts = _obtained(options, parts)
     pipe = KleinPipeline.from_pretrained(
         model,
         quantize=asked_bits(options),
@@ -195,6 +191,16 @@ def open_pipeline(options: RunOptions) -> "KleinPipeline":
         if not options.quiet:
             note(described(pipe.parts.loras.get(loaded.name), loaded))
     return pipe
+
+
+def _obtained(options: RunOptions, parts: Mapping[str, str | None]) -> tuple[str, dict[str, str | None]]:
+    """The model, and the parts in place of its own, as `open_model` takes them once they are on this disk."""
+    from klein_mlx.cli.download import Consent, obtain, obtain_part
+
+    told: dict[str, Any] = {"own": options.models, "consent": Consent(options.offline, options.yes, options.quiet)}
+    needed = [part for part, value in parts.items() if not value]
+    model = obtain(options.model, revision=options.revision, parts=needed, **told)
+    return model, {part: value and obtain_part(part, value, **told) for part, value in parts.items()}
 
 
 def _enhance(options: RunOptions, jobs: "list[Job]", pipe: "KleinPipeline") -> None:
@@ -252,24 +258,19 @@ def open_files(files: Sequence[str]) -> None:
 
 def _tell(options: RunOptions, batch: "Batch") -> None:
     """What is worth knowing first: seeds, prompts that were chosen, that a format loses what an edit keeps."""
-
-    def tell(line: str) -> None:
-        if options.progress_format != "json" and not options.quiet:
-            note(line)
-
+    if options.quiet or options.progress_format == "json":
+        return
     edits = [one.request.edit for one in batch.planned]
     lossy = [name.path.suffix for one in batch.planned for name in one.names if name.path.suffix.lower() != ".png"]
     if lossy and any(edit and (edit.mask_image is not None or edit.extends) for edit in edits):
-        tell(f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly")
-    jobs: list[Job] = [one.job for one in batch.planned]
-    for job in jobs:
-        if "template" in job.extra and job.prompt != job.extra["template"]:
-            tell(f"prompt: {job.prompt}")
+        note(f"{lossy[0]} changes every pixel a little; .png keeps those that are not painted exactly")
+    for one in batch.planned:
+        if "template" in one.job.extra and one.job.prompt != one.job.extra["template"]:
+            note(f"prompt: {one.job.prompt}")
     if options.prompt_file is not None:
         return
     seeds = [seed for one in batch.planned for seed in one.request.seeds]
-    line = f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
-    tell(line)
+    note(f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}")
 
 
 def _report(batch: "Batch", made: "Made") -> dict[str, Any]:

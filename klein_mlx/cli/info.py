@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what a model or a file is. Returns the exit code; raises KleinError."""
-    from klein_mlx.cli.download import obtain
+    from klein_mlx.cli.download import Consent, obtain
     from klein_mlx.formats.describe import describe, format_description, verify
     from klein_mlx.formats.open import open_any
     from klein_mlx.formats.part import PartFile
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.verify and (published := _published(args)) is not None:
         return _report_published(published, args)
     own = {"variant": args.variant, "local_files_only": bool(args.offline)}
-    source = open_any(obtain(args.model, offline=args.offline, yes=args.yes, tokenizer=False), **own)
+    source = open_any(obtain(args.model, consent=Consent(args.offline, args.yes), tokenizer=False), **own)
     if args.variant and isinstance(source, PartFile):
         raise RequestError(f"--variant needs a whole model, and {args.model} is a {source.part}")
     description = describe(source)
@@ -139,7 +139,6 @@ def _other(args: argparse.Namespace) -> int | None:
 
 
 def _is_lora(path: Path) -> bool:
-    """By the names of its tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -150,7 +149,6 @@ def _is_lora(path: Path) -> bool:
 
 
 def _memory(source: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The estimate of a picture of --size, as plain values."""
     from klein_mlx.formats.part import PartFile
     from klein_mlx.runtime.memory import Work, chosen_device, compute_dtype, estimate
     from klein_mlx.weights.bits import settle

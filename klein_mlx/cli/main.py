@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from klein_mlx.cli.hints import command_hint
 from klein_mlx.cli.options import GENERATE_EXAMPLES, Parser, in_options
 from klein_mlx.cli.output import finish, log_as_notes, note, say
-from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, human_bytes
+from klein_mlx.errors import Declined, KleinError, RequestError, Stopped, human_bytes, one_line
 
 
 class Command(NamedTuple):
@@ -309,7 +309,7 @@ def _answered(work: Callable[[], int | None]) -> int:
         if not (error.name or "").startswith("mlx"):
             raise
         needs = "klein-mlx needs a Mac with Apple silicon, macOS 14 and a native Python, or Linux"
-        note(f"error: MLX cannot be loaded here ({' '.join(str(error).split())}); {needs}")
+        note(f"error: MLX cannot be loaded here ({one_line(str(error))}); {needs}")
         return 2
     except BrokenPipeError:
         return 141  # as a program that SIGPIPE ends

@@ -25,16 +25,13 @@ ACTIONS = ("list", "pull", "rm", "path")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `klein-mlx models` takes."""
     add = parser.add_argument
-    add("action", nargs="?", type=_action, choices=ACTIONS, default="list", help="list (default), pull, rm or path")
+    known = {"type": lambda word: OTHER_NAMES.get(word.lower(), word.lower()), "choices": ACTIONS, "default": "list"}
+    add("action", nargs="?", help="list (default), pull, rm or path", **known)
     add("name", nargs="*", metavar="MODEL", help="a Hub id, a short name, or a folder of your own models")
     add("--revision", help="with pull: the model's revision on the Hub")
     add("-y", "--yes", action="store_true", help="with rm: delete without asking")
     add("--json", action="store_true", help="one JSON object per line on stdout")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
-
-
-def _action(word: str) -> str:
-    return OTHER_NAMES.get(word.lower(), word.lower())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +87,6 @@ def on_disk() -> list[OnDisk]:
 
 
 def _scanned() -> list[Any]:
-    """The Hub's cache, if there is one."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -101,7 +97,6 @@ def _scanned() -> list[Any]:
 
 
 def _opened(model: str | Path) -> "Source | None":
-    """As a whole model on this machine, or None."""
     from klein_mlx.formats.open import open_model
 
     try:
@@ -192,14 +187,14 @@ def _hub_id(name: str) -> str:
 
 
 def _pull(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    from klein_mlx.cli.download import bring_model
+    from klein_mlx.cli.download import Consent, bring_model
     from klein_mlx.formats.open import open_cached
 
     hub_id = _hub_id(name)
     try:
         source = open_cached(hub_id, args.revision)
     except CheckpointError:
-        bring_model(hub_id, revision=args.revision, short=name, yes=True, quiet=args.quiet)
+        bring_model(hub_id, consent=Consent(yes=True, quiet=args.quiet), revision=args.revision, short=name)
         source = open_cached(hub_id, args.revision)
     return {"name": hub_id, "path": str(source.path)}
 
@@ -222,7 +217,6 @@ def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _remove(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Delete a model, after a question."""
     if name == "tiny":
         raise RequestError("tiny is built in and cannot be removed")
     folder = own_model(name)
@@ -265,7 +259,6 @@ def _remove_cached(args: argparse.Namespace, hub_id: str) -> dict[str, Any]:
 
 
 def _ask(args: argparse.Namespace, name: str, size: int, folder: Path) -> None:
-    """RequestError unless the user agrees."""
     if args.yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -373,8 +373,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class _AllHelp(argparse.Action):
-    """--help-all."""
-
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
         say(*parser.all_help().rstrip("\n").split("\n"))
         parser.exit()
@@ -488,6 +486,8 @@ CALL = tuple(one.name for one in fields(Options) if one.name in TABLE and one.na
 
 def asked_bits(options: Any) -> "Asked | None":
     """What --quantize and its refinements ask for. options: has their fields. Raises RequestError."""
+    if all(getattr(options, name) is None for name in BITS):
+        return None
     from klein_mlx.weights.bits import from_options
 
     return from_options(
@@ -545,8 +545,7 @@ def in_options(error: KleinError) -> str:
 def refuse_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """RequestError for a --group-size that was typed where none of the options quantizes anything, and for a
     --lora-partial without a LoRA; a session may load one later."""
-    bits = ("quantize", "transformer_bits", "text_encoder_bits", "quantize_layer")
-    if typed.get("group_size") is not None and not any(options.get(name) for name in bits):
+    if typed.get("group_size") is not None and not any(options.get(name) for name in BITS if name != "group_size"):
         raise RequestError("group_size", rule=f"is {typed['group_size']}, but nothing is quantized; add --quantize 4")
     if typed.get("lora_partial") and not (options.get("lora") or options.get("interactive")):
         raise RequestError("lora_partial", rule="is given, and no LoRA; add --lora FILE")

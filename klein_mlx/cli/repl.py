@@ -114,24 +114,11 @@ class Session:
         name, _, rest = line[1:].partition(" ")
         if name in ("quit", "exit", "q"):
             return False
-        commands = {
-            "help": self.help,
-            "seed": self.seed,
-            "size": self.size,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "negative": self.negative,
-            "lora": self.lora,
-            "model": self.another,
-            "open": self.open,
-            "show": self.shows,
-            "save": self.save,
-            "undo": self.undo,
-        }
+        commands = [one.removeprefix("do_") for one in dir(self) if one.startswith("do_")]
         if name not in commands:
             near = nearest(name, [*commands, "quit"])
             raise RequestError(f"!{name} is not a command" + (f"; did you mean !{near}?" if near else "; see !help"))
-        commands[name](rest.strip())
+        getattr(self, f"do_{name}")(rest.strip())
         return True
 
     def draw(self, asked: Asked) -> None:
@@ -155,9 +142,8 @@ class Session:
             self._draw(prompt, settings | {"seed": seed, "num_images_per_prompt": 1})
 
     def _draw(self, prompt: str, settings: Mapping[str, Any]) -> None:
-        """Pictures of one prompt."""
-        from klein_mlx.cli.batch import free_names
-        from klein_mlx.cli.terminal import pictures, view_of
+        from klein_mlx.cli.batch import free_names, pictures
+        from klein_mlx.cli.terminal import view_of
         from klein_mlx.images.saving import save_image_free
 
         run = self.pipe.stream(prompt, **settings)
@@ -183,24 +169,24 @@ class Session:
         first = secrets.randbits(32) if seed is None else seed
         return list(range(first, first + count))
 
-    def another(self, rest: str) -> None:
+    def do_model(self, rest: str) -> None:
         """Another model in this one's place, with the LoRAs and the size, steps and guidance that are its own."""
         if rest and self.reopen:
             self.pipe, self.model = self.reopen(rest), rest
             self.settings |= dict.fromkeys(("width", "height", "num_inference_steps", "guidance_scale"))
         self.say(f"model {self.pipe.config.variant.name}: {self.model}")
 
-    def help(self, rest: str) -> None:
+    def do_help(self, rest: str) -> None:
         self.say(*HELP.split("\n"))
 
-    def seed(self, rest: str) -> None:
+    def do_seed(self, rest: str) -> None:
         if rest in ("random", "default"):
             self.settings["seed"] = None
         elif rest:
             self._try(seed=_whole("!seed", rest))
         self.say(f"seed {'random' if self.settings['seed'] is None else self.settings['seed']}")
 
-    def size(self, rest: str) -> None:
+    def do_size(self, rest: str) -> None:
         found = re.fullmatch(r"(\d{1,5})\s*[x ]\s*(\d{1,5})", rest)
         if found:
             self._try(width=int(found[1]), height=int(found[2]))
@@ -217,12 +203,12 @@ class Session:
         side = self.pipe.config.default_size
         self.say(f"size {width}x{height}" if width else f"size {side}x{side}, or that of the picture to change")
 
-    def steps(self, rest: str) -> None:
+    def do_steps(self, rest: str) -> None:
         if rest:
             self._try(num_inference_steps=None if rest == "default" else _whole("!steps", rest))
         self.say(f"steps {self.settings['num_inference_steps'] or self.pipe.config.variant.steps}")
 
-    def guidance(self, rest: str) -> None:
+    def do_guidance(self, rest: str) -> None:
         if rest:
             try:
                 value = None if rest == "default" else float(rest)
@@ -232,14 +218,13 @@ class Session:
         value = self.settings["guidance_scale"]
         self.say(f"guidance {self.pipe.config.variant.guidance if value is None else value:g}")
 
-    def negative(self, rest: str) -> None:
+    def do_negative(self, rest: str) -> None:
         if rest:
             text = None if rest == "default" else rest
             self._try(negative_prompt=text, guidance_scale=self.settings["guidance_scale"])
         self.say(f"negative {self.settings['negative_prompt'] or 'none'}")
 
-    def lora(self, rest: str) -> None:
-
+    def do_lora(self, rest: str) -> None:
         if rest in ("off", "none"):
             self.pipe.unload_lora()
         elif rest:
@@ -247,7 +232,7 @@ class Session:
             self.pipe.load_lora(path, scale)
         self.say(", ".join(f"{one.name}:{one.scale:g}" for one in self.pipe.loras) or "no LoRA")
 
-    def open(self, rest: str) -> None:
+    def do_open(self, rest: str) -> None:
         from klein_mlx.cli.generate import open_files
 
         _, path = self.pictures[_number(rest, len(self.pictures)) - 1]
@@ -260,7 +245,7 @@ class Session:
         check(self.pipe.config, prompt="x", **settings)
         self.settings |= settings
 
-    def shows(self, rest: str) -> None:
+    def do_show(self, rest: str) -> None:
         from klein_mlx.cli.terminal import show
 
         if rest in ("on", "off", "steps"):
@@ -271,7 +256,7 @@ class Session:
         if not show(image, sys.stdout):
             self.say(f"this terminal cannot show pictures; it is in {path}")
 
-    def save(self, rest: str) -> None:
+    def do_save(self, rest: str) -> None:
         from klein_mlx.images.saving import save_image
 
         path, _, number = rest.partition(" $")
@@ -281,7 +266,7 @@ class Session:
         save_image(image, Path(os.path.expanduser(path.strip())), recipe=self.recipes.get(made))
         self.say(path.strip())
 
-    def undo(self, rest: str) -> None:
+    def do_undo(self, rest: str) -> None:
         if not self.pictures:
             raise RequestError("there is no picture to forget")
         _, path = self.pictures.pop()
@@ -336,7 +321,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _session(options: "RunOptions") -> Session:
-    """What these options begin with."""
     from klein_mlx.cli.generate import open_pipeline
     from klein_mlx.cli.output import say
     from klein_mlx.cli.prompts import expand, is_template

@@ -115,9 +115,8 @@ def obtained(args: argparse.Namespace) -> tuple[str, str]:
         return name, name
     import json
 
-    consent = {"offline": args.offline, "yes": args.yes}
-    own = {"variant": args.variant, "own": dict(config.models)}
-    words = json.dumps({"model": name, "parts": parts, "bits": bits, "consent": consent, **own})
+    own = {"variant": args.variant, "own": dict(config.models), "consent": (args.offline, args.yes)}
+    words = json.dumps({"model": name, "parts": parts, "bits": bits, **own})
     done = subprocess.run([sys.executable, "-P", "-c", _OBTAIN, words, *sys.path], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -130,7 +129,7 @@ def obtain_here(words: str) -> None:
     """The process of `obtained`: print where the model and its parts are."""
     import json
 
-    from klein_mlx.cli.download import obtain, obtain_part
+    from klein_mlx.cli.download import Consent, obtain, obtain_part
     from klein_mlx.formats.open import open_model
     from klein_mlx.weights.bits import from_options
 
@@ -138,7 +137,7 @@ def obtain_here(words: str) -> None:
     try:
         if told["bits"]:
             from_options(*told["bits"])
-        options = {"own": told["own"], **told["consent"]}
+        options = {"own": told["own"], "consent": Consent(*told["consent"])}
         parts = {part: obtain_part(part, value, **options) for part, value in told["parts"].items()}
         model = obtain(told["model"], parts=[part for part in PARTS if part not in parts], **options)
         open_model(model, parts=parts, variant=told["variant"], local_files_only=True)  # or every client would be told

@@ -201,15 +201,11 @@ def join(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge layers of options; earlier layers take precedence, None means unset."""
     joined: dict[str, Any] = {}
     for layer in layers:
-        blocked = {other for name in joined for other in _excludes(name)}
+        blocked = {other for name in joined if name in TABLE for other in TABLE[name].excludes}
         for name, value in layer.items():
             if value is not None and name not in joined and name not in blocked:
                 joined[name] = value
     return joined
-
-
-def _excludes(name: str) -> tuple[str, ...]:
-    return TABLE[name].excludes if name in TABLE else ()
 
 
 def complete(

@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(picture: str) -> Found:
-    """What the picture says. Raises RequestError if that is nothing, or if it cannot be read."""
     found = read_metadata(picture)
     if found.recipe is None and found.parameters is None:
         raise RequestError(f"{picture} has no recipe; apps that re-save pictures often strip it")
@@ -89,7 +88,6 @@ def _table(pairs: dict[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    """In one line."""
     if isinstance(value, list):
         return ", ".join(map(_value, islice(value, MAX_LINE)))
     if isinstance(value, dict):

@@ -1,13 +1,4 @@
-"""A run while it works, in a terminal: a bar and notes, or one JSON object a line for programs, and its pictures.
-
-`--progress json` prints objects on stderr, with `event` and `seconds` (since the start):
-    start    pictures, steps (of all together)
-    phase    phase: load, encode, steps, decode; seconds as above
-    step     picture (from 1), pictures, step (from 1), of, sigma
-    note     text
-    picture  picture, pictures, file (null for stdout), seed, prompt
-    failed   where (file:line), error
-    end      pictures, failed, phases (seconds of each)
+"""Pictures in a terminal: whole ones, sketches while they are made, and sheets of many.
 
 Which protocol a terminal knows for pictures is told from its environment. Inside tmux and screen,
 which swallow the protocols, and in terminals that know none, a picture is drawn with half blocks: two pixels a cell.
@@ -20,20 +11,14 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from klein_mlx.cli.output import has_bar, json_line, note
-from klein_mlx.errors import human_bytes
 from klein_mlx.pipeline import KleinPipeline
-from klein_mlx.runtime.run import Picture, Run, Step
+from klein_mlx.runtime.run import Picture, Step
 
 if TYPE_CHECKING:
     from klein_mlx.cli.options import RunOptions
@@ -132,14 +117,10 @@ def sixel(image: Image.Image) -> str:
         lines = []
         for colour in sorted(set(b"".join(rows))):
             bits = bytes(63 + sum((row[x] == colour) << y for y, row in enumerate(rows)) for x in range(width))
-            lines.append(f"#{colour}{_repeated(bits.decode())}")
+            runs = re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", bits.decode())  # of four and more
+            lines.append(f"#{colour}{runs}")
         bands.append("$".join(lines))
     return f'{ESC}P0;1;0q"1;1;{width};{height}{"".join(colours)}{"-".join(bands)}{ESC}\\'
-
-
-def _repeated(line: str) -> str:
-    """Runs of four and more as !count."""
-    return re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", line)
 
 
 def half_blocks(image: Image.Image, columns: int, colours: int = 1 << 24) -> str:
@@ -227,17 +208,14 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 
 
 View = Callable[[Step | Picture], None]
-
-
 _SKETCH_COLUMNS = 24
 
 
 def viewer(options: "RunOptions", pipe: KleinPipeline) -> View | None:
-    """What draws a run's events on stdout; None if nothing is to be shown, or nothing can be: stdout is no terminal,
+    """What draws a run's events on stdout; None where nothing can be shown: stdout has other uses, or is no terminal,
     or one without pictures and colours."""
-    if not (options.show or options.show_steps) or options.quiet or options.json or str(options.output) == "-":
+    if options.quiet or options.json or str(options.output) == "-":
         return None
-
     if not sys.stdout.isatty() or protocol(os.environ) is None:
         return None
     if options.show_steps:
@@ -264,119 +242,3 @@ def keep_sketches(pipe: KleinPipeline) -> None:
 
     folder = cache_folder()
     pipe.sketcher = Sketcher(pipe.source, folder / "sketches" if folder else None)
-
-
-PHASES = {"load": "loading", "encode": "encoding", "steps": "step", "decode": "decoding"}
-
-
-class Progress:
-    """What people see. quiet: nothing but failures."""
-
-    def __init__(self, pictures: int, steps: int, quiet: bool = False):
-        self.pictures, self.quiet, self.done, self.start = pictures, quiet, 0, time.perf_counter()
-        off = quiet or not has_bar(sys.stderr)
-        self._bar = tqdm(total=steps, desc=PHASES["load"], disable=off, leave=False)
-        self._over = threading.Event()
-        if not off:
-            threading.Thread(target=self._run_clock, daemon=True).start()
-
-    def _run_clock(self) -> None:
-        """Draw the bar's clock while no step ends: a load or a decode may take long."""
-        while not self._over.wait(0.5):
-            self._bar.refresh()
-
-    def phase(self, name: str) -> None:
-        """A phase begins."""
-        self._bar.set_description(PHASES.get(name, name))
-
-    def step(self, step: Step) -> None:
-        self._bar.update()
-
-    def view(self, view: Callable[[Step | Picture], None] | None, event: Step | Picture) -> None:
-        """Draw an event, while the bar is out of the way."""
-        if view:
-            with self._bar.external_write_mode():
-                view(event)
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            note(text)
-
-    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
-        self.done += 1
-
-    def failed(self, where: str, error: str) -> None:
-        note(f"error: {where}: {error}")
-
-    def end(self, failed: int, phases: Mapping[str, float]) -> None:
-        """The summary, where there is more to tell than one picture's name."""
-        self.close()
-        if self.quiet:
-            return
-        seconds = time.perf_counter() - self.start
-        made = f"{self.done} of {self.pictures}" if self.done < self.pictures else str(self.done)
-        told = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.items())
-        tail = f"; {failed} failed" if failed else ""
-        peak = f"; peak memory {human_bytes(mx.get_peak_memory())}"
-        note(f"{made} picture{'s' * (self.pictures != 1)} in {seconds:.1f} s ({told}){peak}{tail}")
-
-    def close(self) -> None:
-        self._over.set()
-        self._bar.close()
-
-
-class JsonProgress(Progress):
-    """The same for programs."""
-
-    def __init__(self, pictures: int, steps: int, quiet: bool = False):
-        super().__init__(pictures, steps, quiet=True)
-        self._phase = ""
-        self._tell("start", pictures=pictures, steps=steps)
-
-    def _tell(self, event: str, **values: Any) -> None:
-        seconds = round(time.perf_counter() - self.start, 3)
-        note(json_line({"event": event, "seconds": seconds, **values}))
-
-    def phase(self, name: str) -> None:
-        if name != self._phase:
-            self._phase = name
-            self._tell("phase", phase=name)
-
-    def step(self, step: Step) -> None:
-        number = {"picture": self.done + 1, "pictures": self.pictures}
-        self._tell("step", **number, step=step.index, of=step.of, sigma=round(step.sigma, 6))
-
-    def note(self, text: str) -> None:
-        self._tell("note", text=text)
-
-    def picture(self, file: str | None, seed: int | None, prompt: str | None) -> None:
-        super().picture(file, seed, prompt)
-        self._tell("picture", picture=self.done, pictures=self.pictures, file=file, seed=seed, prompt=prompt)
-
-    def failed(self, where: str, error: str) -> None:
-        self._tell("failed", where=where, error=error)
-
-    def end(self, failed: int, phases: Mapping[str, float]) -> None:
-        self.close()
-        seconds = {phase: round(took, 3) for phase, took in phases.items()}
-        self._tell("end", pictures=self.done, failed=failed, phases=seconds)
-
-
-def pictures(run: Run, quiet: bool, view: Callable[[Step | Picture], None] | None = None) -> Iterator[Picture]:
-    """The run's pictures as they are finished, with a progress bar over all steps and the notes as they come.
-
-    view: called with every event, while the bar is out of the way.
-    """
-    total = run.request.steps * len(run.request.pictures)
-    told = 0
-    with tqdm(total=total, desc="steps", disable=quiet or not has_bar(sys.stderr), leave=False) as bar:
-        for event in run:
-            note(*run.notes[told:] if not quiet else ())
-            told = len(run.notes)
-            if view:
-                with bar.external_write_mode():
-                    view(event)
-            if isinstance(event, Picture):
-                yield event
-            else:
-                bar.update()

@@ -85,7 +85,7 @@ def _options(args: argparse.Namespace) -> TrainOptions:
 def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     """With the model on disk, downloaded if the user agrees. Raises KleinError."""
     from klein_mlx.cli.bench import source_without_files
-    from klein_mlx.cli.download import obtain
+    from klein_mlx.cli.download import Consent, obtain
     from klein_mlx.config import published, resolve
     from klein_mlx.paths import own_names
     from klein_mlx.train.dataset import read_items
@@ -94,7 +94,7 @@ def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:
     if published(options.model, own_names()):  # what is refused without the weights is refused before a download
         check_variant(source_without_files(options.model, None).config, options)
     read_items(options)
-    model = obtain(options.model, yes=args.yes, quiet=args.quiet)
+    model = obtain(options.model, consent=Consent(yes=args.yes, quiet=args.quiet))
     # A name that anybody knows stays as it is: the run records it, and Python may resume it by that name.
     return options if model == resolve(options.model) else replace(options, model=model)
 

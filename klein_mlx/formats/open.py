@@ -32,7 +32,7 @@ from klein_mlx.formats.diffusers import INDEX_FILE, SCHEDULER_FILE, STEMS, is_en
 from klein_mlx.formats.gguf import pieces_of
 from klein_mlx.formats.names import find_parts
 from klein_mlx.formats.part import PartFile, open_part, open_tensors
-from klein_mlx.paths import TINY_FOLDER, exists
+from klein_mlx.paths import TINY_FOLDER, exists, own_model
 from klein_mlx.weights.checkpoint import CONFIG_FILE, UNFINISHED, ReadRows, Source, open_checkpoint
 from klein_mlx.weights.hub import (
     HUB_FILE,
@@ -322,6 +322,21 @@ def check_revision(model: str | Path, revision: str | None) -> None:
         raise CheckpointError(f"revision is {revision!r:.60}; {model} is on this disk: only models on the Hub have one")
 
 
+def on_disk(model: str, own: Mapping[str, str], revision: str | None = None) -> str | None:
+    """What `open_model` takes for a model that lacks nothing on this disk: "tiny", a folder or one of the user's own
+    models; None for what is on the Hub, or nowhere, and for a file, whose tokenizer may be. own: the user's names.
+
+    Raises CheckpointError as `check_revision` does.
+    """
+    name = model
+    if not os.path.lexists(model):
+        name = resolve(model, own)
+        name = str(own_model(name) or name)
+    check_revision(name, revision)
+    is_here = name == "tiny" or (os.path.isdir(name) and single_file(name) is None)
+    return name if is_here else None
+
+
 def hub_id_of(model: str) -> str | None:
     """The Hub id that `open_model` would take this for, or None: it is a folder, "tiny", or wrong."""
     if model == "tiny" or not model or exists(Path(os.path.expanduser(model))):
@@ -511,7 +526,7 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
     try:
         config = replace(base.config, **{part: file.config for part, file in parts.items()})
     except CheckpointError as error:
-        told = ", ".join(f"{file.path}{_known(file)}" for file in parts.values())
+        told = ", ".join(f"{file.path}{f' (of {file.fits})' * bool(file.variants)}" for file in parts.values())
         raise CheckpointError(f"{told}, in {base.path} ({base.config.variant.name}): {error}") from None
     if "transformer" in parts:
         if parts["transformer"].names_one_step:
@@ -531,7 +546,6 @@ def mix(base: Source, paths: Mapping[str, str | Path | None]) -> Source:
 
 
 def _quantization(parts: Mapping[str, PartFile], config: ModelConfig) -> dict[str, Quantization]:
-    """Of those that are quantized."""
     return {part: q for part, file in parts.items() if (q := file.quantization(config))}
 
 
@@ -561,7 +575,3 @@ def _doubts(transformer: PartFile | None, config: ModelConfig) -> list[str]:
         f"{transformer.path.name} speaks of {said}, and runs as {taken.name} ({taken.steps} steps, guidance "
         f"{taken.guidance:g}); --variant {said} or --variant {taken.name} settles it"
     ]
-
-
-def _known(file: PartFile) -> str:
-    return f" (of {file.fits})" if file.variants else ""

@@ -15,7 +15,7 @@ from test_mflux import save_mflux
 from klein_convert.checkpoint import convert_checkpoint
 from klein_convert.export import export_diffusers
 from klein_mlx import KleinPipeline
-from klein_mlx.cli.download import obtain
+from klein_mlx.cli.download import Consent, obtain
 from klein_mlx.cli.main import main
 from klein_mlx.config import ONE_STEP, VARIANTS, named_variant, settle_variant
 from klein_mlx.errors import CheckpointError, RequestError
@@ -220,7 +220,7 @@ def test_the_one_step_repository_in_the_command(
     )
     for folder in cached.values():
         folder.rename(folder.with_name("away"))
-    assert obtain("4b-1step", yes=True) == ONE_STEP.hub_id
+    assert obtain("4b-1step", consent=Consent(yes=True)) == ONE_STEP.hub_id
     assert [hub_id for hub_id, _ in brought] == [VARIANTS[0].hub_id, ONE_STEP.hub_id]
     assert brought[0][1](["vae/x.safetensors", "transformer/x.safetensors"]) == ["vae/x.safetensors"]
     assert brought[1][1] == ["LICENSE*", "NOTICE*", "model.safetensors"]
