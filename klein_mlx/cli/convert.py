@@ -3,8 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from klein_mlx.cli.options import (
     lora_options,
     refuse_alone,
 )
-from klein_mlx.cli.output import has_bar, note, say
+from klein_mlx.cli.output import byte_bar, note, say
 from klein_mlx.config import ONE_STEP, PARTS
 from klein_mlx.errors import RequestError
 
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         source = _calibrated(source, asked, prompts, args.quiet)
         asked = None
     odd: list[str] = []
-    with _progress(args.quiet) as show:
+    with byte_bar("converting", args.quiet) as show:
         if args.to == "diffusers":
             if args.variant:
                 source = with_variant(source, args.variant)
@@ -135,20 +134,3 @@ def _calibrated(source: "Source", asked: "Asked | None", prompts: Sequence[str],
         total=layers, desc="calibrating", unit="layer", leave=False, disable=quiet or not sys.stderr.isatty()
     ) as bar:
         return calibrate(source, asked, prompts=prompts, done=lambda path: (bar.update(), None)[1])
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr with bytes, rate and time left, where stderr is a terminal."""
-    if quiet or not has_bar(sys.stderr):
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc="converting", leave=False, file=sys.stderr) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_mlx.cli.output import ask, has_bar, note, printable
+from klein_mlx.cli.output import ask, byte_bar, note
 from klein_mlx.config import ALIASES, BASES, PARTS, VARIANTS, resolve
 from klein_mlx.errors import CheckpointError, Declined, RequestError, human_bytes
 from klein_mlx.paths import cached_models, own_model, own_models, own_names
@@ -285,7 +285,8 @@ def bring(
     answer = "yes" if consent.yes else ask("Download it? [Y/n]")  # nothing at all at stdin's end
     if not answer or answer.strip().lower() not in ("", "y", "yes"):
         raise Declined(f"{hub_id} was not downloaded; nothing else was done")
-    with_bar(plan, consent.quiet, lambda show: fetch(plan, patterns=[escape(name) for name in plan.sizes], show=show))
+    with byte_bar(plan.hub_id.split("/")[-1], consent.quiet) as show:
+        fetch(plan, patterns=[escape(name) for name in plan.sizes], show=lambda done: show(done, plan.bytes))
 
 
 def facts(plan: Plan) -> list[str]:
@@ -332,17 +333,3 @@ def _here() -> str | None:
             (open_model(name, local_files_only=True) if isinstance(name, Path) else open_cached(name)).files()
             names.append(name.name if isinstance(name, Path) else name)
     return f"  or take  --model {' or --model '.join(names[:3])}: on this machine already" if names else None
-
-
-def with_bar(plan: Plan, quiet: bool, work: Callable[[Callable[[int], None]], object]) -> None:
-    """Run `work` with a function that shows the bytes that have come, as one bar over all files."""
-    from tqdm import tqdm
-
-    options = {"unit": "B", "unit_scale": True, "desc": printable(plan.hub_id.split("/")[-1]), "leave": False}
-    hidden = quiet or not has_bar(sys.stderr)
-    with tqdm(total=plan.bytes, file=sys.stderr, disable=hidden, dynamic_ncols=True, **options) as bar:
-
-        def show(done: int) -> None:
-            bar.update(min(done, plan.bytes) - bar.n)
-
-        work(show)

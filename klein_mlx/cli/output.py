@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from klein_mlx.errors import RequestError
@@ -126,6 +127,22 @@ def _point_at_nothing(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):  # a stream in memory
         pass
+
+
+@contextmanager
+def byte_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with bytes, rate and time left, where stderr is a terminal; inside, what it yields is told how
+    many bytes are done, and how many there are."""
+    from tqdm import tqdm
+
+    hidden, shown = quiet or not has_bar(sys.stderr), {"unit": "B", "unit_scale": True, "desc": printable(what)}
+    with tqdm(file=sys.stderr, disable=hidden, leave=False, dynamic_ncols=True, **shown) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(min(done, total) - bar.n)
+
+        yield show
 
 
 def has_bar(stream: TextIO) -> bool:

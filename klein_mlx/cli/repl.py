@@ -5,8 +5,8 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,40 +351,32 @@ def _session(options: "RunOptions") -> Session:
     )
 
 
-class _history:
+@contextmanager
+def _history() -> Iterator[None]:
     """Arrow keys, and the lines of earlier sessions, where this Python has readline; the file is the user's alone."""
+    from klein_mlx.paths import state_folder
 
-    def __enter__(self) -> None:
-        from klein_mlx.paths import state_folder
+    folder = state_folder()
+    path = folder / "history" if folder else None
+    try:
+        import readline
 
-        self.path = None
-        try:
-            import readline
-        except ImportError:
-            return
-        folder = state_folder()
-        if folder is None:
-            return
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / "history"
+        if path:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             path.chmod(0o600)
             if path.stat().st_size:  # libedit, macOS' readline, takes an empty file for a damaged one
                 with suppress(OSError):  # of another readline: the lines are written anew
                     readline.read_history_file(path)
-        except OSError:
-            return  # a session without a history
-        self.path = path
+    except (ImportError, OSError):
+        path = None  # a session without a history
+    try:
+        yield
+    finally:
+        if path:
+            import readline
 
-    def __exit__(self, *error: Any) -> None:
-        if self.path is None:
-            return
-        import readline
-
-        readline.set_history_length(HISTORY)
-        try:
-            readline.write_history_file(self.path)
-            self.path.chmod(0o600)
-        except OSError:
-            pass
+            readline.set_history_length(HISTORY)
+            with suppress(OSError):
+                readline.write_history_file(path)
+                path.chmod(0o600)

@@ -193,7 +193,7 @@ class PartFile:
         shapes = expected(self.part, config, quantization)
         places = {ours: self._place(config, ours) for ours in shapes}
         dtypes = packed_dtypes(self.part, shapes, quantization)
-        self.tensors.check(
+        WeightFiles(self.tensors.path, {self.tensors.path: dict(self.tensors.entries)}).check(
             {theirs: their_shape(layout, shapes[ours]) for ours, (theirs, layout) in places.items()},
             {places[ours][0]: allowed for ours, allowed in dtypes.items()},
             lambda name: is_left_over(self.found, name, config),

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from klein_mlx.errors import CheckpointError
 from klein_mlx.weights.checkpoint import ReadRows
-from klein_mlx.weights.safetensors import FLOATS, Entry, Weight, WeightFiles, load_now
+from klein_mlx.weights.safetensors import FLOATS, Entry, Weight, load_now
 
 REMEDY = "take the bf16, the FP8 (e4m3), the NVFP4 of BFL's or ComfyUI's, or a GGUF file of this model"
 
@@ -69,15 +69,6 @@ class Tensors:
 
         return replace(self, entries=entries, arrays=arrays, rows=lambda name: self.rows(names.get(name, name)))
 
-    def check(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, tuple[str, ...]],
-        left_out: Callable[[str], bool],
-    ) -> None:
-        """As `WeightFiles.check`."""
-        WeightFiles(self.path, {self.path: dict(self.entries)}).check(shapes, dtypes, left_out)
-
 
 SCALES = ("weight_scale", "scale_weight")
 BLOCK_SCALE = "weight_scale_inv"  # of DeepSeek's and Qwen's files: a factor as well, for blocks of a matrix
@@ -90,27 +81,22 @@ def find_float8(tensors: Tensors, name: str) -> Scaled:
     kinds = [f"{layer}.{kind}" for kind in (*SCALES, BLOCK_SCALE) if f"{layer}.{kind}" in tensors.entries]
     if len(kinds) > 1:
         raise CheckpointError(f"{tensors.path}: {name} has two scales, {' and '.join(kinds)}: {REMEDY}")
-    scale = kinds[0] if kinds else None
-    if scale is None:
+    if not kinds:
         raise CheckpointError(f"{tensors.path}: {name} is float8 without its scale ({layer}.weight_scale): {REMEDY}")
     for kind in ("weight_scale_2", "pre_quant_scale"):
         if f"{layer}.{kind}" in tensors.entries:
             raise CheckpointError(f"{tensors.path}: {name} is float8 with a {kind}, which it should not have: {REMEDY}")
+    (scale,) = kinds
     entry, shape = tensors.entries[scale], tensors.entries[name].shape
+    rows, right = shape[:1], "klein_mlx reads one float per tensor or per row"
+    shapes: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1), rows, (*rows, 1))
     if scale.endswith(BLOCK_SCALE):
         blocks = tuple(-(-side // _BLOCK) for side in shape)
-        if len(shape) != 2 or entry.shape != blocks or entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{tensors.path}: {scale} has shape {entry.shape} and dtype {entry.dtype}; for a weight of {shape} it "
-                f"must be floats of shape {blocks}, one for {_BLOCK} x {_BLOCK} numbers: {REMEDY}"
-            )
-        return Scaled("FP8", shape, (scale,), _decode_float8)
-    rows = shape[:1]
-    if entry.shape not in ((), (1,), (1, 1), rows, (*rows, 1)) or entry.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{tensors.path}: {scale} has shape {entry.shape} and dtype {entry.dtype}; "
-            f"klein_mlx reads one float per tensor or per row: {REMEDY}"
-        )
+        shapes = (blocks,) if len(shape) == 2 else ()
+        right = f"for a weight of {shape} it must be floats of shape {blocks}, one for {_BLOCK} x {_BLOCK} numbers"
+    if entry.shape not in shapes or entry.dtype not in FLOATS:
+        told = f"{scale} has shape {entry.shape} and dtype {entry.dtype}"
+        raise CheckpointError(f"{tensors.path}: {told}; {right}: {REMEDY}")
     return Scaled("FP8", shape, (scale,), _decode_float8)
 
 
