@@ -285,7 +285,7 @@ def bring(
     answer = "yes" if consent.yes else ask("Download it? [Y/n]")  # nothing at all at stdin's end
     if not answer or answer.strip().lower() not in ("", "y", "yes"):
         raise Declined(f"{hub_id} was not downloaded; nothing else was done")
-    with byte_bar(plan.hub_id.split("/")[-1], consent.quiet) as show:
+    with byte_bar(plan.hub_id.split("/")[-1], consent.quiet, plan.bytes) as show:
         fetch(plan, patterns=[escape(name) for name in plan.sizes], show=lambda done: show(done, plan.bytes))
 
 

@@ -130,13 +130,13 @@ def _point_at_nothing(stream: TextIO) -> None:
 
 
 @contextmanager
-def byte_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def byte_bar(what: str, quiet: bool, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with bytes, rate and time left, where stderr is a terminal; inside, what it yields is told how
-    many bytes are done, and how many there are."""
+    many bytes are done, and how many there are. total: if that is known before."""
     from tqdm import tqdm
 
     hidden, shown = quiet or not has_bar(sys.stderr), {"unit": "B", "unit_scale": True, "desc": printable(what)}
-    with tqdm(file=sys.stderr, disable=hidden, leave=False, dynamic_ncols=True, **shown) as bar:
+    with tqdm(total=total, file=sys.stderr, disable=hidden, leave=False, dynamic_ncols=True, **shown) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
