@@ -455,10 +455,8 @@ class KleinPipeline(metaclass=Answering):
         return preview
 
     def _check_preview(self, run: Run) -> None:
-        """DoesNotFit where the VAE, which left for the steps, does not fit beside what is loaded now."""
-        if "vae" in self.parts.loaded:
-            return  # then decoding beside the transformer is in the estimate
-        needed, machine = mx.get_active_memory() + run.expected["decode"], machine_memory()
+        """DoesNotFit where decoding does not fit beside what is in memory now."""
+        needed, machine = self.parts.preview_peak(run.plan.work), machine_memory()
         if needed > machine:
             raise DoesNotFit(
                 f"a preview beside the transformer needs {human_bytes(needed)} of memory, and {human_bytes(machine)}"

@@ -244,8 +244,9 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
 def vae_bytes(
     config: VAEConfig, height: int, width: int, dtype: mx.Dtype, encodes: bool = False, device: Device = None
 ) -> int:
-    """Beside the VAE's weights: a resnet's input, middle and result, and what its strips are made of: on a GPU two of
-    them, since one is started before the one before it is done. device: None: the default one."""
+    """Beside the VAE's weights: a resnet's input, middle and result, the pixels that are encoded, and what strips are
+    made of, two of them, since one is started before the one before it is done: on a CPU their inputs in float32, and
+    the sums over a kernel's places, of which several wait. device: None: the default one."""
     device = device or here()
     channels = config.block_out_channels
     if not encodes:
@@ -259,9 +260,11 @@ def vae_bytes(
     neighbours = (channels[0], *channels) if encodes else (*channels[1:], channels[-1])
     for level, (own, neighbour) in enumerate(zip(channels, neighbours, strict=False)):
         pixels = (height >> level) * (width >> level)
-        before = own if device.widens and rows else 0  # the layer before may still be at its last strip
-        whole, made = dtype.size * (neighbour + 2 * own + before), strip * 3 * (neighbour + own)
-        if not device.widens:
+        whole, made = dtype.size * (neighbour + 2 * own), strip * 3 * (neighbour + own)
+        if device.widens and rows:
+            whole += dtype.size * config.in_channels * 4**level if encodes else 0
+            made = 4 * share * (2 * neighbour + (11 if dtype == mx.float32 else 13) * own)
+        elif not device.widens:
             one = 5 * neighbour + own if device.conv == "matmul" else neighbour + 2 * own
             whole, made = (dtype.size * neighbour, strip * one) if rows is None else (whole, 2 * strip * one)
         most = max(most, pixels * (whole + made))

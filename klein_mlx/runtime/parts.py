@@ -31,6 +31,7 @@ from klein_mlx.runtime.memory import (
     estimate,
     fits_twice,
     machine_memory,
+    vae_bytes,
     weight_bytes,
 )
 from klein_mlx.runtime.run import Run
@@ -268,21 +269,33 @@ class Parts:
         names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
         return next(name for name in names if name not in taken)
 
-    def _check_merge(self, *names: str) -> None:
-        """DoesNotFit where changing the layers of these parts, as far as they are loaded, takes too much memory. Unless
-        the user chose what to keep, all parts leave instead, and change when they are loaded again."""
+    def merge_peak(self, *names: str) -> int:
+        """Bytes at the peak of applying the LoRAs to these parts, as far as they are loaded; 0 where none is."""
         changed = [name for name in names if name in self.loaded]
         if not changed:
-            return  # it is counted in the estimate of the request that loads the part
-        merging = max(self._lora_bytes(name)[1] for name in changed)
+            return 0
         held = sum(self.weights[name] + self._lora_bytes(name)[0] for name in self.loaded)
-        needed, machine = held + self.loras.nbytes + merging, machine_memory()
+        return held + self.loras.nbytes + max(self._lora_bytes(name)[1] for name in changed)
+
+    def preview_peak(self, work: Work) -> int:
+        """Bytes at the peak of decoding a picture beside all that is in memory now."""
+        arrays = vae_bytes(self.source.config.vae, work.height, work.width, self.dtype, False, self.device)
+        return mx.get_active_memory() + arrays + (0 if "vae" in self.loaded else self.weights["vae"])
+
+    def _check_merge(self, *names: str) -> None:
+        """DoesNotFit where changing the layers of these parts, as far as they are loaded, takes too much memory. Unless
+        the user chose what to keep, all parts leave instead, and change when they are loaded again.
+
+        What is not loaded is counted in the estimate of the request that loads it.
+        """
+        needed, machine = self.merge_peak(*names), machine_memory()
         if needed > machine and self._chosen:
             self.keep = "nothing"
             self._let_go(*self.loaded)
         elif needed > machine:
+            changed = next(name for name in names if name in self.loaded)
             raise DoesNotFit(
-                f"applying a LoRA to the loaded {changed[0]} needs {human_bytes(needed)} of {human_bytes(machine)} of"
+                f"applying a LoRA to the loaded {changed} needs {human_bytes(needed)} of {human_bytes(machine)} of"
                 " memory; load the LoRA before the first picture, or keep less (keep='nothing')"
             )
 

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 import klein_mlx
 from klein_mlx.config import PARTS, ModelConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from klein_mlx.formats.lora import shapes_of
 from klein_mlx.weights.checkpoint import build
 
 TINY = Path(klein_mlx.__file__).parent / "tiny"
@@ -61,3 +62,21 @@ def make(folder: Path, config: ModelConfig = CONFIG, size: int = 256, length: in
     (folder / "klein.json").write_text(json.dumps(values))
     shutil.copy(TINY / "tokenizer.json", folder)
     return folder
+
+
+def adapter(path: Path, kind: str, part: str, config: ModelConfig = CONFIG) -> Path:
+    """Write a LoRA of rank 16, a DoRA, or whole differences, for every matrix of a model's part."""
+    tensors = {}
+    for name, shape in shapes_of(config, part).items():
+        if len(shape) != 2 or name == "embed_tokens":
+            continue
+        module = name if part == "transformer" else f"text_encoder.model.{name}"
+        if kind == "difference":
+            tensors[f"{module}.diff"] = mx.full(shape, 1e-3, mx.bfloat16)
+            continue
+        tensors[f"{module}.lora_A.weight"] = mx.full((16, shape[1]), 1e-2, mx.bfloat16)
+        tensors[f"{module}.lora_B.weight"] = mx.full((shape[0], 16), 1e-2, mx.bfloat16)
+        if kind == "DoRA":
+            tensors[f"{module}.dora_scale"] = mx.ones((shape[0], 1), mx.bfloat16)
+    mx.save_safetensors(str(path), tensors)
+    return path
