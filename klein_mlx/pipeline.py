@@ -45,7 +45,7 @@ from klein_mlx.runtime.recipe import Recorder
 from klein_mlx.runtime.run import KleinOutput, Picture, Run, Step
 from klein_mlx.weights.bits import Quantize, parse, settle
 from klein_mlx.weights.checkpoint import Source
-from klein_mlx.weights.lora import LoadedLora
+from klein_mlx.weights.lora import LoadedLora, checked_scale
 
 MAX_WAITING = 8  # pictures that wait for the decoder where the transformer has to leave for it
 
@@ -191,8 +191,12 @@ class KleinPipeline(metaclass=Answering):
         Returns what was loaded. Raises CheckpointError for a file that is not whole, that was made for another model,
         or of which a key would not be used; RequestError for a bad scale, a taken name, or while a run is working.
         """
-        where = {"folder": folder, "revision": revision, "token": token, "local_files_only": local_files_only}
-        return self.parts.load_lora(path, scale, name, partial=partial, **where)
+        from klein_mlx.formats.lora import read_lora
+        from klein_mlx.formats.lora_metadata import find_lora
+
+        checked_scale(scale)
+        file = find_lora(path, folder=folder, revision=revision, token=token, local_files_only=local_files_only)
+        return self.parts.load_lora(read_lora(file, self.config, partial), scale, name)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all: the weights are, bit for bit, what they were. Raises RequestError."""

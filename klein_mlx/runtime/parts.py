@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 
 from klein_mlx.config import PARTS
 from klein_mlx.errors import CheckpointError, DoesNotFit, RequestError, human_bytes, of_device
-from klein_mlx.formats.lora import read_lora, shapes_of
-from klein_mlx.formats.lora_metadata import find_lora
+from klein_mlx.formats.lora import shapes_of
 from klein_mlx.model.layers import Cut, Device, Linear, empty, layer_at, place
 from klein_mlx.runtime.memory import (
     KEPT,
@@ -214,23 +213,11 @@ class Parts:
                     self.loaded[name].update(self.loras.changes(name))
         mx.clear_cache()
 
-    # ---- LoRAs: found, read, applied to what is loaded and to what will be, scaled, taken off again ----
+    # ---- LoRAs: applied to what is loaded and to what will be, scaled, taken off again ----
 
-    def load_lora(
-        self,
-        path: str | Path,
-        scale: float = 1.0,
-        name: str | None = None,
-        *,
-        partial: bool = False,
-        **where: Any,
-    ) -> LoadedLora:
-        """See KleinPipeline.load_lora. where: as in find_lora."""
-        checked_scale(scale)
-        file = find_lora(path, **where)
-        if name is None:
-            name = self._free_name(file.stem)
-        lora = read_lora(file, self.source.config, partial)
+    def load_lora(self, lora: Lora, scale: float, name: str | None) -> LoadedLora:
+        """See KleinPipeline.load_lora."""
+        name = self._free_name(Path(lora.file).stem) if name is None else name
         self.check_idle(*lora.parts)
         loaded = self.loras.add(lora, scale, name)
         self._tell(lora, loaded)
