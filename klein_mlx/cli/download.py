@@ -194,11 +194,11 @@ def obtain(
 
 def _obtain_file(hub_id: str, file: str, revision: str | None, consent: Consent) -> Path | None:
     """A model that is one file of a repository; None where it is not in the cache, and no network is to be used."""
-    from klein_mlx.formats.open import cached_part
+    from klein_mlx.formats.open import cached_part, choose_part
 
     if not (found := cached_part("model", hub_id, file, revision)) and not consent.offline:
-        told = {"instead": "download it yourself, and give its path"}
-        bring(hub_id, partial(_of_part, "model", hub_id, file), consent=consent, revision=revision, **told)
+        told = {"revision": revision, "instead": "download it yourself, and give its path"}
+        bring(hub_id, lambda names: choose_part("model", names, hub_id, file)[0], consent=consent, **told)
         found = cached_part("model", hub_id, file, revision)
     return found
 
@@ -232,7 +232,7 @@ def obtain_part(
     own: Mapping[str, str] | None = None,
 ) -> str:
     """The same for a part from a place of its own; returns what `find_part` is to be given."""
-    from klein_mlx.formats.open import cached_part, hub_part
+    from klein_mlx.formats.open import cached_part, choose_part, hub_part
 
     if os.path.lexists(value):
         return value
@@ -243,14 +243,8 @@ def obtain_part(
     if hub is None or consent.offline or cached_part(part, *hub):
         return value
     hub_id, file = hub
-    bring(hub_id, partial(_of_part, part, hub_id, file), consent=consent, short=value)
+    bring(hub_id, lambda names: choose_part(part, names, hub_id, file)[0], consent=consent, short=value)
     return value
-
-
-def _of_part(part: str, hub_id: str, file: str | None, names: Sequence[str]) -> list[str]:
-    from klein_mlx.formats.open import choose_part
-
-    return choose_part(part, names, hub_id, file)[0]
 
 
 def bring(
