@@ -410,6 +410,8 @@ class KleinPipeline(metaclass=Answering):
         told = {} if told is None else told
         if not isinstance(told, Mapping):
             raise RequestError("callback_on_step_end", rule=f"returned {short(told)}; it must return a dict or None")
+        if other := next((name for name in told if name != "latents"), None):
+            raise RequestError("callback_on_step_end", rule=f"returned {short(other)}; only latents can be replaced")
         changed = told.get("latents", tokens)
         return None if changed is tokens else to_array("latents", changed).reshape(latents.shape).astype(latents.dtype)
 

@@ -108,6 +108,7 @@ def check_options(config: ModelConfig, options: Options) -> Request:
     steps, sigmas = _steps(config, options.num_inference_steps, options.sigmas)
     guidance, notes = _guidance(config, options.guidance_scale, options.negative_prompt)
     passes = 2 if guidance > 1 and not config.transformer.guidance_embeds else 1
+    notes += _ignored(options, passes)
     _check_size(config, options.height, options.width)
     length = options.max_sequence_length or config.max_sequence_length
     edit = check_edit(sigmas=sigmas, **{name: asked[name] for name in EDITS})
@@ -198,6 +199,20 @@ def _guidance(
         hint = "; a distilled model has none: use a base variant" if config.is_distilled else ""
         raise RequestError("negative_prompt", rule=f"needs a {{guidance_scale}} over 1, and it is {guidance:g}{hint}")
     return float(guidance), notes
+
+
+def _ignored(options: Options, passes: int) -> tuple[str, ...]:
+    """Notes on what an array decides that stands in another's place."""
+    places: dict[str, tuple[str, tuple[str, ...]]] = {"latents": ("the noise", ("seed", "generator", "rng"))}
+    if passes == 1:
+        places["prompt_embeds"] = "the text", ("max_sequence_length", "literal_prompt")
+    return tuple(
+        f"{name} is ignored: {array} are {what}"
+        for array, (what, names) in places.items()
+        if getattr(options, array) is not None
+        for name in names
+        if getattr(options, name) not in (None, False)
+    )
 
 
 def _batch_guidance(value: bool | None, guidance: float, passes: int, prompt_embeds: Any, length: int) -> bool | None:
@@ -328,6 +343,8 @@ def _images(image: Any, large_reference: bool, edit: Edit | None) -> tuple[Any, 
         raise RequestError(f"{count} reference images are given{counted}; it must be 1 to {MAX_REFERENCES}")
     if large_reference and count != 1:
         raise RequestError("large_reference", rule=f"needs a single reference, and {count} are given")
+    if large_reference and not images and edit and not edit.extends:
+        raise RequestError("large_reference", rule="is for an {image}: the init image is a reference as it is painted")
     return images
 
 

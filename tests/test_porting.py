@@ -93,6 +93,8 @@ def test_the_callback_sees_and_changes_latents(pipe: KleinPipeline) -> None:
     assert not same(pipe("a star", seed=1, callback_on_step_end=clear, **SMALL).images, plain)
     with pytest.raises(RequestError, match="callback_on_step_end returned 0; it must return a dict or None"):
         pipe("a star", seed=1, callback_on_step_end=lambda *_: 0, **SMALL)
+    with pytest.raises(RequestError, match="returned 'prompt_embeds'; only latents can be replaced"):
+        pipe("a star", seed=1, callback_on_step_end=lambda *_: {"prompt_embeds": 0}, **SMALL)
 
 
 def test_names_of_diffusers_are_answered(pipe: KleinPipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,10 @@ INIT = {"init_image": "in.png"}
         ({**INIT, "extend": 64}, "extend is 64; it must be pixels to add"),
         ({**INIT, "extend": "top=16", "image": ["x"] * 10}, "11 reference images are given, the init image counted"),
         ({"large_reference": True}, "large_reference needs a single reference, and 0 are given"),
+        (
+            {"large_reference": True, "init_image": "x", "mask_image": "y"},
+            "large_reference is for an image: the init image is a reference as it is painted",
+        ),
         ({"large_reference": True, "image": ["x", "y"]}, "large_reference needs a single reference, and 2 are given"),
     ],
 )
@@ -207,6 +211,23 @@ def test_what_the_limits_allow() -> None:
     check(config(is_distilled=False), prompt="a", guidance_scale=4, negative_prompt="blur")
     request = check(config(), prompt_embeds=mx.zeros((2, 5, 7680)), seed=1)
     assert request.pictures == [(0, 1), (1, 1)]
+
+
+def test_what_is_not_followed_is_noted() -> None:
+    """An array in another option's place says so; where the negative prompt is text, its options count."""
+    own = config()
+    noise, embeds = mx.zeros((1, own.transformer.in_channels, 4, 4)), mx.zeros((1, 5, 7680))
+    assert check(own, "a", latents=noise, seed=1).notes == ("seed is ignored: latents are the noise",)
+    assert check(own, "a", latents=noise, generator=1, rng="mlx").notes == (
+        "generator is ignored: latents are the noise",
+        "rng is ignored: latents are the noise",
+    )
+    told = {"max_sequence_length": 5, "literal_prompt": True}
+    assert check(own, prompt_embeds=embeds, **told).notes == tuple(
+        f"{name} is ignored: prompt_embeds are the text" for name in told
+    )
+    assert check(config(is_distilled=False), prompt_embeds=embeds, **told).notes == ()
+    assert check(own, "a", latents=noise).notes == check(own, prompt_embeds=embeds).notes == ()
 
 
 def test_guidance_in_one_pass_or_two() -> None:

@@ -30,7 +30,7 @@ import mlx.core as mx
 from PIL import Image
 from tqdm import tqdm
 
-from klein_mlx.cli.options import BITS, RunOptions, call_arguments, in_options
+from klein_mlx.cli.options import RunOptions, bits_given, call_arguments, in_options
 from klein_mlx.cli.output import has_bar, json_line, note, say, unprinted
 from klein_mlx.cli.prompts import Failure, Job
 from klein_mlx.cli.terminal import View, viewer
@@ -458,8 +458,7 @@ class Batch:
         if not self.saves:
             return
         options, image = one.job.options, picture.image
-        asked_bits = {name: value for name in BITS if (value := getattr(self.options, name))}
-        recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **asked_bits}
+        recipe = None if options.no_metadata else {**picture.recipe, **one.job.extra, **bits_given(self.options)}
         if name is None:
             suffix = f".{options.format or 'png'}"
             self._to_stdout(encode_image(image, suffix, recipe))

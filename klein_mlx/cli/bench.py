@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mlx.cli.options import (
     BITS,
     DEFAULT_MODEL,
+    FLAGS,
     add_options,
     asked_bits,
     parse_size,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-MAX_RUNS = 1000
+MAX_RUNS, PROMPT = 1000, "a red fox in the snow"
 NOTE = (
     "Predicted, not measured: counted kernels, FLOPs and bytes on a roofline, the share of the peak fitted to published"
     " times of mflux, which has the same matmuls. Weights loaded; * the peak is not Apple's own figure."
@@ -44,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `klein-mlx bench`."""
     add = parser.add_argument
     add_options(parser, ("model", "variant", "size", "num_inference_steps"))
-    add("--runs", type=int, default=3, help="pictures to measure, after one warm-up picture (default: 3)")
+    add("--runs", type=int, help="pictures to measure, after one warm-up picture (default: 3)")
     add("--cold", action="store_true", help="reload everything for each picture; no warm-up run")
-    about = "what to draw; a number is appended so that nothing is cached (default: a red fox in the snow)"
-    add("--prompt", default="a red fox in the snow", metavar="TEXT", help=about)
+    about = f"what to draw; a number is appended so that nothing is cached (default: {PROMPT})"
+    add("--prompt", metavar="TEXT", help=about)
     add_options(parser, (*BITS, "dtype", "keep", "offline", "yes"))
     add("--json", action="store_true", help="one JSON object on stdout instead of the table")
     add(
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, or predict, what the parsed options ask for. Returns the exit code; raises KleinError."""
-    typed_options(args)
+    _check_used(args, list(typed_options(args)))
+    args.runs = 3 if args.runs is None else args.runs
+    args.prompt = PROMPT if args.prompt is None else args.prompt
     if not 1 <= args.runs <= MAX_RUNS:
         raise RequestError(f"--runs is {args.runs}; it must be 1 to {MAX_RUNS}")
     refuse_alone(vars(args), vars(args))
@@ -72,6 +75,19 @@ def run(args: argparse.Namespace) -> int:
     if args.predict is not None:
         return _predict(args)
     return _measure(args, _import_seconds())
+
+
+def _check_used(args: argparse.Namespace, typed: list[str]) -> None:
+    """RequestError for an option that would decide nothing. typed: of those that `generate` has, too."""
+    given = [*typed, *(name for name in ("runs", "cold", "predict") if getattr(args, name) not in (None, False))]
+    mode, unused = "--predict, which runs nothing", ("runs", "cold", "prompt", "keep")
+    if args.tune:
+        mode = "--tune, which times kernels alone"
+        unused = tuple(name for name in given if name not in ("json", "offline", "yes"))
+    elif args.predict is None:
+        return
+    if name := next((name for name in given if name in unused), None):
+        raise RequestError(f"{FLAGS.get(name, f'--{name}')} is not for {mode}; leave it out")
 
 
 def _import_seconds() -> float:

@@ -18,7 +18,7 @@ from klein_mlx.cli.options import (
     refuse_alone,
 )
 from klein_mlx.cli.output import byte_bar, note, say
-from klein_mlx.config import ONE_STEP, PARTS
+from klein_mlx.config import ONE_STEP, PARTS, TINY
 from klein_mlx.errors import RequestError
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     revision = None if os.path.exists(model) else args.revision  # a file of the Hub's is a path by now
     source = open_model(model, revision=revision, local_files_only=args.offline, parts=parts)
     source = merge_loras(source, asked_loras(args.lora), **lora_options(args))
+    if args.variant and (args.variant != TINY.name or args.to == "diffusers"):
+        source = with_variant(source, args.variant)
     if args.dry_run:
         say(*plan_conversion(source, args.destination, quantize=asked, force=args.force).lines())
         return 0
@@ -86,8 +88,6 @@ def run(args: argparse.Namespace) -> int:
     odd: list[str] = []
     with byte_bar("converting", args.quiet) as show:
         if args.to == "diffusers":
-            if args.variant:
-                source = with_variant(source, args.variant)
             if source.config.variant == ONE_STEP:
                 odd.append(f"diffusers' layout does not state {ONE_STEP.name}: open it with --variant {ONE_STEP.name}")
             path = export_diffusers(source, args.destination, force=args.force, progress=show)

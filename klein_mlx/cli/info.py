@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, typed_options
+from klein_mlx.cli.options import BITS, IMAGES, add_options, asked_bits, parse_size, refuse_alone, typed_options
 from klein_mlx.cli.output import cleaned, say, say_json
 from klein_mlx.errors import CheckpointError, RequestError, human_bytes
 from klein_mlx.options import MAX_REFERENCES, integer
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_used(args: argparse.Namespace) -> None:
     """RequestError for an option that would decide nothing."""
     given = [name for name in ("references", "dtype", "keep", *BITS) if getattr(args, name)]
+    if args.train and args.verify:
+        raise RequestError("--verify reads files, and --train estimates without them; give one of them")
     unused = [name for name in given if name not in ("references", "dtype", "quantize")] if args.train else given
     if unused and (args.train or args.size is None):
         why = "for the estimate of memory; add --size"
@@ -83,6 +85,7 @@ def _check_used(args: argparse.Namespace) -> None:
     for name in ("rank", "method"):
         if getattr(args, name) is not None and not args.train:
             raise RequestError(f"--{name} is for the estimate of training; add --train")
+    refuse_alone(vars(args), vars(args))
 
 
 def _published(args: argparse.Namespace) -> Any:
@@ -130,12 +133,20 @@ def _other(args: argparse.Namespace) -> int | None:
     if path.suffix.lower() in IMAGES:
         from klein_mlx.cli import show
 
+        _refuse_model_s(args, "a picture")
         return show.run(argparse.Namespace(picture=[args.model], json=args.json))
     if path.suffix == ".safetensors" and _is_lora(path):
         from klein_mlx.cli import lora
 
+        _refuse_model_s(args, "a LoRA")
         return lora.run(argparse.Namespace(words=[args.model], lora_folder=None, offline=True, json=args.json))
     return None
+
+
+def _refuse_model_s(args: argparse.Namespace, what: str) -> None:
+    """RequestError for an option that only a model has a use for."""
+    if given := next((name for name in ("verify", "size", "variant") if getattr(args, name)), None):
+        raise RequestError(f"--{given} needs a model, and {args.model} is {what}")
 
 
 def _is_lora(path: Path) -> bool:

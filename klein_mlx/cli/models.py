@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = {"type": lambda word: OTHER_NAMES.get(word.lower(), word.lower()), "choices": ACTIONS, "default": "list"}
     add("action", nargs="?", help="list (default), pull, rm or path", **known)
     add("name", nargs="*", metavar="MODEL", help="a Hub id, a short name, or a folder of your own models")
-    add("--revision", help="with pull: the model's revision on the Hub")
+    add("--revision", help="with pull and path: the model's revision on the Hub")
     add("-y", "--yes", action="store_true", help="with rm: delete without asking")
     add("--json", action="store_true", help="one JSON object per line on stdout")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what is asked of the models. Returns the exit code; raises KleinError."""
+    if args.revision is not None and args.action in ("list", "rm"):
+        all_of_them = "; rm deletes a model with all of its revisions" * (args.action == "rm")
+        raise RequestError(f"--revision is for pull and path{all_of_them}")
     if args.action == "list":
         if args.name:
             raise RequestError(f"list takes no model; for one of them: klein-mlx info {args.name[0]}")
@@ -206,7 +209,7 @@ def _path(args: argparse.Namespace, name: str) -> dict[str, Any]:
     name = own_names().get(name, name)
     folder = own_model(name)
     if folder or name == "tiny" or os.path.isdir(name):
-        source = open_model(folder or name, local_files_only=True)
+        source = open_model(folder or name, revision=args.revision, local_files_only=True)
     else:
         hub_id = _hub_id(name)
         try:

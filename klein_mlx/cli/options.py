@@ -499,6 +499,11 @@ def asked_bits(options: Any) -> "Asked | None":
     )
 
 
+def bits_given(options: Any) -> dict[str, Any]:
+    """The same as a recipe says it, in the words of the options."""
+    return {name: value for name in BITS if (value := getattr(options, name))}
+
+
 BITS = ("quantize", "group_size", "transformer_bits", "text_encoder_bits", "quantize_layer")
 LORAS = ("lora", "lora_partial", "lora_folder")
 
@@ -542,10 +547,13 @@ def in_options(error: KleinError) -> str:
     return error.told(FLAGS) if isinstance(error, RequestError) else str(error)
 
 
-def refuse_alone(typed: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """RequestError for a --group-size that was typed where none of the options quantizes anything, and for a
-    --lora-partial without a LoRA; a session may load one later."""
+def refuse_alone(typed: Mapping[str, Any], options: Mapping[str, Any], session: bool = False) -> None:
+    """RequestError for what was typed and would decide nothing beside the options: a --group-size where nothing is
+    quantized, what concerns LoRAs without one (a session may load one later), --open without a file."""
     if typed.get("group_size") is not None and not any(options.get(name) for name in BITS if name != "group_size"):
         raise RequestError("group_size", rule=f"is {typed['group_size']}, but nothing is quantized; add --quantize 4")
-    if typed.get("lora_partial") and not (options.get("lora") or options.get("interactive")):
-        raise RequestError("lora_partial", rule="is given, and no LoRA; add --lora FILE")
+    for name in ("lora_partial", "lora_folder"):
+        if typed.get(name) and not (options.get("lora") or session):
+            raise RequestError(name, rule="is given, and no LoRA; add --lora FILE")
+    if typed.get("open") and str(options.get("output")) == "-":
+        raise RequestError("open", rule="needs a file, and -o - writes none; give one of them")

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_mlx.cli.options import asked_loras, call_arguments, in_options, parse_size, typed_options
+from klein_mlx.cli.options import (
+    FLAGS,
+    asked_loras,
+    bits_given,
+    call_arguments,
+    in_options,
+    lora_options,
+    parse_size,
+    typed_options,
+)
 from klein_mlx.errors import KleinError, RequestError, Stopped, nearest
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
 PROMPT = "klein> "
 HISTORY = 1000  # lines that are kept
+NOT_OF_A_SESSION = ("output", "grid", "json", "enhance", "force", "open", "progress_format")
 WELCOME = "{model}. Type a prompt; !help lists commands; Ctrl-C cancels a picture, Ctrl-D ends the session."
 HELP = """type a prompt to make a picture; {red|blue} and __name__ vary it by its seed
   512x768 a lighthouse     its size first
@@ -82,8 +92,9 @@ def _number(text: str, pictures: int) -> int:
 class Session:
     """What a session remembers. say: prints a line for the user. settings: arguments of `stream` for every picture.
 
-    suffix: of the pictures' names. metadata: whether they hold their recipes. vary: a prompt and its pictures' seeds ->
-    each picture's prompt. reopen: opens another model by its name.
+    suffix: of the pictures' names. metadata: whether they hold their recipes. bits: what those say of the weights'.
+    loras: arguments of `load_lora` for every LoRA. vary: a prompt and its pictures' seeds -> each picture's prompt.
+    reopen: opens another model by its name.
     """
 
     pipe: "KleinPipeline"
@@ -93,6 +104,8 @@ class Session:
     show_steps: bool = False
     suffix: str = ".png"
     metadata: bool = True
+    bits: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[str, Any] = field(default_factory=dict)
     vary: Callable[[str, Sequence[int]], list[str]] = lambda prompt, seeds: [prompt] * len(seeds)
     reopen: "Callable[[str], KleinPipeline] | None" = None
     model: str = ""
@@ -139,9 +152,11 @@ class Session:
             return
         for prompt, seed in zip(prompts, seeds, strict=True):
             self.say(prompt)
-            self._draw(prompt, settings | {"seed": seed, "num_images_per_prompt": 1})
+            extra = {"template": asked.prompt} if prompt != asked.prompt else {}
+            self._draw(prompt, settings | {"seed": seed, "num_images_per_prompt": 1}, extra)
 
-    def _draw(self, prompt: str, settings: Mapping[str, Any]) -> None:
+    def _draw(self, prompt: str, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
+        """Pictures of one prompt. extra: what their recipes say besides."""
         from klein_mlx.cli.batch import free_names, pictures
         from klein_mlx.cli.terminal import view_of
         from klein_mlx.images.saving import save_image_free
@@ -152,7 +167,7 @@ class Session:
         try:
             images = pictures(run, quiet=False, view=view_of(self.show, self.show_steps))
             for picture, path, seed in zip(images, names, seeds, strict=True):
-                recipe = picture.recipe if self.metadata else None
+                recipe = {**picture.recipe, **(extra or {}), **self.bits} if self.metadata else None
                 path = save_image_free(picture.image, path, recipe)
                 self.pictures.append((picture.image, path))
                 if recipe is not None:
@@ -229,7 +244,7 @@ class Session:
             self.pipe.unload_lora()
         elif rest:
             ((path, scale),) = asked_loras([rest])
-            self.pipe.load_lora(path, scale)
+            self.pipe.load_lora(path, scale, **self.loras)
         self.say(", ".join(f"{one.name}:{one.scale:g}" for one in self.pipe.loras) or "no LoRA")
 
     def do_open(self, rest: str) -> None:
@@ -288,12 +303,13 @@ def run(args: argparse.Namespace) -> int:
     from klein_mlx.cli.settings import complete
 
     typed = typed_options(args)
-    for name in ("output", "grid", "json", "enhance", "force"):
-        if name in typed:
-            raise RequestError(f"--{name} needs a prompt; a session, which begins without one, does not take it")
-    if typed.get("progress_format") == "json":
-        raise RequestError("--progress json needs a prompt; a session, which begins without one, does not take it")
-    options = complete(typed)
+    for name in NOT_OF_A_SESSION:
+        if name in typed and typed[name] != "bar":
+            raise RequestError(f"{FLAGS[name]} needs a prompt; a session, which begins without one, does not take it")
+    options = complete(typed, session=True)
+    configured = [FLAGS[name] for name in NOT_OF_A_SESSION if getattr(options, name) not in (None, False, "bar")]
+    if configured and not options.quiet:
+        note(f"a session does not take {', '.join(configured)} from the config")
     session = _session(options)
     if not options.quiet:
         say(WELCOME.format(model=f"{session.pipe.config.variant.name}: {options.model}"))
@@ -327,7 +343,7 @@ def _session(options: "RunOptions") -> Session:
     from klein_mlx.cli.terminal import protocol
 
     pipe = open_pipeline(options)
-    draws = not options.quiet and protocol(os.environ) is not None
+    draws = (options.show or not options.quiet) and protocol(os.environ) is not None
 
     def reopen(model: str) -> "KleinPipeline":
         return open_pipeline(replace(options, model=model, revision=None))
@@ -345,6 +361,8 @@ def _session(options: "RunOptions") -> Session:
         show_steps=draws and options.show_steps,
         suffix=f".{options.format or 'png'}",
         metadata=not options.no_metadata,
+        bits=bits_given(options),
+        loras=lora_options(options),
         vary=vary,
         reopen=reopen,
         model=str(options.model),

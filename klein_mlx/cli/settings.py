@@ -209,11 +209,15 @@ def join(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(
-    typed: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, settings: Settings | None = None
+    typed: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    session: bool = False,
 ) -> RunOptions:
     """What was typed, filled up: from the preset, a recipe that is made again, the config's defaults, our own.
 
-    typed: see `typed_options`. settings: the config, if it was read already. Raises RequestError.
+    typed: see `typed_options`. settings: the config, if it was read already. session: whether prompts and LoRAs come
+    later. Raises RequestError.
     """
     settings = settings or read_settings(typed.get("config"))
     values = settings.values
@@ -221,7 +225,7 @@ def complete(
         values = {name: value for name, value in values.items() if TABLE[name].per_run}
     preset = settings.preset(typed.get("preset") or (values.get("preset") if recipe is None else None))
     joined = join(typed, preset, recipe or {}, values)
-    refuse_alone(typed, joined)
+    refuse_alone(typed, joined, session)
     if typed.get("enhance_model") is not None and not joined.get("enhance"):
         raise RequestError(f"--enhance-model is {typed['enhance_model']}, but no prompt is rewritten; add --enhance")
     if "loras" in settings.folders:

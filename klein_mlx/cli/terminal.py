@@ -212,10 +212,8 @@ _SKETCH_COLUMNS = 24
 
 
 def viewer(options: "RunOptions", pipe: KleinPipeline) -> View | None:
-    """What draws a run's events on stdout; None where nothing can be shown: stdout has other uses, or is no terminal,
-    or one without pictures and colours."""
-    if options.quiet or options.json or str(options.output) == "-":
-        return None
+    """What draws a run's events on stdout; None where nothing can be shown: stdout is no terminal, or one without
+    pictures and colours."""
     if not sys.stdout.isatty() or protocol(os.environ) is None:
         return None
     if options.show_steps:

@@ -1,8 +1,12 @@
 """Which subcommand the words of a command line mean, and what is suggested for those that mean none."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 from klein_mlx.cli import hints
 from klein_mlx.cli.main import COMMANDS, choose, command_parser, main, top_help
@@ -105,7 +109,17 @@ def test_slips(given: list[str], words: str, capsys: pytest.CaptureFixture[str])
             "variant is 'foo'; it must be one of tiny, 4b-1step",
         ),
         (["convert", "tiny", "out", "--dry-run", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
+        (["convert", "tiny", "out", "--dry-run", "--variant", "dev"], "variant is 'dev', and the transformer has the"),
+        (["convert", "tiny", "out", "--lora-folder", "."], "--lora-folder is given, and no LoRA; add --lora FILE"),
         (["bench", "--model", "tiny", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
+        (["bench", "--predict", "M3", "--keep", "all"], "--keep is not for --predict, which runs nothing; leave it"),
+        (["bench", "--predict", "--runs", "3"], "--runs is not for --predict, which runs nothing; leave it out"),
+        (["bench", "--tune", "--json", "-s", "2"], "--steps is not for --tune, which times kernels alone"),
+        (["info", "tiny", "--size", "64x64", "--group-size", "32"], "--group-size is 32, but nothing is quantized"),
+        (["info", "4b", "--train", "--verify"], "--verify reads files, and --train estimates without them"),
+        (["models", "--revision", "x"], "--revision is for pull and path"),
+        (["models", "rm", "4b", "--revision", "x"], "rm deletes a model with all of its revisions"),
+        (["models", "path", "tiny", "--revision", "x"], "only models on the Hub have one"),
     ],
 )
 def test_what_would_be_refused_or_ignored_is_told_first(
@@ -116,6 +130,18 @@ def test_what_would_be_refused_or_ignored_is_told_first(
     told = capsys.readouterr()
     assert told.out == ""
     assert words in told.err
+
+
+@pytest.mark.parametrize("option", [["--verify"], ["--size", "64x64"], ["--variant", "4b"]])
+def test_info_refuses_what_only_a_model_has(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, lora = tmp_path / "x.png", tmp_path / "x.safetensors"
+    Image.new("RGB", (8, 8)).save(picture)
+    save_file({"img_in.lora_A.weight": np.zeros((1, 4), np.float32)}, str(lora))
+    for path, what in ((picture, "a picture"), (lora, "a LoRA")):
+        assert main(["info", str(path), *option]) == 2
+        assert capsys.readouterr().err == f"error: {option[0]} needs a model, and {path} is {what}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -238,6 +238,7 @@ def test_an_array_is_no_prompts(tmp_path: Path, text: str) -> None:
         (("a star", "--seed", "1", "--grid", "a-star-1.png"), "--grid a-star-1.png is the name of a picture too"),
         (("a star", "--group-size", "32"), "--group-size is 32, but nothing is quantized; add --quantize 4"),
         (("a star", "--lora-partial"), "--lora-partial is given, and no LoRA; add --lora FILE"),
+        (("a star", "-o", "-", "--open"), "--open needs a file, and -o - writes none; give one of them"),
         (("a star", "--enhance"), "its text encoder lacks the layers that --enhance needs; name a language model"),
     ],
 )

@@ -17,12 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from klein_mlx import CheckpointError, KleinPipeline, RequestError
+from klein_mlx.cli.main import main
 from klein_mlx.cli.prompts import expand
-from klein_mlx.cli.repl import Asked, Session, read_prompt
+from klein_mlx.cli.repl import Asked, Session, _session, read_prompt
+from klein_mlx.cli.settings import complete
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,38 @@ def test_a_prompt_varies_by_its_seed(session: Any) -> None:
     assert len(set(wanted)) > 1
     assert [recipe["prompt"] for recipe in session.recipes.values()] == wanted
     assert [recipe["seed"] for recipe in session.recipes.values()] == [7, 8, 9]
+
+
+def test_a_picture_can_be_made_again(session: Any) -> None:
+    """Its recipe says the template and the bits that were asked for, as the command's does."""
+    session.pipe = KleinPipeline.from_pretrained("tiny", quantize=4)
+    session.bits = {"quantize": "4"}
+    session.vary = lambda prompt, seeds: [expand(prompt, seed, []) for seed in seeds]
+    session.settings |= {"width": 64, "height": 64}
+    session.line("a {red|green} star")
+    ((image, path),) = session.pictures
+    assert session.recipes[path]["template"] == "a {red|green} star"
+    assert main(["again", str(path), "-o", "again.png", "--quiet"]) == 0
+    with Image.open("again.png") as again:
+        assert again.tobytes() == image.tobytes()
+
+
+def test_a_session_keeps_to_the_options_of_its_loras(session: Any, tmp_path: Path) -> None:
+    """Those that it began with: the folder, and that keys may be left out."""
+    (tmp_path / "own").mkdir()
+    save_file(
+        {
+            f"transformer.{layer}.lora_{side}.weight": np.ones(shape, np.float32)
+            for layer in ("single_transformer_blocks.0.attn.to_out", "single_transformer_blocks.99.attn.to_out")
+            for side, shape in (("A", (1, 768)), ("B", (192, 1)))
+        },
+        str(tmp_path / "own" / "style.safetensors"),
+    )
+    session.loras = {"partial": True, "folder": "own"}
+    session.line("!lora style:0.5")
+    assert session.told[-1] == "style:0.5"
+    options = complete({"model": "tiny", "lora_partial": True, "lora_folder": "own"}, session=True)
+    assert _session(options).loras == {"partial": True, "folder": "own", "local_files_only": False}
 
 
 def test_another_model(session: Any) -> None:
@@ -274,6 +310,13 @@ def test_a_narrow_terminal(opened: Any) -> None:
     assert max(map(len, lines)) <= 20
 
 
+def test_a_picture_is_drawn_beside_json(opened: Any) -> None:
+    """--quiet and --json leave the terminal to --show."""
+    terminal = opened("a star", "-m", "tiny", "--seed", "7", "--steps", "1", "--show", "--quiet", "--json")
+    assert "\u2580" in terminal.until('"files"')
+    assert terminal.end() == 0
+
+
 def test_kill_ends_a_session(opened: Any) -> None:
     """At the prompt too, where Ctrl-C does not."""
     terminal = opened("-m", "tiny")
@@ -310,7 +353,9 @@ def test_options_of_a_session_are_kept_to(tmp_path: Path, opened: Any) -> None:
         assert b"secret" not in path.read_bytes()
 
 
-@pytest.mark.parametrize("options", [("-o", "x.png"), ("--grid",), ("--json",), ("--enhance",), ("--progress", "json")])
+@pytest.mark.parametrize(
+    "options", [("-o", "x.png"), ("--grid",), ("--json",), ("--enhance",), ("--open",), ("--progress", "json")]
+)
 def test_options_that_a_session_does_not_have(opened: Any, options: tuple[str, ...]) -> None:
     """They are refused, not ignored."""
     terminal = opened("-m", "tiny", *options)
