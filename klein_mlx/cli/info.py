@@ -208,8 +208,8 @@ def _training(args: argparse.Namespace) -> int:
 
     from klein_mlx.cli.bench import source_without_files
     from klein_mlx.model.layers import Gpu
-    from klein_mlx.runtime.memory import compute_dtype
     from klein_mlx.train.memory import estimate_training, mac_for
+    from klein_mlx.train.plan import training_dtype
     from klein_mlx.weights.bits import parse, settle
 
     source = source_without_files(args.model, args.variant)
@@ -220,7 +220,7 @@ def _training(args: argparse.Namespace) -> int:
     args.method, args.rank = args.method or METHODS[0], RANK if args.rank is None else args.rank
     full = args.method == "full"
     values = {"data": "-", "output": "-" if full else "-.safetensors", "method": args.method, "rank": args.rank}
-    dtype = mx.bfloat16 if args.dtype is None else compute_dtype(args.dtype)
+    dtype = training_dtype(mx.bfloat16 if args.dtype is None else args.dtype)
     asked = [args.quantize] if args.quantize or source.quantization else [None, *([] if full else ["8", "4"])]
     rows = []
     for bits in asked:

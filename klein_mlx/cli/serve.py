@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options
+from klein_mlx.cli.options import BITS, DEFAULT_MODEL, add_options, typed_options
 from klein_mlx.cli.output import note, say, say_json
 from klein_mlx.cli.settings import read_settings
 from klein_mlx.config import PARTS
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.demo and args.model not in (None, "tiny"):
         raise RequestError(f"--demo uses tiny, and --model is {args.model}; give one of them")
     _check(args)
-    model, name = ("tiny", "tiny") if args.demo else obtained(args)
+    args.model = "tiny" if args.demo else args.model
+    model, name = obtained(args)
     settings = Settings(
         model=model,
         pipeline=pipeline_arguments(args),
@@ -107,11 +108,12 @@ def obtained(args: argparse.Namespace) -> tuple[str, str]:
 
     In a process of its own: looking for a model loads MLX, which the server must not.
     """
+    typed_options(args)
     config = read_settings()
     name = args.model or config.values.get("model") or DEFAULT_MODEL
     bits = _bits(args)
     parts = {part: value for part in PARTS if (value := getattr(args, part))}
-    if name == "tiny" and not bits and not parts:
+    if name == "tiny" and not (bits or parts or args.variant):
         return name, name
     import json
 
@@ -182,6 +184,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"--queue is {args.queue}; it must be from 1 to 1000")
     if not 0 <= args.idle_unload < 1e6:
         raise RequestError(f"--idle-unload is {args.idle_unload:g}; it must be minutes, 0 or more")
+    if args.quiet and args.log_prompts:
+        raise RequestError("--log-prompts writes to the log, which --quiet silences; give one of them")
     if args.save is not None and not (args.save.is_dir() and os.access(args.save, os.W_OK)):
         raise RequestError(f"--save {args.save} is not a folder that can be written to; make it first")
 

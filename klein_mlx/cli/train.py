@@ -12,7 +12,7 @@ from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
 from klein_mlx.cli.output import has_bar, note, say
-from klein_mlx.errors import human_bytes
+from klein_mlx.errors import RequestError, human_bytes
 from klein_mlx.train.options import TrainOptions, kind_of, make_options, read_toml, stored_values, table
 
 if TYPE_CHECKING:
@@ -79,7 +79,11 @@ def _options(args: argparse.Namespace) -> TrainOptions:
     values = read_toml(args.config) if args.config else {}
     if args.resume:
         values = {**stored_values(args.resume), "run": args.resume, **values}
-    return make_options({**values, **typed})
+    options = make_options({**values, **typed})
+    for name, why in options.unused().items():
+        if name in typed:
+            raise RequestError(f"--{name.replace('_', '-')} decides nothing here: {why}")
+    return options
 
 
 def _obtained(options: TrainOptions, args: argparse.Namespace) -> TrainOptions:

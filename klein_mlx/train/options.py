@@ -172,6 +172,18 @@ class TrainOptions:
         if self.method != "full" and Path(self.output).suffix != ".safetensors":
             raise RequestError(f"output is {self.output!r}; a LoRA's name ends in .safetensors")
 
+    def unused(self) -> dict[str, str]:
+        """The options that decide nothing beside the others, and why."""
+        full = self.method == "full"
+        idle = {
+            "full training has no adapters": ("rank", "targets", "format") * full,
+            "it is for full training": ("rounding",) * (not full),
+            "adafactor has none; give another optimizer": ("weight_decay",) * (self.optimizer == "adafactor"),
+            "nothing is held out": ("hold_out_every",) * (not self.held_out_of(100)),
+            "there is no preview": ("preview_model", "preview_every") * (not self.preview),
+        }
+        return {name: why for why, names in idle.items() for name in names}
+
     def held_out_of(self, count: int) -> int:
         """How many of so many pictures are held out: at least 1 and at most 16, and one is left to train on."""
         match = re.fullmatch(r"(\d{1,7})|(\d{1,3}(?:\.\d+)?)%", str(self.hold_out).strip())

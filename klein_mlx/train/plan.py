@@ -11,7 +11,7 @@ from klein_mlx.formats.open import open_model
 from klein_mlx.runtime.memory import compute_dtype
 from klein_mlx.train.dataset import Item, Table, check_items, split_held_out
 from klein_mlx.train.memory import TrainEstimate, check_training_fits, estimate_training
-from klein_mlx.train.options import TrainOptions
+from klein_mlx.train.options import TrainOptions, table
 from klein_mlx.weights.bits import Asked, parse, settle
 from klein_mlx.weights.checkpoint import Source, read_tokenizer
 from klein_mlx.weights.quantize import Quantization
@@ -45,6 +45,9 @@ class Plan:
         if self.cut:
             caption, count = self.cut[0]
             told.append(f"cut        {len(self.cut)} captions are too long, {caption[:30]!r} by {count} tokens")
+        for name, why in self.options.unused().items():
+            if getattr(self.options, name) != table()[name].default:
+                told.append(f"ignored    {name}: {why}")
         told += [self.estimate.line(), self._disk(), self._time()]
         return [*told, f"held out   {len(self.held_out)} of {len(self.table.items)}"]
 
@@ -94,11 +97,7 @@ def make_plan(options: TrainOptions) -> Plan:
     source = open_model(options.model)
     config = source.config
     check_variant(config, options)
-    dtype = compute_dtype(options.dtype)
-    if dtype == mx.float16 and options.dtype is None:
-        dtype = mx.bfloat16  # what is fastest for pictures is none of training's
-    if dtype == mx.float16:
-        raise RequestError("dtype is 'float16'; training is done in bfloat16 or float32")
+    dtype = training_dtype(options.dtype)
     if options.method == "full" and "transformer" in source.quantization:
         raise RequestError(f"model is {options.model!r}, which is quantized; full training starts from the original")
     quantization = settle(_bits(options), source)
@@ -112,6 +111,16 @@ def make_plan(options: TrainOptions) -> Plan:
     known = estimate_training(source, options, dtype, quantization, largest.size, largest.reference_sizes)
     check_training_fits(source, options, known, dtype, largest.size)
     return Plan(options, source, table, dtype, quantization, training, held_out, known, cut)
+
+
+def training_dtype(asked: mx.Dtype | str | None) -> mx.Dtype:
+    """As for pictures, but for float16. Raises RequestError where that is asked for."""
+    dtype = compute_dtype(asked)
+    if dtype != mx.float16:
+        return dtype
+    if asked is None:
+        return mx.bfloat16  # what is fastest for pictures is none of training's
+    raise RequestError("dtype is 'float16'; training is done in bfloat16 or float32")
 
 
 def _bits(options: TrainOptions) -> Asked | None:

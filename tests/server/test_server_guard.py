@@ -364,3 +364,4 @@ def test_the_command_refuses_an_open_host_without_a_token_and_a_busy_port(server
     assert main(["serve", "--demo", "--save", "/nowhere"]) == 2
     assert main(["serve", "--demo", "--model", "4b"]) == 2
     assert main(["serve", "--model", "/nowhere/model", "--port", "0"]) == 2  # in the line of another process
+    assert main(["serve", "--demo", "--variant", "foo", "--port", "0"]) == 2  # likewise

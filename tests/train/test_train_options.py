@@ -61,6 +61,25 @@ def test_defaults_depend_on_the_method() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "unused"),
+    [
+        ({}, {"rounding", "preview_model", "preview_every"}),
+        (
+            {"preview": ("x",), "hold_out": "0", "optimizer": "adafactor"},
+            {"rounding", "hold_out_every", "weight_decay"},
+        ),
+        (
+            {"method": "full", "output": "tuned", "preview": ("x",)},
+            {"rank", "targets", "format", "weight_decay"},
+        ),
+        ({"method": "full", "output": "tuned", "preview": ("x",), "optimizer": "lion"}, {"rank", "targets", "format"}),
+    ],
+)
+def test_which_options_decide_nothing(values: dict[str, Any], unused: set[str]) -> None:
+    assert set(make_options({**GOOD, **values}).unused()) == unused
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be over 0"),
