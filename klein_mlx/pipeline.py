@@ -146,7 +146,7 @@ class KleinPipeline(metaclass=Answering):
 
         model: a hub id, a folder (ours, or in diffusers' layout), or "tiny", the embedded checkpoint.
         quantize: bits for weights that are not quantized yet: None, 3, 4, 5, 6, 8, a word ("4-g32", "mxfp4",
-            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.weights.quantize.
+            "mixed-4"), or a mapping of parts and patterns of layers to those; see klein_mlx.weights.bits.
         dtype: of the computation, an mlx dtype or its name; by default bfloat16 on a GPU, float32 on a CPU.
             float16 is for chips without bfloat16 of their own (M1, M2): the transformer's layers compute in it beside
             a float32 residual stream, encoder and VAE in bfloat16.

@@ -1,8 +1,7 @@
-"""Everything that knows a foreign file: PyTorch-side weights in, MLX weights out.
+"""The package that writes: `convert_checkpoint` writes any `klein_mlx.weights.checkpoint.Source` in our own format.
 
-`open_model` finds out what a model argument is and opens it as a `klein_mlx.checkpoint.Source`, `open_any` a part
-alone as well; `convert_checkpoint` writes any Source in our own format; `describe` says what one is. Nothing of a
-model's folder is executed, and torch is never needed.
+The other names are the reader's (klein_mlx.formats): `open_model` opens a whole model, `open_any` a part alone as well,
+`describe` says what one is. Nothing of a model's folder is executed, and torch is never needed.
 """
 
 from klein_convert.checkpoint import convert_checkpoint

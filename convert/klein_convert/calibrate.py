@@ -174,7 +174,7 @@ def calibrate(
     seed: int = 0,
     done: Done = lambda path: None,
 ) -> CalibratedSource:
-    """Code the layers that `quantize` names (klein_mlx.weights.quantize), on these prompts. A preset's bits are shared
+    """Code the layers that `quantize` names (klein_mlx.weights.bits), on these prompts. A preset's bits are shared
     out anew, by the error that each layer causes in this model's velocity; what was asked for beside it stays.
 
     steps: denoising steps of the calibration's pictures, which have half the model's default sides. done: told each

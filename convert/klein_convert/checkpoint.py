@@ -87,7 +87,7 @@ def convert_checkpoint(
     """Write a model in our own format; loading the result gives the same weights, bit for bit, as loading the source.
 
     quantize: bits for the linear layers of the transformer's and the encoder's blocks, or a mapping, a preset, ... (see
-    klein_mlx.weights.quantize); else dtypes are kept.
+    klein_mlx.weights.bits); else dtypes are kept.
     force: replace a checkpoint of ours that is at the destination. variant: "tiny" marks the embedded checkpoint;
     another is what the model is, where its files do not tell.
     verify: read what was written again, and compare it with the source's weights, before it gets its name.
