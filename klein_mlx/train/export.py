@@ -22,7 +22,7 @@ from klein_mlx.train.adapters import Trainables, Weights, dense
 from klein_mlx.weights.checkpoint import CONFIG_FILE, FORMAT_VERSION, TOKENIZER_FILE, Source
 from klein_mlx.weights.safetensors import load_now
 
-_SHARD = 4 << 30  # bytes
+_SHARD = 1 << 30  # bytes, which MLX has in memory until a file is written
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def save_checkpoint(folder: Path, source: Source, weights: Mapping[str, mx.array
 
 
 def _save_part(folder: Path, part: str, source: Source, weights: Weights | None) -> None:
-    """One file, or shards of at most 4 GiB with an index."""
-    arrays = source.weights(part) if weights is None else weights
+    """One file, or shards of at most 1 GiB with an index. weights: instead of the source's; left empty."""
+    arrays = dict(source.weights(part)) if weights is None else weights
     shards: list[list[str]] = [[]]
     size = 0
     for name, array in arrays.items():
@@ -234,7 +234,7 @@ def _save_part(folder: Path, part: str, source: Source, weights: Weights | None)
     for number, names in enumerate(shards, 1):
         end = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"{part}{end}.safetensors"
-        mx.save_safetensors(str(folder / file), {name: load_now(arrays[name]) for name in names}, {"format": "mlx"})
+        mx.save_safetensors(str(folder / file), {name: load_now(arrays.pop(name)) for name in names}, {"format": "mlx"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         (folder / f"{part}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
