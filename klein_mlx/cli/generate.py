@@ -84,19 +84,24 @@ def _opened(
             job.extra = {**(extra or {}), **job.extra}
     pipe = open_pipeline(options)
     if model and not options.quiet:
-        _compare(model, pipe)
+        _compare(model, pipe, options)
     if options.enhance:
         _enhance(options, [job for job in jobs if isinstance(job, Job)], pipe)
     return jobs, pipe
 
 
-def _compare(model: Mapping[str, Any], pipe: "KleinPipeline") -> None:
-    """Tell where the model is not the one of a recipe, or opened as another variant."""
+def _compare(model: Mapping[str, Any], pipe: "KleinPipeline", options: RunOptions) -> None:
+    """Tell where the model is not the one of a recipe, or opened as another variant: steps and guidance stay."""
     own, fingerprint, variant = pipe.recorder.model, model.get("fingerprint"), model.get("opened_as")
     if isinstance(fingerprint, str) and fingerprint != own["fingerprint"]:
         note("the model is not the one that made the picture: its fingerprint differs")
     elif isinstance(variant, str) and variant != own.get("opened_as"):
         note(f"the picture was made with --variant {variant}")
+    new, steps, guidance = pipe.config.variant, options.num_inference_steps, options.guidance_scale
+    if model.get("variant") not in (None, new.name) and (steps, guidance) != (new.steps, new.guidance):
+        kept = [f"{steps} steps"] * bool(steps) + [f"guidance {guidance:g}"] * bool(guidance)
+        if kept:
+            note(f"made with {' and '.join(kept)}; {new.name}'s own are {new.steps} and {new.guidance:g}")
 
 
 # ---- several machines ----

@@ -128,7 +128,10 @@ def test_the_variant_is_kept(folder: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     model = klein("again", "a.png", "-m", "tiny", "--negative", "", "-o", "c.png", cwd=folder)
-    assert model.stderr.splitlines()[0] == "the picture was made with --variant base-4b"
+    assert model.stderr.splitlines()[:2] == [
+        "the picture was made with --variant base-4b",
+        "made with 1 steps and guidance 4; tiny's own are 4 and 1",
+    ]
     part = (*TINY, PROMPT, *STEP, *negative, "--vae", "tiny/vae.safetensors")
     shutil.copytree(Path(klein_mlx.__file__).parent / "tiny", folder / "tiny")
     assert klein(*part, "-o", "d.png", cwd=folder).returncode == 0

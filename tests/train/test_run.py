@@ -364,6 +364,9 @@ def test_how_long_a_run_takes_on_a_mac(options: TrainOptions, monkeypatch: pytes
     tokens = found.source.config.max_sequence_length + 16
     work = 3 * 5 * tokens * (2 * 13 * 192**2 + 4 * tokens * 192)
     assert f"time       {work / 1e12:.3g} TFLOP an update" in found.lines()
+    ignored = "ignored    hold_out_every: nothing is held out"
+    assert ignored not in found.lines()
+    assert ignored in make_plan(replace(options, hold_out="0")).lines()
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M3 Max"})
     seconds = work / (14.2e12 * 0.8)
     assert f": {seconds:.2g} s on M3 Max, {4 * seconds / 3600:.2g} hours in all (estimates)" in found.lines()[-2]
