@@ -236,9 +236,12 @@ def step_bytes(config: ModelConfig, work: Work, dtype: mx.Dtype, quantized: bool
         expanded = (c.hidden_size + 2 * c.mlp_size) * c.hidden_size if dequantized else 0
         streams = 18 if device.rows and work.rows * tokens >= 2 * device.rows else 16  # pieces, and what they become
         return (streams * stream + expanded) * dtype.size + rope + given
-    scores = min(work.rows * c.num_attention_heads * tokens**2, SCORES)
-    expanded = 0 if dtype == mx.float32 and not quantized else 5 * c.hidden_size**2
-    return 4 * (30 * stream + scores + expanded) + rope + given
+    scores = work.rows * c.num_attention_heads * tokens**2
+    streams, expanded = 32, 0  # the end of a block and the start of the next one are in memory together
+    if dtype != mx.float32 or quantized:  # each layer is evaluated when it is called, and pieces of attention
+        whole = 30 if dtype == mx.float32 else 37  # 16 bits are widened for it
+        streams, expanded = whole if scores <= SCORES else 24, 5 * c.hidden_size**2
+    return 4 * (streams * stream + min(scores, SCORES) + expanded) + rope + given
 
 
 def vae_bytes(

@@ -19,6 +19,7 @@ from klein_mlx.cli.main import main
 from klein_mlx.errors import DoesNotFit
 from klein_mlx.formats.lora import shapes_of
 from klein_mlx.formats.open import open_model
+from klein_mlx.model import layers
 from klein_mlx.runtime import memory, parts
 from klein_mlx.runtime.run import Step
 from klein_mlx.server import worker
@@ -116,6 +117,18 @@ def test_a_long_picture_is_estimated(size: tuple[int, int], dtype: str) -> None:
     expected = {**expected, "encode": max(expected["encode"], expected["references"])}
     for phase, peak in measured.items():
         assert abs(expected[phase] - peak) < 0.15 * peak, (phase, expected, measured)
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_s_arrays_are_estimated(dtype: str, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the weights, within 15 %; in a large picture attention's scores come in pieces."""
+    for module in (memory, layers):
+        monkeypatch.setattr(module, "SCORES", 1 << (20 if pieces else 26))
+    pipe = KleinPipeline.from_pretrained("tiny", dtype=dtype, keep="nothing")
+    expected, measured = measure(pipe, width=384, height=384)
+    needed, peak = (steps["steps"] - pipe.parts.weights["transformer"] for steps in (expected, measured))
+    assert abs(needed - peak) < 0.15 * peak, (needed, peak)
 
 
 def preview_peaks(pipe: KleinPipeline, **size: int) -> tuple[int, int]:
