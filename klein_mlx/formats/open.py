@@ -556,7 +556,10 @@ def with_variant(source: Source, name: str, record: bool = False) -> Source:
     """
     config = settle_variant(source.config, name)
     info = {key: value for key, value in source.info.items() if key != "notes"}
-    info |= {"licence": config.variant.licence, **({"opened_as": name} if record else {})}
+    if config.variant.hub_id is not None:
+        info["licence"] = config.variant.licence
+    if record:
+        info["opened_as"] = name
     return replace(source, config=config, info=info)  # type: ignore[type-var]
 
 

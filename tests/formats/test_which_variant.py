@@ -265,6 +265,12 @@ def test_the_kv_variant_is_exported_as_such(tmp_path: Path) -> None:
     assert open_model(export_diffusers(source, tmp_path / "out")).config.caches_references
 
 
+def test_an_unlisted_size_keeps_its_license(tmp_path: Path) -> None:
+    base = convert_checkpoint(open_model("tiny"), tmp_path / "base", variant="base-4b")
+    found = describe(open_model(base))
+    assert (found["variant"], found["steps"], found["guidance"], found["licence"]) == ("base", 50, 4.0, "Apache-2.0")
+
+
 def test_settling_changes_nothing_else(tmp_path: Path) -> None:
     folder = copy_model(tmp_path / "model")
     edit_json(folder / "model_index.json", lambda values: values.update(max_sequence_length=40, default_size=128))
