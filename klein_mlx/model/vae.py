@@ -46,10 +46,11 @@ class Pace:
         self._behind = x if awaited is None else awaited
 
 
-def settled(x: mx.array, rows: int | None, done: Done | None = None) -> mx.array:
-    """In strips, start computing x before going on, so that what led to it is freed."""
+def settled(x: mx.array, rows: int | None, device: Device, done: Done | None = None) -> mx.array:
+    """In strips, start computing x before going on, so that what led to it is freed. A CPU, where the next strip costs
+    nothing to start, is waited for: else a busy one holds a picture more."""
     if rows:
-        mx.async_eval(x)
+        (mx.eval if device.widens else mx.async_eval)(x)
     if done:
         done(x)
     return x
@@ -421,7 +422,7 @@ class UpBlock(nn.Module):
         return [*self.resnets, *([self.upsample.enlarge] if "upsample" in self else [])]
 
 
-class Encoder(nn.Module):
+class Encoder(Placed):
     """Pixels (B, H, W, 3) -> moments (B, H/8, W/8, 2 * latent channels)."""
 
     def __init__(self, config: VAEConfig):
@@ -439,11 +440,11 @@ class Encoder(nn.Module):
         x = self.conv_in.strips(x, rows) if rows else self.conv_in(x)
         for block in (*self.down, self.mid):
             for layer in block.layers():
-                x = settled(layer(x, rows), rows, done)
+                x = settled(layer(x, rows), rows, self.device, done)
         return self.conv_out(self.norm_out(x, activate=True))
 
 
-class Decoder(nn.Module):
+class Decoder(Placed):
     """Latents (B, h, w, latent channels) -> pixels (B, 8h, 8w, 3)."""
 
     def __init__(self, config: VAEConfig):
@@ -462,7 +463,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in (self.mid, *self.up):
             for layer in block.layers():
-                x = settled(layer(x, rows), rows, done)
+                x = settled(layer(x, rows), rows, self.device, done)
         if rows:
             return self.conv_out.strips(x, rows, self.norm_out)
         return self.conv_out(self.norm_out(x, activate=True))
