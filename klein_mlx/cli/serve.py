@@ -62,14 +62,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted. Returns the exit code; raises KleinError."""
+    if args.demo and args.model not in (None, "tiny"):
+        raise RequestError(f"--demo uses tiny, and --model is {args.model}; give one of them")
+    _check(args)
     try:
         from klein_mlx.server.serving import serve
         from klein_mlx.server.settings import Settings
     except ImportError as error:
         raise RequestError(f"{EXTRA} ({error.name} is missing)") from None
-    if args.demo and args.model not in (None, "tiny"):
-        raise RequestError(f"--demo uses tiny, and --model is {args.model}; give one of them")
-    _check(args)
     args.model = "tiny" if args.demo else args.model
     model, name = obtained(args)
     settings = Settings(
@@ -178,6 +178,7 @@ def lora_folder(args: argparse.Namespace) -> str | None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    typed_options(args)
     if not 0 <= args.port <= 65535:
         raise RequestError(f"--port is {args.port}; it must be from 0 to 65535")
     if not 1 <= args.queue <= 1000:
