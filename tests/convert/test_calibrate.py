@@ -161,7 +161,11 @@ def test_a_calibrated_model_converts_and_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        (("mixed-4", None, "6"), {"single_blocks.0.linear_out": Quantization(6), "mod_img": Quantization(8)}),
+        pytest.param(
+            ("mixed-4", None, "6"),
+            {"single_blocks.0.linear_out": Quantization(6), "mod_img": Quantization(8)},
+            marks=pytest.mark.slow,
+        ),
         (
             ("mixed-4", 32, None, "none", ["double_blocks.*=mxfp4"]),
             {"double_blocks.0.img.to_q": Quantization(4, 32, "mxfp4")},
