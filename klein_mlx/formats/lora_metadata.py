@@ -173,6 +173,7 @@ def _json(text: str) -> Any:
 
 
 FOLDER_VARIABLE = "KLEIN_MLX_LORAS"
+_MODEL_S = ("klein.json", "config.json")
 _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _SUFFIX = ".safetensors"
 
@@ -224,6 +225,12 @@ def _is_shown(path: Path) -> bool:
     return not path.name.startswith(".")  # nor what macOS leaves on foreign disks
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder of LoRAs, and in those inside of it, that may be one: not a model's, beside its config."""
+    files = (path for path in sorted(folder.rglob(f"*{_SUFFIX}")) if _is_shown(path) and path.is_file())
+    return [path for path in files if not any((path.parent / name).exists() for name in _MODEL_S)]
+
+
 def _choose(names: list[str], where: str) -> str:
     """The one LoRA among the files of a folder or a repository."""
     names = [name for name in names if name.endswith(_SUFFIX) and not Path(name).name.startswith(".")]
@@ -241,7 +248,7 @@ def _named(name: str, folder: Path) -> Path | None:
     if not folder.is_dir() or ".." in Path(name).parts:
         return None
     wanted = {name, f"{name}{_SUFFIX}"}
-    files = [path for path in sorted(folder.rglob(f"*{_SUFFIX}")) if _is_shown(path) and path.is_file()]
+    files = files_in(folder)
     near = [path for path in files if str(path.relative_to(folder)) in wanted]
     found = near or [path for path in files if path.name in wanted]
     if not found and (folder / name).is_dir():
@@ -255,7 +262,7 @@ def _named(name: str, folder: Path) -> Path | None:
 def _not_found(name: str, folder: Path) -> str:
     if not folder.is_dir():
         return f"LoRA {name[:100]!r} is not a file, and there is no LoRA folder {folder} to look it up in"
-    known = sorted({path.stem for path in folder.rglob(f"*{_SUFFIX}") if _is_shown(path)})
+    known = sorted({path.stem for path in files_in(folder)})
     near = get_close_matches(name, known, 3, 0.5) or known[:5]
     holds = f"it holds {', '.join(near)}{' ...' if len(known) > len(near) else ''}" if known else "it is empty"
     return f"LoRA {name[:100]!r} is not a file, and is not in {folder} ({holds})"

@@ -186,9 +186,9 @@ class Engine:
 
 def lora_files(folder: Path) -> dict[str, Path]:
     """The LoRAs of a folder by the names under which a request may ask for them."""
-    if not folder.is_dir():
-        return {}
-    files = sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
+    from klein_mlx.formats.lora_metadata import files_in
+
+    files = files_in(folder) if folder.is_dir() else []
     return {str(path.relative_to(folder).with_suffix("")): path for path in files}
 
 
