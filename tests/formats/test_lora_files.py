@@ -16,9 +16,11 @@ from lora_runs import difference, pipeline, velocity
 from klein_convert.export import merge_loras
 from klein_mlx.cli.main import main
 from klein_mlx.cli.options import split_scale
+from klein_mlx.errors import CheckpointError
 from klein_mlx.formats.describe import describe_lora, format_lora
 from klein_mlx.formats.lora_metadata import find_lora, lora_folder
 from klein_mlx.formats.open import open_model
+from klein_mlx.paths import TINY_FOLDER
 
 
 @pytest.fixture
@@ -227,3 +229,12 @@ def test_export_to_diffusers_merges_too(tmp_path: Path) -> None:
     pipe = pipeline(dtype="bfloat16")
     pipe.load_lora(file)
     assert mx.array_equal(velocity(pipeline(out, dtype="bfloat16")), velocity(pipe))
+
+
+def test_a_model_s_files_in_the_folder_are_none(tmp_path: Path) -> None:
+    model = tmp_path / "loras" / "model"
+    model.mkdir(parents=True)
+    for name in ("klein.json", "transformer.safetensors"):
+        (model / name).write_bytes((TINY_FOLDER / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"LoRA 'transformer' is not a file, and is not in .* \(it is empty\)"):
+        find_lora("transformer", folder=tmp_path / "loras")
